@@ -1,0 +1,1 @@
+"""LoRA files and their key names; torch and safetensors only."""

@@ -1,0 +1,78 @@
+"""Files that are either complete or absent: every write goes to a temporary name and is renamed into place."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+class SaveError(OSError):
+    """A file could not be written; the previous version, if there was one, is untouched."""
+
+
+def atomic_write(path: Path, write: Callable[[str], None]) -> None:
+    """Run `write(temporary_path)`, flush it to disk and rename it to `path`.
+
+    Raises SaveError (disk full, no permission, ...), leaving an earlier file at `path` as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    # safetensors and torch report a failed write with their own exception types
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise SaveError(f"cannot write {path}: {error}. The previous version, if any, is kept.") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; tensors are made contiguous and moved to the CPU."""
+    cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda temporary: safetensors.torch.save_file(cpu, temporary, metadata=metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ValueError names a file that is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"file {path}: not found")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"file {path}: not a readable safetensors file ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a large model file without reading it all: its size and 64 evenly spread MiB, ends included."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as opened:
+        for i in range(64):
+            opened.seek(max(size - (1 << 20), 0) * i // 63)
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()

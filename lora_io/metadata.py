@@ -1,0 +1,30 @@
+"""What a LoRA file says about itself: plain strings in the safetensors header."""
+
+import json
+from typing import Any
+
+VERSION = "1"
+
+
+def describe(*, recipe: str, export: str, config: dict[str, Any], step: int, steps: int, base_model: str,
+             base_model_name: str, rank: int, alpha: float, trigger_words: list[str], extra: dict[str, str]) -> dict[str, str]:
+    """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for the tools that read those. `step` counts the whole run."""
+    return {
+        "format": "pt",
+        "kinoloom.version": VERSION,
+        "kinoloom.recipe": recipe,
+        "kinoloom.export": export,
+        "kinoloom.config": json.dumps(config, sort_keys=True),
+        "kinoloom.step": str(step),
+        "kinoloom.steps": str(steps),
+        "kinoloom.base_model": base_model,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "wan2.1/lora",
+        "modelspec.title": f"{recipe} {export}",
+        "modelspec.trigger_phrase": ", ".join(trigger_words),
+        "ss_base_model_version": "wan2.1",
+        "ss_sd_model_name": base_model_name,
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+        **extra,
+    }

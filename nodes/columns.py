@@ -1,0 +1,88 @@
+"""Encodings on disk, made once: a column's file is named by the hash of all that went into it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from ..trainers.core.data import column_path, write_column
+from .clips import Source
+from .framing import center_crop, fit, latent_mask
+from .prompts import TOKEN_MASK_PROB, encode_prompt
+
+# Raise a number when what its column holds changes.
+VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1}
+
+
+def data_folder() -> Path:
+    return Path(folder_paths.get_system_user_directory("kinoloom")) / "data"
+
+
+def frame_step(vae: Any) -> int:
+    """Frames per latent step after the first: 4 for Wan, 1 for an image VAE."""
+    return vae.temporal_compression_decode() or 1
+
+
+def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
+    """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
+    latents = vae.encode(frames)
+    return (latents[0] if latents.ndim == 5 else latents.movedim(0, 1)).float().cpu()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column files of one run of a node, which advances `bar` with every file made or found."""
+
+    folder: Path
+    bar: comfy.utils.ProgressBar = field(repr=False)
+
+    def find(self, column: str, *key: object) -> tuple[str, bool]:
+        """File stem for what `key` describes, and whether the file is there."""
+        stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
+        return stem, column_path(self.folder, stem, column).is_file()
+
+    def cached(self, column: str, key: tuple, make: Callable[[], dict[str, Tensor]]) -> str:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        stem, found = self.find(column, *key)
+        if not found:
+            write_column(self.folder, stem, column, make())
+        self.bar.update(1)
+        return stem
+
+    def shape(self, stem: str) -> tuple[int, ...]:
+        """Shape [C, T, h, w] of a latents column, from the file's header."""
+        with safe_open(str(column_path(self.folder, stem, "latents")), framework="pt") as opened:
+            return tuple(opened.get_slice("latents").get_shape())
+
+    def prompt(self, clip: Any, clip_id: str, caption: str, variants: int) -> str:
+        key = (clip_id, caption, variants, TOKEN_MASK_PROB)
+        return self.cached("prompt_embeds", key, lambda: encode_prompt(clip, caption, variants))
+
+    def latents(self, vae: Any, vae_id: str, source: Source, indices: list[int], width: int, height: int) -> str:
+        def make() -> dict[str, Tensor]:
+            frames = torch.stack([fit(frame, width, height) for frame in source.frames(indices)])
+            return {"latents": encode_pixels(vae, frames)}
+
+        return self.cached("latents", (vae_id, source.digest, indices, width, height), make)
+
+    def mask(self, source: Source, indices: list[int], width: int, height: int, step: int,
+             latent_size: tuple[int, int]) -> str:
+        def make() -> dict[str, Tensor]:
+            places = [0] * len(indices) if source.count == 1 else indices
+            # the crop is that of frames of `width` x `height`
+            frames = [F.adaptive_avg_pool2d(center_crop(frame[..., :1], width, height), latent_size)[0, 0]
+                      for frame in source.frames(places)]
+            return {"mask": latent_mask(torch.stack(frames), step)}
+
+        return self.cached("mask", (source.digest, indices, width, height, step, latent_size), make)
+
+

@@ -1,0 +1,163 @@
+"""Nodes that make training data."""
+
+import hashlib
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import InputImpl, io
+
+from ..trainers.core.data import TrainingData
+from . import captions, clips
+from .columns import frame_step
+from .encode import Clip, Options, check_options, encode, plan
+from .folder import listing, plan_folder, resolve_folder
+
+TrainingDataType = io.Custom("TRAINING_DATA")
+WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean}
+
+
+def widgets(options: type) -> list[Any]:
+    """One widget per knob of an options dataclass."""
+    made = []
+    for option in fields(options):
+        extra = option.metadata
+        common = {"default": option.default, "tooltip": extra["tooltip"], "advanced": extra["advanced"] or None}
+        if extra["choices"]:
+            made.append(io.Combo.Input(option.name, options=list(extra["choices"]), **common))
+            continue
+        limits = {name: extra[name] for name in ("min", "max", "step") if extra[name] is not None}
+        made.append(WIDGETS[type(option.default)].Input(option.name, **limits, **common))
+    return made
+
+
+def source_fps(what: str) -> Any:
+    return io.Float.Input("source_fps", default=16.0, min=0.01, max=240.0, step=0.01, advanced=True, tooltip=
+                          f"Frame rate of {what}, which do not say it themselves. Change it if they were not taken at 16.")
+
+
+class EncodeClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomEncodeClips",
+            display_name="Encode Training Clips",
+            category="Kinoloom/data",
+            description="Encodes one clip and its captions for training. What was encoded before is taken from disk.",
+            search_aliases=["dataset", "video lora", "training data"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
+                io.Image.Input("images", optional=True, tooltip="The frames of the clip, or one photo. Connect either this "
+                               "or video."),
+                io.Video.Input("video", optional=True, tooltip="The clip as a video, whose own frame rate is used. Connect "
+                               "either this or images."),
+                io.Mask.Input("masks", optional=True, tooltip="Where the loss counts: one mask per frame, or one for all. "
+                              "Connect it to train on the subject and not its surroundings."),
+                io.String.Input("caption", multiline=True, tooltip="What is seen: subject and surroundings. For "
+                                "Set-and-Sequence describe the appearance here, with [v] before the subject, and no motion."),
+                io.String.Input("motion_caption", multiline=True, optional=True, default="", tooltip="The caption again and "
+                                "what happens, with [u] before the motion. Leave it empty to use caption for all."),
+                *widgets(Options),
+                source_fps("images"),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data")],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, clip: Any, caption: str, source_fps: float, images: Any = None, video: Any = None,
+                masks: Any = None, motion_caption: str = "", **options: Any) -> io.NodeOutput:
+        chosen = Options(**options)
+        check_options(chosen, vae)
+        if (images is None) == (video is None):
+            raise ValueError("connect either images or video")
+        source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
+        written = captions.resolve(caption, "", motion_caption, photo=source.photo, with_frames=chosen.single_frames > 0)
+        mask = None if masks is None else clips.from_tensor("masks", masks, source.fps)
+        try:
+            planned = plan(Clip(source, written, mask), chosen, frame_step(vae))
+        except ValueError as error:
+            raise ValueError(f"{source.name} {error}") from error
+        return io.NodeOutput(encode([planned], "train", chosen, vae, clip))
+
+
+def video_source(video: Any) -> clips.Source:
+    """The VIDEO's file where it is a whole file, else its frames in memory."""
+    if isinstance(video, InputImpl.VideoFromFile) and video.get_active_trim_window() == (0.0, 0.0):
+        file = video.get_stream_source()
+        if isinstance(file, str):
+            return clips.video(Path(file))
+    parts = video.get_components()
+    return clips.from_tensor("video", parts.images, float(Fraction(parts.frame_rate)))
+
+
+class ClipsFromFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomClipsFromFolder",
+            display_name="Training Clips from Folder",
+            category="Kinoloom/data",
+            description="Encodes the videos, photos and folders of numbered frames in a folder of ComfyUI's input folder. "
+                        "Captions are text files of the same name: dance.txt, or dance.static.txt and dance.motion.txt. "
+                        "Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
+            search_aliases=["dataset", "video lora", "training data", "load folder"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
+                io.Combo.Input("folder", options=folder_paths.get_input_subfolders(),
+                               tooltip="The folder with the clips, inside ComfyUI's input folder."),
+                io.Combo.Input("role", options=["train", "validation", "prior"], default="train",
+                               tooltip="Train on the clips, only measure the loss on them, or use them to keep what the model "
+                               "knew before (clips of other subjects)."),
+                *widgets(Options),
+                source_fps("folders of frames"),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+        found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    @classmethod
+    def execute(cls, vae: Any, clip: Any, folder: str, role: str, source_fps: float, **options: Any) -> io.NodeOutput:
+        chosen = Options(**options)
+        check_options(chosen, vae)
+        root = Path(folder_paths.get_input_directory())
+        plans = plan_folder(root, folder, source_fps, chosen, frame_step(vae))
+        return io.NodeOutput(encode(plans, role, chosen, vae, clip))
+
+
+class CombineData(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomCombineData",
+            display_name="Combine Training Data",
+            category="Kinoloom/data",
+            description="Joins training data; what is in both counts once.",
+            search_aliases=["merge datasets", "concatenate training data"],
+            inputs=[
+                TrainingDataType.Input("data_1", tooltip="Training data."),
+                TrainingDataType.Input("data_2", tooltip="Training data to add. Use further nodes to join more than two."),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data")],
+        )
+
+    @classmethod
+    def execute(cls, data_1: TrainingData, data_2: TrainingData) -> io.NodeOutput:
+        return io.NodeOutput(combine(data_1, data_2))
+
+
+def combine(first: TrainingData, second: TrainingData) -> TrainingData:
+    if first.folder != second.folder:
+        raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode one of them again")
+    rows = {(row.split, row.role, *sorted(row.columns.items())): row for row in (*second.rows, *first.rows)}
+    return TrainingData(first.folder, tuple(row for row in dict.fromkeys((*first.rows, *second.rows))))
+
+
+NODES: list[type[io.ComfyNode]] = [EncodeClips, ClipsFromFolder, CombineData]

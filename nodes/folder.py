@@ -1,0 +1,92 @@
+"""Training clips in a folder: videos, folders of numbered frames and photos, with captions and masks beside them."""
+
+from pathlib import Path
+
+from .captions import read_captions
+from .clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, images_in, natural_key, open_source
+from .encode import Clip, Options, Plan, plan
+
+MASK = ".mask"
+
+
+def resolve_folder(root: Path, name: str) -> Path:
+    """The folder `name` under `root`, links followed; ValueError if that is not a folder inside it."""
+    root = root.resolve()
+    folder = (root / name).resolve()
+    if not folder.is_relative_to(root):
+        raise ValueError(f"folder={name!r} leads out of the input folder: copy the clips into {root}")
+    if not name.strip() or folder == root or not folder.is_dir():
+        raise ValueError(f"folder={name!r}: there is no such folder in {root}")
+    return folder
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file a folder's clips may use: changes when any of them does."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step: int) -> list[Plan]:
+    """A plan per clip, in natural order. One ValueError names every clip that cannot be used, and why."""
+    folder = resolve_folder(root, name)
+    plans, problems = [], []
+    entries = clips_in(folder)
+    for entry in entries:
+        try:
+            plans.append(plan(read_clip(entry, root.resolve(), frames_fps, options), options, step))
+        except ValueError as error:
+            problems.append(f"{entry.name}: {error}")
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(entries)} clips in {name!r} cannot be used:\n- " + "\n- ".join(problems))
+    if not plans:
+        raise ValueError(f"folder={name!r} holds no videos, photos or folders of frames")
+    return plans
+
+
+def clips_in(folder: Path) -> list[Path]:
+    entries = (path for path in folder.iterdir() if not path.name.startswith(".") and not _is_mask(path))
+    return sorted((path for path in entries if _is_clip(path)), key=natural_key)
+
+
+def read_clip(path: Path, root: Path, frames_fps: float, options: Options) -> Clip:
+    for file in [path, *(images_in(path) if path.is_dir() else [])]:
+        _check_inside(file, root)
+    source = open_source(path, frames_fps)
+    captions = read_captions(path, photo=source.photo, with_frames=options.single_frames > 0)
+    return Clip(source, captions, read_mask(path, root, frames_fps))
+
+
+def read_mask(path: Path, root: Path, frames_fps: float) -> Source | None:
+    """clip.mask.mp4, clip.mask.png or the folder clip.mask; None where there is none."""
+    stem = path.name if path.is_dir() else path.stem
+    found = [mask for mask in path.parent.iterdir() if _is_mask(mask) and _is_clip(mask) and _mask_of(mask) == stem]
+    if len(found) > 1:
+        raise ValueError(f"has several masks: {', '.join(sorted(mask.name for mask in found))}")
+    if not found:
+        return None
+    _check_inside(found[0], root)
+    try:
+        return open_source(found[0], frames_fps)
+    except ValueError as error:
+        raise ValueError(f"its mask {found[0].name}: {error}") from error
+
+
+def _is_clip(path: Path) -> bool:
+    if path.is_dir():
+        return bool(images_in(path))
+    return path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
+
+def _mask_of(path: Path) -> str:
+    """The clip's stem from the mask's name; empty for what is no mask."""
+    stem = path.name if path.is_dir() else path.stem
+    return stem.removesuffix(MASK) if stem.endswith(MASK) else ""
+
+
+def _is_mask(path: Path) -> bool:
+    return bool(_mask_of(path))
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{path.name} is a link that leads out of the input folder")

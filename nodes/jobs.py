@@ -1,0 +1,242 @@
+"""The job registry (the pack's only module-level state), its HTTP API and websocket events, and Training Result."""
+
+import asyncio
+import atexit
+import json
+import logging
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from aiohttp import web
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..trainers import backbones, recipes
+from ..trainers.core.checkpoint import Identity
+from ..trainers.core.config import TrainConfig
+from ..trainers.core.data import TrainingData
+from ..trainers.core.host import ModelSource
+from ..trainers.core.job import Job, Spec, new_spec
+
+TrainingJob = io.Custom("TRAINING_JOB")
+POLL_SECONDS = 0.2
+SHUTDOWN_SECONDS = 60
+
+
+class Registry:
+    """All jobs of this ComfyUI, those of earlier server runs included."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = threading.RLock()
+        self.jobs: dict[str, Job] = {}
+        self.waiters: dict[str, int] = {}
+        for path in sorted(folder.glob("*/job.json")):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            spec = Spec.from_json(kept["spec"])
+            if spec.recipe not in recipes():
+                logging.warning("Kinoloom: %s was made by the unknown method %s and is not listed", path, spec.recipe)
+                continue
+            self._add(spec).restore(kept)
+
+    def _add(self, spec: Spec) -> Job:
+        recipe = recipes()[spec.recipe]
+        job = Job(self.folder / spec.id, spec, recipe, backbones()[recipe.backbone], publish, self.busy)
+        self.jobs[spec.id] = job
+        return job
+
+    def get(self, job_id: str) -> Job:
+        if job_id not in self.jobs:
+            raise ValueError(f"training job {job_id!r}: not found")
+        return self.jobs[job_id]
+
+    def latest(self, run_name: str) -> Job | None:
+        named = [job for job in self.jobs.values() if job.spec.run_name == run_name]
+        return max(named, key=lambda job: job.spec.created, default=None)
+
+    def start(self, model: Any, recipe: str, config: TrainConfig, data: TrainingData, files: dict[str, str],
+              run_name: str) -> Job:
+        """The job for these inputs: a new one, an unfinished one resumed, or a finished one as it is.
+
+        ValueError if a run of this name is unfinished and was made of something else, naming what changed.
+        """
+        if not re.fullmatch(r"[\w-][\w .-]{0,79}", run_name):
+            raise ValueError(f"run_name={run_name!r}: expected 1 to 80 letters, digits, spaces, '.', '_' or '-', not "
+                             "starting with a dot or space")
+        source = ModelSource.of(model)
+        identity = Identity.of(recipe, source.identity, data.digest, config, files)
+        with self.lock:
+            base, number = run_name, 1
+            while (earlier := self.latest(run_name)) and earlier.status == "finished" and identity.changes(earlier.spec.identity):
+                number += 1
+                run_name = f"{base}-{number}"  # a finished run is never overwritten
+            if earlier and earlier.status == "finished":
+                return earlier
+            if earlier and not earlier.ended.is_set():
+                identity.require_same(earlier.spec.identity, run_name)
+                return earlier
+            if earlier and earlier.resumable:
+                identity.require_same(earlier.spec.identity, run_name)
+                job = earlier
+            else:
+                output = Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
+                job = self._add(new_spec(
+                    id=uuid.uuid4().hex[:12], run_name=run_name, recipe=recipe, config=vars(config), data=data,
+                    source=source, identity=identity, output=str(output)))
+            job.start(model)
+        return job
+
+    def resume(self, job: Job) -> None:
+        """Go on with a paused job, or with an ended one from its checkpoint."""
+        with self.lock:
+            if not job.ended.is_set():
+                job.resume()
+            elif job.resumable:
+                job.start(job.spec.source.reload())
+            else:
+                raise ValueError(f"run {job.spec.run_name!r} is {job.status} and has no checkpoint to resume from")
+
+    def busy(self, job: Job) -> bool:
+        """Whether `job` should wait: the queue has work, the run is polite, and no node waits for it."""
+        wanted = self.waiters.get(job.spec.id, 0)
+        return job.config.pause_when_busy and not wanted and PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+
+    @contextmanager
+    def waiting(self, job: Job) -> Iterator[None]:
+        with self.lock:
+            self.waiters[job.spec.id] = self.waiters.get(job.spec.id, 0) + 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiters[job.spec.id] -= 1
+
+    def shutdown(self) -> None:
+        """Stop every running job and give it time to save."""
+        running = [job for job in self.jobs.values() if not job.ended.is_set()]
+        for job in running:
+            job.stop()
+        for job in running:
+            job.ended.wait(SHUTDOWN_SECONDS)
+
+
+_registry: Registry | None = None
+
+
+def registry() -> Registry:
+    assert _registry is not None, "ComfyUI calls start_registry when it loads the pack"
+    return _registry
+
+
+def start_registry() -> None:
+    global _registry
+    _registry = Registry(Path(folder_paths.get_system_user_directory("kinoloom")) / "jobs")
+    atexit.register(_registry.shutdown)
+    add_routes(PromptServer.instance.routes)
+
+
+def publish(job: Job, event: dict) -> None:
+    PromptServer.instance.send_sync("kinoloom.job", {"job": job.summary(), **event})
+
+
+def add_routes(routes: web.RouteTableDef) -> None:
+    """GET /kinoloom/jobs, GET /kinoloom/jobs/{id}, POST /kinoloom/jobs/{id}/stop|pause|resume."""
+
+    @routes.get("/kinoloom/jobs")
+    async def list_jobs(request: web.Request) -> web.Response:
+        jobs = sorted(registry().jobs.values(), key=lambda job: -job.spec.created)
+        return web.json_response([job.summary() for job in jobs])
+
+    @routes.get("/kinoloom/jobs/{id}")
+    async def show_job(request: web.Request) -> web.Response:
+        job = registry().jobs.get(request.match_info["id"])
+        if job is None:
+            return web.json_response({"error": "unknown job"}, status=404)
+        return web.json_response({**job.summary(), "config": job.spec.config, "history": list(job.history)})
+
+    @routes.post("/kinoloom/jobs/{id}/{action:stop|pause|resume}")
+    async def act(request: web.Request) -> web.Response:
+        job = registry().jobs.get(request.match_info["id"])
+        if job is None:
+            return web.json_response({"error": "unknown job"}, status=404)
+        actions = {"stop": job.stop, "pause": job.pause}
+        try:
+            if (action := request.match_info["action"]) == "resume":
+                await asyncio.to_thread(registry().resume, job)
+            else:
+                actions[action]()
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=409)
+        return web.json_response(job.summary())
+
+
+class TrainingResult(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomTrainingResult", display_name="Training Result", category="Kinoloom/training",
+            description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so far is "
+                        "saved, and running the workflow again resumes it.",
+            inputs=[TrainingJob.Input("job", tooltip="A job from one of the Train nodes.")],
+            outputs=[
+                io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
+                io.String.Output("lora_name", tooltip="Its name as LoRA loaders list it."),
+                io.LossMap.Output("loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.Int.Output("steps", tooltip="Optimizer steps made."),
+                io.LoraModel.Output("all_loras", is_output_list=True, tooltip="Every LoRA of the run, one after the other."),
+                io.String.Output("all_names", is_output_list=True, tooltip="Their names, in the same order."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, job: str) -> io.NodeOutput:
+        found = registry().get(job)
+        with registry().waiting(found):
+            _wait(found)
+        if found.status == "failed":
+            raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")
+        if found.status != "finished":
+            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", found.spec.run_name, found.done, found.total)
+        exports, main = list(found.files.values()), found.main_file
+        if not main:
+            raise RuntimeError(f"Training run {found.spec.run_name!r} ended before it saved a LoRA")
+        loras = {path: comfy.utils.load_torch_file(path, safe_load=True) for path in exports}
+        names = {path: lora_name(path) for path in exports}
+        text = "\n".join(names.values())
+        return io.NodeOutput(loras[main], names[main], {"loss": found.losses()}, found.done, list(loras.values()),
+                             list(names.values()), ui={"text": (text,)})
+
+
+def _wait(job: Job) -> None:
+    """Show progress until the job ends; Cancel stops it, and the cancel goes on once it has saved."""
+    bar = None
+    try:
+        while not job.ended.wait(POLL_SECONDS):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if job.total:
+                bar = bar or comfy.utils.ProgressBar(job.total)
+                bar.update_absolute(job.done, job.total)
+    except comfy.model_management.InterruptProcessingException:
+        job.stop()
+        job.ended.wait()
+        raise
+
+
+def lora_name(path: str) -> str:
+    """A file's name relative to the loras folder it lies in, as loaders' menus show it."""
+    for folder in folder_paths.get_folder_paths("loras"):
+        if Path(path).is_relative_to(folder):
+            return str(Path(path).relative_to(folder))
+    return path
+
+
+NODES = [TrainingResult]

@@ -1,0 +1,97 @@
+"""One train node per recipe, built from its Config."""
+
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..lora_io.file import sha256
+from ..trainers import backbones, recipes
+from ..trainers.core.config import make
+from ..trainers.core.data import PhaseData, TrainingData
+from ..trainers.core.host import make_room
+from ..trainers.core.recipe import Recipe
+from .jobs import TrainingJob, registry
+
+TrainingDataType = io.Custom("TRAINING_DATA")
+NO_FILE = "none"
+
+
+def widget(option: Field) -> io.Input:
+    """The input that a knob becomes."""
+    extra, name, default = option.metadata, option.name, option.default
+    shared = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
+    if extra["lora_file"]:
+        return io.Combo.Input(name, options=[NO_FILE, *folder_paths.get_filename_list("loras")], default=NO_FILE, **shared)
+    if extra["choices"]:
+        return io.Combo.Input(name, options=list(extra["choices"]), default=default, **shared)
+    if isinstance(default, bool):
+        return io.Boolean.Input(name, default=default, **shared)
+    if isinstance(default, str):
+        return io.String.Input(name, default=default, **shared)
+    limits = {"default": default, "min": extra["min"], "max": extra["max"]}
+    if isinstance(default, int):
+        after = {"control_after_generate": io.ControlAfterGenerate.fixed} if name == "seed" else {}
+        return io.Int.Input(name, **limits, **after, **shared)
+    return io.Float.Input(name, step=extra["step"] or 0.01, **limits, **shared)
+
+
+def knobs(config_class: type) -> list[Field]:
+    """In the order of the widgets: what a method adds before what all share, rare ones last."""
+    inherited = {option.name for option in fields(config_class.__mro__[1])}
+    return sorted(fields(config_class), key=lambda o: (o.metadata["advanced"], o.name in inherited))
+
+
+def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
+    class Train(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id=recipe.name, display_name=recipe.title, category="Kinoloom/training", is_output_node=True,
+                description=recipe.description + " Runs in the background; attach Training Result to wait for it.",
+                inputs=[
+                    io.Model.Input("model", tooltip="The model to train on. It is copied, never changed."),
+                    TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
+                    io.String.Input("run_name", default="my_lora", tooltip="Names the run and its files. Running again under "
+                                    "the same name resumes what was stopped and leaves a finished run as it is."),
+                    *(widget(option) for option in knobs(recipe.Config)),
+                ],
+                outputs=[TrainingJob.Output("job", tooltip="The running job, for Training Result.")],
+            )
+
+        @classmethod
+        def fingerprint_inputs(cls, run_name: str, **_: Any) -> str:
+            """Unchanged while the run goes on or is finished; a run that ended early is resumed by running again."""
+            job = registry().latest(run_name)
+            return f"{job.spec.id} {job.done}" if job and job.ended.is_set() and job.status != "finished" else ""
+
+        @classmethod
+        def execute(cls, model: Any, data: TrainingData, run_name: str, **values: Any) -> io.NodeOutput:
+            files = resolve_files(recipe.Config, values)
+            config = make(recipe.Config, values)
+            backbones()[recipe.backbone].check(model.model)
+            for phase in recipe.phases(config):
+                PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
+            make_room()
+            job = registry().start(model, recipe.name, config, data, files, run_name)
+            return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
+
+    Train.__name__ = recipe.name
+    return Train
+
+
+def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:
+    """Replace chosen file names in `values` by full paths ("" for none); option name -> sha256 of what was chosen."""
+    hashes = {}
+    for option in fields(config_class):
+        if option.metadata["lora_file"]:
+            name = values[option.name]
+            values[option.name] = "" if name in ("", NO_FILE) else folder_paths.get_full_path_or_raise("loras", name)
+            if values[option.name]:
+                hashes[option.name] = sha256(Path(values[option.name]))
+    return hashes
+
+
+NODES = [train_node(recipe) for recipe in recipes().values()]

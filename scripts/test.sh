@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up, lints and runs the tests; arguments go to pytest: bash scripts/test.sh -k client
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/scripts/setup.sh"
+bash "$root/scripts/setup.sh" --browser || echo "test: the browser tests will be skipped" >&2
+
+export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
+python="$root/.runtime/venv/bin/python"
+cd "$root"
+"$python" -m ruff check .
+"$python" -m pytest "$@"

@@ -1,0 +1,124 @@
+"""Puts the real ComfyUI (in CPU mode without CUDA) and the pack, as the package `kinoloom`, in front of every test."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from comfy_client import Client, Server, make_base
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PACK = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()
+
+
+class _RootIsNoPackage:
+    """Keeps pytest from importing the root __init__.py, which only ComfyUI can import."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == PACK else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_RootIsNoPackage())
+    if not (COMFYUI / "main.py").is_file():
+        pytest.exit(f"no ComfyUI in {COMFYUI}: run `bash scripts/setup.sh`, or set COMFYUI_DIR", returncode=4)
+    config.stash[_BASE] = Path(tempfile.mkdtemp(prefix="kinoloom-tests-"))
+    make_base(config.stash[_BASE], PACK)
+    _start_comfyui(config.stash[_BASE])
+    _register_pack()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _BASE in config.stash:
+        shutil.rmtree(config.stash[_BASE], ignore_errors=True)
+
+
+_BASE = pytest.StashKey[Path]()
+
+
+def _start_comfyui(base: Path) -> None:
+    """Make ComfyUI importable, its options parsed as for `main.py --cpu --base-directory base`."""
+    shadowing = {str(PACK), ""}  # the pack's folder `nodes` must not pass for ComfyUI's module `nodes`
+    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if entry not in shadowing)]
+    arguments = sys.argv
+    sys.argv = [arguments[0], "--base-directory", str(base), *([] if torch.cuda.is_available() else ["--cpu"])]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401
+    finally:
+        sys.argv = arguments
+
+
+def _register_pack() -> None:
+    """Name the repository's root `kinoloom` without running its __init__.py, which needs a server."""
+    spec = importlib.util.spec_from_file_location(
+        "kinoloom", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
+    sys.modules["kinoloom"] = importlib.util.module_from_spec(spec)
+
+
+@pytest.fixture(scope="session")
+def comfyui_dir() -> Path:
+    """Where the real ComfyUI is."""
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with diffusion_models/tiny_wan, vae/tiny_wan_vae and text_encoders/tiny_clip (.safetensors)."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI on a base directory of its own (server.base), with the pack and the tiny models in it."""
+    base = make_base(tmp_path_factory.mktemp("base"), PACK)
+    for model in tiny_models.glob("*/*.safetensors"):
+        os.link(model, base / "models" / model.relative_to(tiny_models))
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"Comfy.TutorialCompleted": true}')  # no first-run dialog over the page fixture's canvas
+    with Server(comfyui_dir, base) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    """A front-end session of its own on the running server."""
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for found in map(shutil.which, names) if found), None)
+    if path is None:
+        pytest.skip("no Chromium: run `bash scripts/setup.sh --browser`")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    """The real front end on the running server, its default workflow loaded: `page.evaluate("app.graph...")`."""
+    context = browser.new_context(base_url=f"http://{server.address}")
+    opened = context.new_page()
+    opened.goto("/")
+    opened.wait_for_function(
+        "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
+    )
+    yield opened
+    context.close()

@@ -1,0 +1,1 @@
+"""Frozen models that recipes train on, one file each."""

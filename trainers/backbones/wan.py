@@ -1,0 +1,59 @@
+"""Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.noise import FlowMatch
+
+LATENT_CHANNELS = 16
+
+
+def check(model: Any) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model of 16 latent channels."""
+    module = getattr(model, "diffusion_model", None)
+    kind = type(module).__name__
+    if kind != "WanModel":
+        raise ValueError(f"model: found {type(model).__name__} ({kind}), expected a Wan 2.1 text-to-video model")
+    if module.model_type != "t2v" or module.in_dim != LATENT_CHANNELS:
+        raise ValueError(f"model: found a Wan {module.model_type} model with {module.in_dim} input channels, expected "
+                         f"Wan 2.1 text-to-video with {LATENT_CHANNELS}")
+
+
+class Wan:
+    """Velocity predictor v(x_t, t, prompt_embeds) with x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
+
+    schedule = FlowMatch()
+    lora_targets = {
+        "all": r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])",
+        "attention": r"blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]",
+    }
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, transformer_options: dict) -> None:
+        """`model`: a private comfy BaseModel; `transformer_options`: what every forward passes, such as the attention."""
+        check(model)
+        self.module: nn.Module = model.diffusion_model
+        self.blocks = list(self.module.blocks)
+        self.device, self.dtype = device, dtype
+        self.process_latent_in = model.process_latent_in
+        self.transformer_options = transformer_options
+        self.checkpointing = False
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Columns to the device; raw VAE latents to the normalised space that the model was trained in."""
+        moved = {name: value.to(self.device) for name, value in batch.items()}
+        return {**moved, "latents": self.process_latent_in(moved["latents"].float())}
+
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
+        text_dim = self.module.text_dim
+        prompt_embeds = batch["prompt_embeds"]
+        if prompt_embeds.shape[-1] != text_dim:
+            raise ValueError(f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {text_dim}. Was the data encoded "
+                             "with another model's text encoder?")
+        return self.module(
+            noisy_latents.to(self.dtype), FlowMatch.multiplier * t, context=prompt_embeds.to(self.dtype),
+            transformer_options=dict(self.transformer_options),
+        )
+
+load = Wan

@@ -1,0 +1,1 @@
+"""Shared training machinery: knows no method and no model."""

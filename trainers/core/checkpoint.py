@@ -1,0 +1,71 @@
+"""The resumable state of a run, and what must be unchanged for it to be continued exactly."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...lora_io.file import atomic_write
+from .config import NOT_TRAJECTORY, TrainConfig
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run was made of: changing any of it makes another run."""
+
+    recipe: str
+    base_model: str
+    data: str
+    config: dict[str, Any]
+    files: dict[str, str]
+
+    @staticmethod
+    def of(recipe: str, base_model: str, data: str, config: TrainConfig, files: dict[str, str]) -> "Identity":
+        kept = {name: value for name, value in asdict(config).items() if name not in NOT_TRAJECTORY}
+        return Identity(recipe, base_model, data, kept, files)
+
+    def changes(self, earlier: "Identity") -> list[str]:
+        """Names of what differs from `earlier`, with both values where they are short."""
+        changed = [label for label, ours, theirs in (
+            ("training method", self.recipe, earlier.recipe),
+            ("base model", self.base_model, earlier.base_model),
+            ("training data", self.data, earlier.data),
+        ) if ours != theirs]
+        for name in sorted(self.config.keys() | earlier.config.keys()):
+            then, now = earlier.config.get(name), self.config.get(name)
+            if then != now:
+                changed.append(f"{name} (was {then!r}, now {now!r})")
+        changed += [f"content of {name}" for name in sorted(self.files.keys() | earlier.files.keys())
+                    if self.files.get(name) != earlier.files.get(name)]
+        return changed
+
+    def require_same(self, earlier: "Identity", run_name: str) -> None:
+        if changed := self.changes(earlier):
+            raise ValueError(f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
+                             "the change, or choose another run name.")
+
+
+@dataclass
+class State:
+    """Where a run stands: `step` optimizer steps of phase number `phase` are done."""
+
+    phase: int = 0
+    step: int = 0
+    best: float = float("inf")
+    recipe: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+
+
+def save_state(path: Path, state: State, identity: Identity) -> None:
+    content = {"state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
+    atomic_write(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_state(path: Path) -> tuple[State, Identity]:
+    """Tensors come back on the CPU; loading runs no code from the file."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return State(**content["state"]), Identity(**json.loads(content["identity"]))

@@ -1,0 +1,78 @@
+"""What a running job tells the outside: frozen records of plain values, ready for JSON."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sent before the first step and again after the measured warm-up steps. Memory in bytes, times in seconds."""
+
+    checkpointing: bool
+    memory_needed: int
+    memory_available: int
+    seconds_per_step: float | None
+    seconds_total: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; `losses` are means over its micro-batches, `grad_norm` is taken before clipping."""
+
+    phase: str
+    step: int
+    steps: int
+    done: int
+    total: int
+    losses: dict[str, float]
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on fixed noise and timesteps; `held_out` says whether on data that is never trained on."""
+
+    phase: str
+    step: int
+    loss: float
+    best: bool
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    export: str
+    path: str
+    step: int
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run ended by itself (`stopped` false) or was asked to stop; `done` optimizer steps were made."""
+
+    stopped: bool
+    done: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: str
+
+
+Event = Plan | Step | Validation | Saved | Finished | Failed
+
+
+def to_json(event: Event) -> dict:
+    """Plain values under the event's lower-case name; numbers that JSON cannot hold become None."""
+    return {"event": type(event).__name__.lower(), **_finite(asdict(event))}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,211 @@
+"""The seam to ComfyUI: private copies of its models, its training flag, its memory. The only file here that imports it."""
+
+import hashlib
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...lora_io.file import fingerprint
+
+_training_lock = threading.Lock()
+_training_count = 0
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Keep ComfyUI's process-wide training flag up through forward, backward and recompute.
+
+    Without it some operators take a path that has no gradient. Counted, so that jobs may overlap; the flag is set anew at
+    every entry because core's own trainer clears it.
+    """
+    global _training_count
+    with _training_lock:
+        _training_count += 1
+        comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        with _training_lock:
+            _training_count -= 1
+            comfy.model_management.in_training = _training_count > 0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How to build a private copy of a MODEL: the file it came from, or the MODEL itself while this process lives.
+
+    `identity` changes with the file's content, the storage dtype and any upstream LoRA patch.
+    """
+
+    path: str
+    loader: str
+    weight_dtype: str
+    identity: str
+    patched: bool
+
+    @staticmethod
+    def of(model: Any) -> "ModelSource":
+        """ValueError names what kind of MODEL cannot be copied."""
+        kind = type(model).__name__
+        if model.cached_patcher_init is None:
+            raise ValueError(f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
+                             "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained")
+        factory, arguments = model.cached_patcher_init[:2]
+        if model.injections or model.hook_patches:
+            raise ValueError(f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node")
+        path = str(arguments[0])
+        options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
+        weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
+        digest = hashlib.sha256(f"{fingerprint(Path(path))}{weight_dtype}".encode())
+        _digest(model.patches, digest)
+        return ModelSource(path, factory.__name__, weight_dtype, digest.hexdigest(), bool(model.patches))
+
+    def reload(self) -> Any:
+        """The MODEL again, after a restart. ValueError if its file is gone or upstream patches are lost."""
+        if self.patched:
+            raise ValueError("this run was started on a model with LoRAs applied: run its Train node again to resume it")
+        if not Path(self.path).is_file():
+            raise ValueError(f"base model {self.path}: not found")
+        if self.loader == "load_diffusion_model":
+            dtypes = {str(d): d for d in (torch.float8_e4m3fn, torch.float8_e5m2)}
+            name, _, fast = self.weight_dtype.partition("+")
+            options = {"dtype": dtypes[name]} if name else {}
+            model = comfy.sd.load_diffusion_model(self.path, options | ({"fp8_optimizations": True} if fast else {}))
+        else:
+            model = comfy.sd.load_checkpoint_guess_config(self.path, output_vae=False, output_clip=False)[0]
+        if (now := ModelSource.of(model)).identity != self.identity:
+            raise ValueError(f"base model {now.path}: its content changed since the run was started")
+        return model
+
+
+def _digest(value: Any, digest: Any) -> None:
+    """Feed nested patches (tuples, adapters, tensors, numbers) to a hash."""
+    if isinstance(value, Tensor):
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            digest.update(str(key).encode())
+            _digest(value[key], digest)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _digest(item, digest)
+    elif hasattr(value, "weights"):
+        _digest(value.weights, digest)
+    else:
+        digest.update(repr(value).encode())
+
+
+def load_private(model: Any, device: torch.device) -> Any:
+    """A copy of MODEL's BaseModel of its own, upstream LoRA patches merged, frozen, on `device`.
+
+    ComfyUI's model manager does not know it: it is never evicted, and nothing done to it reaches other workflows.
+    Must run outside inference mode, in the job's thread.
+    """
+    assert not torch.is_inference_mode_enabled()
+    private = model.clone(disable_dynamic=True, force_deepcopy=True)
+    private.patch_model(device_to=device)
+    module = private.model.diffusion_model
+    module.requires_grad_(False)
+    for child in module.modules():
+        if isinstance(child, comfy.ops.CastWeightBiasOp):
+            child.comfy_cast_weights = True
+            child.__class__ = _quiet(type(child))
+    assert not any(p.is_inference() for p in module.parameters())
+    logging.info("Kinoloom: private copy of %s on %s", type(private.model).__name__, device)
+    return private.model
+
+
+_quiet_classes: dict[type, type] = {}
+
+
+def _quiet(cls: type) -> type:
+    """A subclass of one of ComfyUI's layers that does not poll its interrupt flag, which belongs to the queue.
+
+    A job polling it would swallow a Cancel meant for a prompt, and die of it.
+    """
+    if cls not in _quiet_classes:
+        forward = cls.forward
+        silent = {**forward.__globals__, "run_every_op": lambda: None}
+        quiet = types.FunctionType(forward.__code__, silent, forward.__name__, forward.__defaults__, forward.__closure__)
+        body: dict[str, Any] = {"forward": quiet}
+        if issubclass(cls, nn.Linear) and cls.forward_comfy_cast_weights is not None:
+            body["forward_comfy_cast_weights"] = _frozen_linear(cls.forward_comfy_cast_weights)
+        _quiet_classes[cls] = type(cls.__name__, (cls,), body)
+    return _quiet_classes[cls]
+
+
+def _frozen_linear(host_forward: Callable) -> Callable:
+    """Linear forward that keeps no cast copy of its weight for backward; quantised and patched weights go the host's way."""
+
+    def forward_comfy_cast_weights(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self.weight
+        if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor or self.weight_function:
+            return host_forward(self, x, *args, **kwargs)
+        if weight.dtype == x.dtype and weight.device == x.device:
+            return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return CastLinear.apply(x, weight, self.bias)
+
+    return forward_comfy_cast_weights
+
+
+class CastLinear(torch.autograd.Function):
+    """x W^T + b with a frozen W stored in another dtype (fp8, fp16): cast for the product, and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight  # a frozen parameter, alive anyway; save_for_backward would only add a version check
+        return nn.functional.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight.to(grad), None, None
+
+
+def sdpa(original: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, mask: Tensor | None = None,
+         skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+    """Attention with a gradient, for q, k, v [B, L, heads * d] (or [B, heads, L, d] with `skip_reshape`).
+
+    Replaces whatever kernel ComfyUI was launched with: flash and sage have no backward.
+    """
+    if not skip_reshape:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
+
+
+TRANSFORMER_OPTIONS = {"optimized_attention_override": sdpa}
+
+
+def device() -> torch.device:
+    return comfy.model_management.get_torch_device()
+
+
+def compute_dtype(precision: str, on: torch.device) -> torch.dtype:
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision != "auto":
+        return named[precision]
+    if on.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(on) else torch.float16
+
+
+def free_memory(on: torch.device) -> int:
+    """Free bytes on the device, counting what torch holds but does not use."""
+    return int(comfy.model_management.get_free_memory(on))
+
+
+def make_room() -> None:
+    """Take ComfyUI's own models off the card, so that the shared and the private copy never need to fit at once."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()

@@ -1,0 +1,178 @@
+"""Groups of LoRA layers on one module: PEFT injects them, this adds switching, sharing and masking of groups.
+
+A group is a PEFT adapter name. Factors are fp32 and cast to the activation's dtype when used.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+from .noise import derived_generator
+
+
+class GroupLinear(PeftLinear):
+    """y = W x + sum over active groups of scale * (up * mask) down x; groups that share `down` compute it once.
+
+    Unlike PEFT's own forward it casts the small factors instead of the activations and adds the update in one matmul.
+    """
+
+    active: set[str]  # shared by all layers of one LoraGroups
+    masks: dict[str, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        ups: dict[nn.Module, Tensor] = {}
+        for group, down in self.lora_A.items():
+            if group in self.active:
+                up = self.lora_B[group].weight
+                if group in self.masks:
+                    up = up * self.masks[group]
+                if self.scaling[group] != 1:
+                    up = up * self.scaling[group]
+                ups[down] = ups[down] + up if down in ups else up
+        for down, up in ups.items():
+            h = nn.functional.linear(x, down.weight.to(x.dtype))
+            y = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.to(x.dtype).t()).view_as(y)
+        return y
+
+
+class LoraGroups:
+    """LoRA layers on `module`, in named groups. Module paths are those of `module` before injection."""
+
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self.module, self.seed = module, seed
+        self.active: set[str] = set()
+        self.layers: dict[str, GroupLinear] = {}
+
+    def add_group(self, name: str, targets: str, rank: int, alpha: float, share_down: str | None = None) -> None:
+        """A new trainable group on every Linear whose path matches the regular expression `targets`.
+
+        down is Kaiming-uniform and up zero, as in PEFT, so the module's output is unchanged. With `share_down` the group
+        has no down factor of its own but uses (and freezes) that group's. ValueError if nothing matches.
+        """
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
+        config._register_custom_module({nn.Linear: GroupLinear})
+        inject_adapter_in_model(config, self.module, name, low_cpu_mem_usage=True)
+        self.layers = {path: m for path, m in self.module.named_modules() if isinstance(m, GroupLinear)}
+        self.active.add(name)
+        for path, layer in self.layers.items():
+            layer.active = self.active
+            layer.__dict__.setdefault("masks", {})
+            self._initialise(layer, path, name, share_down)
+        self.train_only({name: ("up",) if share_down else ("down", "up")})
+
+    def _initialise(self, layer: GroupLinear, path: str, name: str, share_down: str | None) -> None:
+        """Own generators: the process-wide one belongs to the samplers, which run at the same time."""
+        device = layer.base_layer.weight.device
+        layer.lora_B[name].weight = nn.Parameter(torch.zeros(layer.lora_B[name].weight.shape, device=device))
+        if share_down:
+            layer.lora_A[name] = layer.lora_A[share_down]
+            return
+        down = torch.empty(layer.lora_A[name].weight.shape)
+        nn.init.kaiming_uniform_(down, math.sqrt(5), generator=derived_generator(self.seed, "down", name, path))
+        layer.lora_A[name].weight = nn.Parameter(down.to(device))
+
+    def train_only(self, factors: dict[str, tuple[str, ...]]) -> None:
+        """Exactly these factors ("down", "up") of these groups get gradients; everything else is frozen."""
+        self.module.requires_grad_(False)
+        for group, names in factors.items():
+            for name in names:
+                for parameter in self.factors(group, name).values():
+                    parameter.requires_grad_(True)
+
+    def factors(self, group: str, name: str) -> dict[str, nn.Parameter]:
+        """Module path -> `down` [rank, in] or `up` [out, rank] of one group."""
+        return {
+            path: (layer.lora_A if name == "down" else layer.lora_B)[group].weight
+            for path, layer in self.layers.items() if group in layer.lora_A
+        }
+
+    def param_groups(self, group: str, learning_rate: float, up_ratio: float = 1.0) -> list[dict]:
+        """Optimizer groups of the trainable factors; up factors learn `up_ratio` times faster (LoRA+, arXiv 2402.12354)."""
+        rates = {"down": learning_rate, "up": learning_rate * up_ratio}
+        groups = [
+            {"params": [p for p in self.factors(group, name).values() if p.requires_grad], "lr": rate}
+            for name, rate in rates.items()
+        ]
+        return [g for g in groups if g["params"]]
+
+    @contextmanager
+    def without(self, *groups: str) -> Iterator[None]:
+        """These groups do not act. Forward, backward and recompute must all happen inside."""
+        self.active -= set(groups)
+        try:
+            yield
+        finally:
+            self.active |= set(groups)
+
+    @contextmanager
+    def frozen(self, *groups: str) -> Iterator[None]:
+        """These groups act but get no gradient."""
+        parameters = [p for g in groups for name in ("down", "up") for p in self.factors(g, name).values() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def set_masks(self, group: str, make: Callable[[Tensor], Tensor] | None) -> None:
+        """Multiply each up factor elementwise by `make(up)`, called in layer order, until the next call; None removes them.
+
+        Drawn before the forward and kept, so a checkpointed recompute sees the same mask.
+        """
+        for layer in self.layers.values():
+            if make is None:
+                layer.masks.pop(group, None)
+            elif group in layer.lora_B:
+                layer.masks[group] = make(layer.lora_B[group].weight.detach())
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """`<module path>.lora_down.weight` and `.lora_up.weight` of one group, fp32 copies on the CPU."""
+        return {
+            f"{path}.lora_{name}.weight": parameter.detach().to("cpu", copy=True)
+            for name in ("down", "up") for path, parameter in self.factors(group, name).items()
+        }
+
+    def export(self, group: str) -> dict[str, Tensor]:
+        """The group as a file: its tensors, and `<module path>.alpha` where the scale alpha / rank is not 1."""
+        scaled = {path: layer for path, layer in self.layers.items() if group in layer.scaling and layer.scaling[group] != 1}
+        alphas = {f"{path}.alpha": torch.tensor(float(layer.lora_alpha[group])) for path, layer in scaled.items()}
+        return {**self.tensors(group), **alphas}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every group, frozen ones included, so that a checkpoint stands alone: `<group>/<module path>.<factor>`."""
+        groups = sorted({group for layer in self.layers.values() for group in layer.lora_B})
+        return {f"{group}/{key}": tensor for group in groups for key, tensor in self.tensors(group).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """ValueError names keys that are missing or do not belong."""
+        if (own := self.state_dict().keys()) != state.keys():
+            raise ValueError(f"LoRA state: keys do not match, for example {sorted(own ^ state.keys())[:3]}")
+        for key, tensor in state.items():
+            self._assign(*key.split("/", 1), tensor)
+
+    def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
+        """Fill one group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
+        if (own := self.tensors(group).keys()) != tensors.keys():
+            raise ValueError(f"LoRA file: layers do not match this model, for example {sorted(own ^ tensors.keys())[:3]}")
+        for key, tensor in tensors.items():
+            self._assign(group, key, tensor)
+
+    @torch.no_grad()
+    def _assign(self, group: str, key: str, tensor: Tensor) -> None:
+        path, factor, _ = key.rsplit(".", 2)
+        parameter = self.factors_of(path, group, factor)
+        if parameter.shape != tensor.shape:
+            raise ValueError(f"LoRA {key}: shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+        parameter.copy_(tensor)
+
+    def factors_of(self, path: str, group: str, factor: str) -> nn.Parameter:
+        layer = self.layers[path]
+        return (layer.lora_A if factor == "lora_down" else layer.lora_B)[group].weight

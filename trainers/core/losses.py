@@ -1,0 +1,30 @@
+"""Training objectives as pure functions."""
+
+from torch import Tensor
+
+from ..backbones.base import Backbone
+from .noise import Rng, logit_normal, shift_timesteps
+from .recipe import Batch
+
+
+def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error in fp32 over all elements; `mask` weighs the squared error before the mean, unnormalised."""
+    error = (pred.float() - target.float()).square()
+    return (error if mask is None else error * mask).mean()
+
+
+def sample_timesteps(rng: Rng, count: int, sampling: str, shift: float, stratified: bool) -> Tensor:
+    """t in (0, 1) [count] from "logit_normal" or "uniform", then shifted."""
+    u = rng.uniform(count, stratified)
+    return shift_timesteps(logit_normal(u) if sampling == "logit_normal" else u, shift)
+
+
+def flow_matching_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Tensor:
+    """Velocity MSE of one micro-batch at times t [B] (set_and_sequence spec, section 3)."""
+    latents = batch["latents"]
+    noise = rng.noise_like(latents)
+    t = t.to(latents.device)
+    noisy_latents = backbone.schedule.add_noise(latents, noise, t)
+    pred = backbone.predict(noisy_latents, t, batch)
+    return masked_mse(pred, backbone.schedule.target(latents, noise), batch.get("mask"))
+

@@ -1,0 +1,88 @@
+"""Randomness that depends only on (seed, phase, sample), and the noise schedules of the backbones."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STRATA = 16
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Random draws for one micro-batch, whose first sample is number `sample` of the phase.
+
+    Every draw has its own generator derived from what is named here, so a resumed run draws what the uninterrupted one
+    would have drawn, and the process-wide generators, which samplers use, are never touched.
+    With `quantile` set the draw is an evaluation: every timestep sits at that quantile and regularisers stay off.
+    """
+
+    seed: int
+    phase: str
+    sample: int
+    quantile: float | None = None
+
+    @property
+    def evaluating(self) -> bool:
+        return self.quantile is not None
+
+    def fork(self, name: str) -> "Rng":
+        """The same place in the run, with independent draws."""
+        return Rng(self.seed, f"{self.phase}/{name}", self.sample, self.quantile)
+
+    def generator(self, purpose: str, sample: int | None = None, device: torch.device | None = None) -> torch.Generator:
+        key = (self.seed, self.phase, self.sample if sample is None else sample, purpose)
+        return derived_generator(*key, device=device)
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        """N(0, 1) in the shape, dtype and device of `x` [B, ...]; drawn on the CPU, so equal on every device."""
+        noise = torch.stack([
+            torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))
+        ])
+        return noise.to(x)
+
+    def uniform(self, count: int, stratified: bool = True) -> Tensor:
+        """`count` numbers in (0, 1) [count]; stratified: 16 consecutive samples fall in 16 different sixteenths."""
+        if self.quantile is not None:
+            return torch.full((count,), self.quantile)
+        return torch.stack([self._uniform(self.sample + i, stratified) for i in range(count)])
+
+    def _uniform(self, sample: int, stratified: bool) -> Tensor:
+        u = torch.rand((), generator=self.generator("timestep", sample))
+        if stratified:
+            window, place = divmod(sample, STRATA)
+            order = torch.randperm(STRATA, generator=self.generator("strata", window))
+            u = (order[place] + u) / STRATA
+        return u.clamp(1e-4, 1 - 1e-4)
+
+
+def derived_generator(*key: object, device: torch.device | None = None) -> torch.Generator:
+    """A generator (on the CPU unless told) whose seed is a hash of `key`."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def logit_normal(u: Tensor) -> Tensor:
+    """Uniform quantiles to t = sigmoid(z), z ~ N(0, 1) (Esser et al. 2024, arXiv 2403.03206)."""
+    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): s > 1 moves training towards noise (arXiv 2403.03206, section 5.3.2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+class FlowMatch:
+    """Rectified flow: t = 1 is pure noise, the model predicts the velocity noise - data (arXiv 2403.03206)."""
+
+    multiplier = 1000.0
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = (1 - t) x_1 + t x_0 for latents, noise [B, ...] and t [B]."""
+        t = t.view(-1, *[1] * (latents.ndim - 1))
+        return (1 - t) * latents + t * noise
+
+    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+        return noise - latents

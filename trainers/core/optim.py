@@ -1,0 +1,41 @@
+"""Optimizers and learning-rate schedules from kept libraries, by the names of the config."""
+
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
+
+from .config import TrainConfig
+
+BETA1 = 0.9
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
+    """ValueError if the optimizer needs a package that is not installed, naming it."""
+    betas, decay, rate = (BETA1, config.beta2), config.weight_decay, config.learning_rate
+    if config.optimizer == "AdamW":
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay)
+    if config.optimizer == "AdamW8bit":
+        return _bitsandbytes().AdamW8bit(groups, lr=rate, betas=betas, weight_decay=decay)
+    import pytorch_optimizer  # takes a second to import and most runs do not need it
+
+    if config.optimizer == "Lion":
+        return pytorch_optimizer.Lion(groups, lr=rate, betas=betas, weight_decay=decay)
+    if config.optimizer == "Prodigy":
+        return pytorch_optimizer.Prodigy(groups, lr=rate, betas=betas, weight_decay=decay)
+    return pytorch_optimizer.AdaFactor(groups, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError("optimizer=AdamW8bit: needs the package bitsandbytes (pip install bitsandbytes), which is not "
+                         "installed; or choose AdamW") from error
+    return bitsandbytes.optim
+
+
+def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)

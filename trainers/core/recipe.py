@@ -1,0 +1,60 @@
+"""The contract between the loop and a training method."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from .noise import Rng
+
+Batch = dict[str, Any]  # column name -> Tensor [B, ...]; "prior" -> a Batch of its own, when the data holds prior clips
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames")."""
+
+    name: str
+    steps: int
+    split: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """One file a recipe writes: what it is for, the phase that makes it, its key format (see lora_io.keys.FORMATS).
+
+    The last export of a recipe is its main one.
+    """
+
+    description: str
+    phase: str
+    keys: str = "comfy"
+
+
+class Recipe(Protocol):
+    """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
+
+    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at every
+    yield inside whatever `with` the recipe has open.
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    title: ClassVar[str]
+    description: ClassVar[str]
+    backbone: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, backbone: Any, config: Any) -> None: ...
+    @staticmethod
+    def phases(config: Any) -> list[Phase]: ...
+    @staticmethod
+    def exports(config: Any) -> dict[str, Export]: ...
+    def start(self, phase: Phase) -> None: ...
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]: ...
+    def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]: ...
+    def export(self, name: str) -> dict[str, Tensor]: ...
+    def metadata(self, name: str) -> dict[str, str]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

@@ -1,0 +1,187 @@
+"""Set-and-Sequence for Wan 2.1: appearance from a set of frames, then motion from the clip (Abdal et al. 2025, arXiv 2502.14844).
+
+Notation of the paper on our names, per layer: A1 = lora_down, B1 = identity lora_up, B2 = motion lora_up;
+W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lora_io.file import load, sha256
+from ..lora_io.keys import from_comfy
+from .backbones.wan import Wan
+from .core.config import TrainConfig, knob
+from .core.lora import LoraGroups
+from .core.losses import flow_matching_loss, sample_timesteps
+from .core.noise import Rng
+from .core.recipe import Batch, Export, Phase
+
+SET, SEQUENCE = "set", "sequence"
+IDENTITY, MOTION = "identity", "motion"
+
+
+class SetAndSequence:
+    """Stage 1 ("set") trains A1 and B1 on single frames; stage 2 ("sequence") trains only B2 on the clip."""
+
+    name = "KinoloomTrainSetAndSequence"
+    title = "Train Set-and-Sequence"
+    description = "Learns one moving subject from one clip: its look from the frames, then its motion from the sequence."
+    backbone = "wan"
+    columns = ("latents", "prompt_embeds")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainConfig):
+        rank: int = knob(32, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.",
+                         min=1, max=256)
+        set_steps: int = knob(600, "Optimizer steps of stage 1, the look. 0 skips it and needs an identity file.",
+                              min=0, max=1_000_000)
+        sequence_steps: int = knob(900, "Optimizer steps of stage 2, the motion. 0 stops after the look; complex motion wants "
+                                   "up to 2500.", min=0, max=1_000_000)
+        identity_file: str = knob("", "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0).",
+                                  lora_file=True, advanced=True)
+        trigger_words: str = knob("[v], [u]", "Words that call the concept, written into the file for other tools to show.",
+                                  advanced=True)
+        gradient_accumulation: int = knob(8, "Samples per step are batch_size times this; the paper uses 8.",
+                                          min=1, max=256, advanced=True)
+        beta2: float = knob(0.99, "Memory of the optimizer's second moment.", min=0.5, max=0.99999, step=1e-3, advanced=True)
+        max_grad_norm: float = knob(0.05, "Gradients longer than this are shortened to it. 0 turns clipping off.",
+                                    min=0.0, max=1000.0, step=0.01, advanced=True)
+        set_dropout: float = knob(0.8, "Share of up-factor entries masked in each pass of stage 1. Lower it if the look is "
+                                  "learned too slowly.", min=0.0, max=0.99, step=0.05, advanced=True)
+        sequence_dropout: float = knob(0.5, "The same for stage 2.", min=0.0, max=0.99, step=0.05, advanced=True)
+        token_mask_prob: float = knob(0.1, "Share of prompt tokens hidden in each pass, so that context carries the subject. "
+                                      "0 turns it off.", min=0.0, max=0.9, step=0.05, advanced=True)
+        prior_weight: float = knob(1.0, "Weight of the prior clips' loss, where the data has any.",
+                                   min=0.0, max=100.0, step=0.05, advanced=True)
+        self_conditioning_prob: float = knob(0.0, "Must stay 0: Wan has no input for it. Kept for configurations of the paper.",
+                                             min=0.0, max=1.0, advanced=True)
+        set_shift: float = knob(1.0, "Timestep shift of stage 1. Above 1 trains more on high noise.",
+                                min=0.1, max=20.0, step=0.1, advanced=True)
+        sequence_shift: float = knob(3.0, "Timestep shift of stage 2. Motion is decided at high noise.",
+                                     min=0.1, max=20.0, step=0.1, advanced=True)
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.self_conditioning_prob:
+                raise ValueError(f"self_conditioning_prob={self.self_conditioning_prob}: expected 0. Self-conditioning belongs "
+                                 "to the paper's own model; Wan has no input that could carry it")
+            if not self.set_steps and not self.identity_file:
+                raise ValueError("set_steps=0: expected above 0, or an identity_file to start stage 2 from")
+            if self.set_steps and self.identity_file:
+                raise ValueError(f"identity_file={self.identity_file!r}: expected none when set_steps={self.set_steps} trains a "
+                                 "new identity; set set_steps to 0")
+            if not self.set_steps and not self.sequence_steps:
+                raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
+
+    def __init__(self, backbone: Wan, config: Any) -> None:
+        self.backbone, self.config = backbone, config
+        self.lora = LoraGroups(backbone.module, config.seed)
+        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
+        self.dropout, self.shift = config.set_dropout, config.set_shift
+        self.identity_sha256 = ""
+
+    @staticmethod
+    def phases(config: Any) -> list[Phase]:
+        stages = [Phase(SET, config.set_steps, "frames"), Phase(SEQUENCE, config.sequence_steps, "clips")]
+        return [stage for stage in stages if stage.steps]
+
+    @staticmethod
+    def exports(config: Any) -> dict[str, Export]:
+        identity = {IDENTITY: Export("the look alone", SET)}
+        stage_two = {
+            MOTION: Export("the motion alone; works only on top of the identity of the same run", SEQUENCE),
+            "combined": Export("look and motion in one file", SEQUENCE),
+        }
+        return (identity if config.set_steps else {}) | (stage_two if config.sequence_steps else {})
+
+    def start(self, phase: Phase) -> None:
+        if IDENTITY not in self.lora.active:
+            self.lora.add_group(IDENTITY, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank)
+        if phase.name == SEQUENCE:
+            self._start_sequence()
+        stages = {SET: (self.config.set_dropout, self.config.set_shift),
+                  SEQUENCE: (self.config.sequence_dropout, self.config.sequence_shift)}
+        self.dropout, self.shift = stages[phase.name]
+
+    def _start_sequence(self) -> None:
+        """Freeze A1 and B1 as the identity file holds them, rounding included, and add a zero B2 on A1."""
+        if self.config.identity_file:
+            tensors, _ = load(Path(self.config.identity_file))
+            self.identity_sha256 = sha256(Path(self.config.identity_file))
+            self.lora.load_group(IDENTITY, {k: v for k, v in from_comfy(tensors).items() if not k.endswith(".alpha")})
+        elif self.config.save_precision == "fp16":
+            for name in ("down", "up"):
+                for factor in self.lora.factors(IDENTITY, name).values():
+                    factor.data = factor.data.half().float()
+        self.lora.set_masks(IDENTITY, None)
+        self.lora.add_group(MOTION, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank,
+                            share_down=IDENTITY)
+
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        group = IDENTITY if phase.name == SET else MOTION
+        return self.lora.param_groups(group, self.config.learning_rate, self.config.lora_plus_ratio)
+
+    def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
+        yield "concept", self._loss(batch, rng)
+        if "prior" in batch and self.config.prior_weight:
+            yield "prior", self.config.prior_weight * self._loss(batch["prior"], rng.fork("prior"))
+
+    def _loss(self, batch: Batch, rng: Rng) -> Tensor:
+        c = self.config
+        self._draw_masks(rng)
+        t = sample_timesteps(rng, len(batch["latents"]), "logit_normal", self.shift, c.stratified_timesteps)
+        prompts = choose_prompts(batch, rng, 0.0 if rng.evaluating else c.token_mask_prob)
+        return flow_matching_loss(self.backbone, {**batch, "prompt_embeds": prompts}, rng, t)
+
+    def _draw_masks(self, rng: Rng) -> None:
+        """B' = B * M / (1 - p) with P(M = 0) = p, one M per layer and pass (paper eq. 10), on the trained B only."""
+        group = MOTION if MOTION in self.lora.active else IDENTITY
+        keep = 1 - self.dropout
+        generator = rng.generator("masks", device=self.backbone.device)
+
+        def mask(up: Tensor) -> Tensor:
+            return torch.empty_like(up).bernoulli_(keep, generator=generator).div_(keep)
+
+        self.lora.set_masks(group, None if rng.evaluating or not self.dropout else mask)
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        identity = self.lora.export(IDENTITY)
+        if name == IDENTITY:
+            return identity
+        motion = self.lora.tensors(MOTION)
+        if name == MOTION:
+            return {**identity, **motion}
+        return {**identity, **{key: identity[key] + up for key, up in motion.items() if key.endswith(".lora_up.weight")}}
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """`sns.stage`: which part the file is; `sns.basis_side`: A is the down factor."""
+        return {"sns.version": "1", "sns.stage": name, "sns.basis_side": "down", "sns.identity_sha256": self.identity_sha256}
+
+
+def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:
+    """[B, K+1, L, D] to [B, L, D]: the clean encoding, or one whose tokens are hidden with `probability`.
+
+    Encodings made from captions with tokens removed are used where the data has them at that probability. Otherwise rows
+    of the clean encoding are zeroed, which looks like padding, the end token excepted.
+    """
+    prompts = batch["prompt_embeds"]
+    if not probability:
+        return prompts[:, 0]
+    chosen = []
+    for i, prompt in enumerate(prompts):
+        generator = rng.generator("prompt", rng.sample + i)
+        if abs(float(batch["token_mask_prob"][i]) - probability) < 1e-6:
+            chosen.append(prompt[1 + torch.randint(len(prompt) - 1, (), generator=generator)])
+        else:
+            hidden = torch.rand(prompt.shape[1], generator=generator) < probability
+            hidden[int(batch["prompt_tokens"][i, 0]) - 1 :] = False
+            chosen.append(prompt[0].masked_fill(hidden.to(prompt.device)[:, None], 0))
+    return torch.stack(chosen)
+
+
+RECIPE = SetAndSequence
