@@ -6,9 +6,21 @@ from typing import Any
 VERSION = "1"
 
 
-def describe(*, recipe: str, export: str, config: dict[str, Any], step: int, steps: int, base_model: str,
-             base_model_name: str, rank: int, alpha: float, trigger_words: list[str], extra: dict[str, str]) -> dict[str, str]:
-    """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for the tools that read those. `step` counts the whole run."""
+def describe(
+    *,
+    recipe: str,
+    export: str,
+    config: dict[str, Any],
+    step: int,
+    steps: int,
+    base_model: str,
+    base_model_name: str,
+    rank: int,
+    alpha: float,
+    trigger_words: list[str],
+    extra: dict[str, str],
+) -> dict[str, str]:
+    """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for other tools; `step` counts the whole run."""
     return {
         "format": "pt",
         "kinoloom.version": VERSION,

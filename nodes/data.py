@@ -6,32 +6,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import comfy.samplers
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
-from ..trainers.core.data import TrainingData
+from ..trainers.core.data import Row, TrainingData
 from . import captions, clips
 from .columns import frame_step
 from .encode import Clip, Options, check_options, encode, plan
 from .folder import listing, plan_folder, resolve_folder
-
-TrainingDataType = io.Custom("TRAINING_DATA")
-WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean}
-
-
-def widgets(options: type) -> list[Any]:
-    """One widget per knob of an options dataclass."""
-    made = []
-    for option in fields(options):
-        extra = option.metadata
-        common = {"default": option.default, "tooltip": extra["tooltip"], "advanced": extra["advanced"] or None}
-        if extra["choices"]:
-            made.append(io.Combo.Input(option.name, options=list(extra["choices"]), **common))
-            continue
-        limits = {name: extra[name] for name in ("min", "max", "step") if extra[name] is not None}
-        made.append(WIDGETS[type(option.default)].Input(option.name, **limits, **common))
-    return made
-
+from .priors import PriorOptions, Sampler, add_priors, read_prompts
+from .train import TrainingDataType, widget
 
 def source_fps(what: str) -> Any:
     return io.Float.Input("source_fps", default=16.0, min=0.01, max=240.0, step=0.01, advanced=True, tooltip=
@@ -60,7 +45,7 @@ class EncodeClips(io.ComfyNode):
                                 "Set-and-Sequence describe the appearance here, with [v] before the subject, and no motion."),
                 io.String.Input("motion_caption", multiline=True, optional=True, default="", tooltip="The caption again and "
                                 "what happens, with [u] before the motion. Leave it empty to use caption for all."),
-                *widgets(Options),
+                *(widget(option) for option in fields(Options)),
                 source_fps("images"),
             ],
             outputs=[TrainingDataType.Output(display_name="data")],
@@ -112,7 +97,7 @@ class ClipsFromFolder(io.ComfyNode):
                 io.Combo.Input("role", options=["train", "validation", "prior"], default="train",
                                tooltip="Train on the clips, only measure the loss on them, or use them to keep what the model "
                                "knew before (clips of other subjects)."),
-                *widgets(Options),
+                *(widget(option) for option in fields(Options)),
                 source_fps("folders of frames"),
             ],
             outputs=[TrainingDataType.Output(display_name="data")],
@@ -130,6 +115,42 @@ class ClipsFromFolder(io.ComfyNode):
         root = Path(folder_paths.get_input_directory())
         plans = plan_folder(root, folder, source_fps, chosen, frame_step(vae))
         return io.NodeOutput(encode(plans, role, chosen, vae, clip))
+
+
+class PriorClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomPriorClips",
+            display_name="Generate Prior Clips",
+            category="Kinoloom/data",
+            description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training on them "
+                        "as well keeps the model from forgetting other subjects. Made once, then taken from disk.",
+            search_aliases=["regularization", "prior preservation", "class images"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be trained, without the LoRA, with the shift you sample at."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                io.Vae.Input("vae", tooltip="Its VAE."),
+                TrainingDataType.Input("data", tooltip="The encoded clips, which say size and length."),
+                io.String.Input("prompts", multiline=True, tooltip="One prompt per line: appearance, then motion, such as 'A man "
+                                "in a blue shirt. He walks in a park.' Use ordinary subjects of the same kind, without [v] and "
+                                "[u]; about 16 lines."),
+                io.String.Input("negative", multiline=True, default="", tooltip="The negative prompt you use for generation."),
+                *(widget(option) for option in fields(PriorOptions)),
+                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="uni_pc",
+                               tooltip="Use what you use for generation."),
+                io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
+                               tooltip="Use what you use for generation."),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, vae: Any, data: TrainingData, prompts: str, negative: str, sampler_name: str,
+                scheduler: str, **options: Any) -> io.NodeOutput:
+        chosen = PriorOptions(**options)
+        sampler = Sampler(model, clip, sampler_name, scheduler, negative, chosen.steps, chosen.cfg)
+        return io.NodeOutput(add_priors(data, sampler, vae, read_prompts(prompts), chosen))
 
 
 class CombineData(io.ComfyNode):
@@ -156,8 +177,10 @@ class CombineData(io.ComfyNode):
 def combine(first: TrainingData, second: TrainingData) -> TrainingData:
     if first.folder != second.folder:
         raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode one of them again")
-    rows = {(row.split, row.role, *sorted(row.columns.items())): row for row in (*second.rows, *first.rows)}
-    return TrainingData(first.folder, tuple(row for row in dict.fromkeys((*first.rows, *second.rows))))
+    rows: dict[tuple, Row] = {}
+    for row in (*first.rows, *second.rows):
+        rows.setdefault((row.split, row.role, *sorted(row.columns.items())), row)
+    return TrainingData(first.folder, tuple(rows.values()))
 
 
-NODES: list[type[io.ComfyNode]] = [EncodeClips, ClipsFromFolder, CombineData]
+NODES: list[type[io.ComfyNode]] = [EncodeClips, ClipsFromFolder, PriorClips, CombineData]

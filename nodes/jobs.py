@@ -62,20 +62,27 @@ class Registry:
         named = [job for job in self.jobs.values() if job.spec.run_name == run_name]
         return max(named, key=lambda job: job.spec.created, default=None)
 
-    def start(self, model: Any, recipe: str, config: TrainConfig, data: TrainingData, files: dict[str, str],
-              run_name: str) -> Job:
+    def start(
+        self, model: Any, recipe: str, config: TrainConfig, data: TrainingData, files: dict[str, str], run_name: str
+    ) -> Job:
         """The job for these inputs: a new one, an unfinished one resumed, or a finished one as it is.
 
         ValueError if a run of this name is unfinished and was made of something else, naming what changed.
         """
         if not re.fullmatch(r"[\w-][\w .-]{0,79}", run_name):
-            raise ValueError(f"run_name={run_name!r}: expected 1 to 80 letters, digits, spaces, '.', '_' or '-', not "
-                             "starting with a dot or space")
+            raise ValueError(
+                f"run_name={run_name!r}: expected 1 to 80 letters, digits, spaces, '.', '_' or '-', not "
+                "starting with a dot or space"
+            )
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:
             base, number = run_name, 1
-            while (earlier := self.latest(run_name)) and earlier.status == "finished" and identity.changes(earlier.spec.identity):
+            while (
+                (earlier := self.latest(run_name))
+                and earlier.status == "finished"
+                and identity.changes(earlier.spec.identity)
+            ):
                 number += 1
                 run_name = f"{base}-{number}"  # a finished run is never overwritten
             if earlier and earlier.status == "finished":
@@ -88,9 +95,18 @@ class Registry:
                 job = earlier
             else:
                 output = Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
-                job = self._add(new_spec(
-                    id=uuid.uuid4().hex[:12], run_name=run_name, recipe=recipe, config=vars(config), data=data,
-                    source=source, identity=identity, output=str(output)))
+                job = self._add(
+                    new_spec(
+                        id=uuid.uuid4().hex[:12],
+                        run_name=run_name,
+                        recipe=recipe,
+                        config=vars(config),
+                        data=data,
+                        source=source,
+                        identity=identity,
+                        output=str(output),
+                    )
+                )
             job.start(model)
         return job
 
@@ -107,7 +123,9 @@ class Registry:
     def busy(self, job: Job) -> bool:
         """Whether `job` should wait: the queue has work, the run is polite, and no node waits for it."""
         wanted = self.waiters.get(job.spec.id, 0)
-        return job.config.pause_when_busy and not wanted and PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+        return (
+            job.config.pause_when_busy and not wanted and PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+        )
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
@@ -182,16 +200,20 @@ class TrainingResult(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KinoloomTrainingResult", display_name="Training Result", category="Kinoloom/training",
+            node_id="KinoloomTrainingResult",
+            display_name="Training Result",
+            category="Kinoloom/training",
             description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so far is "
-                        "saved, and running the workflow again resumes it.",
+            "saved, and running the workflow again resumes it.",
             inputs=[TrainingJob.Input("job", tooltip="A job from one of the Train nodes.")],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
                 io.String.Output("lora_name", tooltip="Its name as LoRA loaders list it."),
                 io.LossMap.Output("loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Int.Output("steps", tooltip="Optimizer steps made."),
-                io.LoraModel.Output("all_loras", is_output_list=True, tooltip="Every LoRA of the run, one after the other."),
+                io.LoraModel.Output(
+                    "all_loras", is_output_list=True, tooltip="Every LoRA of the run, one after the other."
+                ),
                 io.String.Output("all_names", is_output_list=True, tooltip="Their names, in the same order."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -205,15 +227,24 @@ class TrainingResult(io.ComfyNode):
         if found.status == "failed":
             raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")
         if found.status != "finished":
-            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", found.spec.run_name, found.done, found.total)
+            logging.warning(
+                "Kinoloom: run %s was stopped after %d of %d steps", found.spec.run_name, found.done, found.total
+            )
         exports, main = list(found.files.values()), found.main_file
         if not main:
             raise RuntimeError(f"Training run {found.spec.run_name!r} ended before it saved a LoRA")
         loras = {path: comfy.utils.load_torch_file(path, safe_load=True) for path in exports}
         names = {path: lora_name(path) for path in exports}
         text = "\n".join(names.values())
-        return io.NodeOutput(loras[main], names[main], {"loss": found.losses()}, found.done, list(loras.values()),
-                             list(names.values()), ui={"text": (text,)})
+        return io.NodeOutput(
+            loras[main],
+            names[main],
+            {"loss": found.losses()},
+            found.done,
+            list(loras.values()),
+            list(names.values()),
+            ui={"text": (text,)},
+        )
 
 
 def _wait(job: Job) -> None:

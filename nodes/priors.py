@@ -1,6 +1,5 @@
 """Prior clips: what the untrained model makes of ordinary prompts, which keeps a LoRA from forgetting them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,13 +9,15 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..lora_io.file import load
 from ..trainers.core.config import check, knob
 from ..trainers.core.data import Row, TrainingData, column_path
-from ..lora_io.file import load
 from . import identity
 from .captions import MOTION_TOKEN, SUBJECT_TOKEN
-from .columns import Columns, data_folder, encode_pixels
+from .columns import Columns, data_folder, encode_pixels, frame_step
 from .framing import spread
+
+Conditioning = list[list]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class PriorOptions:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model, and how it is sampled; `negative` is the negative prompt."""
+    """A model and how it is sampled."""
 
     model: Any
     text_encoder: Any
@@ -49,10 +50,12 @@ class Sampler:
     steps: int
     cfg: float
 
-    def sample(self, prompt: str, seed: int, shape: tuple[int, ...], bar: comfy.utils.ProgressBar) -> Tensor:
+    def conditioning(self, prompt: str) -> Conditioning:
+        return self.text_encoder.encode_from_tokens_scheduled(self.text_encoder.tokenize(prompt), show_pbar=False)
+
+    def sample(self, positive: Conditioning, negative: Conditioning, seed: int, shape: tuple[int, ...],
+               bar: comfy.utils.ProgressBar) -> Tensor:
         """Raw latents [C, T, h, w]."""
-        positive, negative = (self.text_encoder.encode_from_tokens_scheduled(self.text_encoder.tokenize(text))
-                              for text in (prompt, self.negative))
         empty = torch.zeros(1, *shape)
         previewer = latent_preview.get_previewer(self.model.load_device, self.model.model.latent_format)
 
@@ -64,6 +67,17 @@ class Sampler:
             self.model, comfy.sample.prepare_noise(empty, seed), self.steps, self.cfg, self.name, self.scheduler,
             positive, negative, empty, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
         return samples[0].float().cpu()
+
+
+@dataclass(frozen=True)
+class PriorClip:
+    prompt: str
+    seed: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"prior {self.prompt[:40]!r} seed {self.seed}"
 
 
 def read_prompts(text: str) -> list[str]:
@@ -99,12 +113,56 @@ def clip_shapes(data: TrainingData, model: Any) -> list[tuple[int, ...]]:
 def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str], options: PriorOptions) -> TrainingData:
     """`data` and its prior rows. What was generated before is taken from disk."""
     shapes = clip_shapes(data, sampler.model)
-    jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.seeds_per_prompt)]
     frames = options.single_frames if data.select("frames", "train") else 0
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(1))
-    rows = list(_prior_rows(columns, sampler, vae, list(zip(jobs, (shapes * len(jobs))[: len(jobs)], strict=True)), frames, options))
-    return TrainingData(str(columns.folder), (*data.rows, *rows))
+    places = [(prompt, options.seed + i) for prompt in prompts for i in range(options.seeds_per_prompt)]
+    clips = [PriorClip(*place, shapes[i % len(shapes)]) for i, place in enumerate(places)]
+    bar = comfy.utils.ProgressBar(2 * len(prompts) + len(clips) * (options.steps + 1 + frames))
+    columns = Columns(data_folder(), bar)
+    clip_id = identity.of_text_encoder(sampler.text_encoder)
+    texts = dict.fromkeys(text for prompt in prompts for text in (prompt, appearance(prompt)))
+    encoded = {text: columns.prompt(sampler.text_encoder, clip_id, text, options.token_variants) for text in texts}
+    rows = []
+    for clip, latents in zip(clips, generate(columns, sampler, clip_id, clips), strict=True):
+        rows.append(Row(clip.name, "clips", "prior", clip.shape, {"latents": latents, "prompt_embeds": encoded[clip.prompt]}))
+    for clip, row in list(zip(clips, rows, strict=True)) if frames else []:
+        text = encoded[appearance(clip.prompt)]
+        for index, latents in encode_frames(columns, vae, row.columns["latents"], clip.shape, frames):
+            rows.append(Row(f"{clip.name} frame {index}", "frames", "prior", columns.shape(latents),
+                            {"latents": latents, "prompt_embeds": text}))
+    return TrainingData(data.folder, (*data.rows, *rows))
 
 
-def _prior_rows(columns: Columns, sampler: Sampler, vae: Any, jobs: list, frames: int, options: PriorOptions) -> Iterator[Row]:
-    ...
+def generate(columns: Columns, sampler: Sampler, clip_id: str, clips: list[PriorClip]) -> list[str]:
+    """Latents columns of the clips; all text is encoded before the first is sampled, to load each model once."""
+    model_id = identity.of_model(sampler.model)
+    settings = (sampler.negative, sampler.steps, sampler.cfg, sampler.name, sampler.scheduler)
+    keys = {clip: ("prior", model_id, clip_id, *settings, clip.prompt, clip.seed, clip.shape) for clip in clips}
+    missing = [clip for clip in clips if not columns.find("latents", *keys[clip])[1]]
+    texts = dict.fromkeys([sampler.negative, *(clip.prompt for clip in missing)]) if missing else {}
+    conditioning = {text: sampler.conditioning(text) for text in texts}
+    columns.bar.update(sampler.steps * (len(clips) - len(missing)))
+
+    def sample(clip: PriorClip) -> dict[str, Tensor]:
+        return {"latents": sampler.sample(conditioning[clip.prompt], conditioning[sampler.negative], clip.seed, clip.shape,
+                                          columns.bar)}
+
+    return [columns.cached("latents", keys[clip], lambda clip=clip: sample(clip)) for clip in clips]
+
+
+def encode_frames(columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...], count: int) -> list[tuple[int, str]]:
+    """(frame, its latents column) for frames of a generated clip, each encoded on its own.
+
+    A slice of a clip's latents other than the first covers several frames and is not the latent of a still.
+    """
+    total = 1 + (shape[1] - 1) * frame_step(vae)
+    vae_id = identity.of_vae(vae)
+    decoded: list[Tensor] = []
+
+    def make(index: int) -> dict[str, Tensor]:
+        if not decoded:
+            latents = load(column_path(columns.folder, clip_latents, "latents"))[0]["latents"]
+            decoded.append(vae.decode(latents.unsqueeze(0))[0])
+        return {"latents": encode_pixels(vae, decoded[0][index : index + 1])}
+
+    return [(index, columns.cached("latents", ("prior frame", vae_id, clip_latents, index), lambda index=index: make(index)))
+            for index in spread(list(range(total)), count)]

@@ -24,7 +24,9 @@ def widget(option: Field) -> io.Input:
     extra, name, default = option.metadata, option.name, option.default
     shared = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
     if extra["lora_file"]:
-        return io.Combo.Input(name, options=[NO_FILE, *folder_paths.get_filename_list("loras")], default=NO_FILE, **shared)
+        return io.Combo.Input(
+            name, options=[NO_FILE, *folder_paths.get_filename_list("loras")], default=NO_FILE, **shared
+        )
     if extra["choices"]:
         return io.Combo.Input(name, options=list(extra["choices"]), default=default, **shared)
     if isinstance(default, bool):
@@ -49,13 +51,20 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
         @classmethod
         def define_schema(cls) -> io.Schema:
             return io.Schema(
-                node_id=recipe.name, display_name=recipe.title, category="Kinoloom/training", is_output_node=True,
+                node_id=recipe.name,
+                display_name=recipe.title,
+                category="Kinoloom/training",
+                is_output_node=True,
                 description=recipe.description + " Runs in the background; attach Training Result to wait for it.",
                 inputs=[
                     io.Model.Input("model", tooltip="The model to train on. It is copied, never changed."),
                     TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
-                    io.String.Input("run_name", default="my_lora", tooltip="Names the run and its files. Running again under "
-                                    "the same name resumes what was stopped and leaves a finished run as it is."),
+                    io.String.Input(
+                        "run_name",
+                        default="my_lora",
+                        tooltip="Names the run and its files. Running again under "
+                        "the same name resumes what was stopped and leaves a finished run as it is.",
+                    ),
                     *(widget(option) for option in knobs(recipe.Config)),
                 ],
                 outputs=[TrainingJob.Output("job", tooltip="The running job, for Training Result.")],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import websocket
+
 from comfy_workflow import Json, find_node, set_widget, to_prompt
 
 __all__ = ["Client", "PromptError", "Server", "find_node", "make_base", "set_widget", "to_prompt"]

@@ -11,8 +11,8 @@ VIRTUAL = NOTES | {"Reroute", "PrimitiveNode"}
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDGET_DEFAULTS = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
 WIDGET_TYPES = {
-    *WIDGET_DEFAULTS, "COMBO", DYNAMIC_COMBO, "BOUNDING_BOX", "BOUNDING_BOXES", "CHART", "COLOR", "COLORS", "CURVE", "GALLERIA",
-    "IMAGECOMPARE", "IMAGEUPLOAD", "LOAD_3D", "MARKDOWN", "PAINTER", "RANGE", "TEXTAREA", "WEBCAM",
+    *WIDGET_DEFAULTS, "COMBO", DYNAMIC_COMBO, "BOUNDING_BOX", "BOUNDING_BOXES", "CHART", "COLOR", "COLORS", "CURVE",
+    "GALLERIA", "IMAGECOMPARE", "IMAGEUPLOAD", "LOAD_3D", "MARKDOWN", "PAINTER", "RANGE", "TEXTAREA", "WEBCAM",
 }  # fmt: skip
 UPLOADS = {"image_upload", "video_upload", "audio_upload", "animated_image_upload"}
 
@@ -130,7 +130,7 @@ def _widget_values(definition: Json, values: list | Json) -> Iterator[tuple[str,
 
 
 def _slots(definition: Json, values: list) -> Iterator[tuple[str | None, Any]]:
-    """The (input name, spec) behind each entry of widgets_values; the name is None where the front end keeps its own value."""
+    """The (input name, spec) behind each entry of widgets_values; the name None is an entry of the front end alone."""
     at = 0
     for section in ("required", "optional"):
         specs = definition["input"].get(section) or {}

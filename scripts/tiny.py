@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from tiny_vae import write_wan_vae
 from tiny_weights import StateDict, Weights, save
-from torch import Tensor
 
 CLIP_WIDTH = 768  # core builds CLIP-L at this width whatever the file holds
 LATENT_CHANNELS = 16
@@ -39,7 +40,7 @@ def write_wan(
     i2v: bool = False,
     seed: int = 0,
 ) -> None:
-    """Write a Wan 2.1 diffusion model for UNETLoader; fp8 keeps what real fp8 files keep wide (all but the blocks' matrices)."""
+    """Write a Wan 2.1 diffusion model for UNETLoader. With fp8 only the blocks' matrices are fp8."""
     make = Weights(seed)
     tensors = _wan_embeddings(make, dim, text_dim, in_dim or (36 if i2v else LATENT_CHANNELS))
     for i in range(blocks):
@@ -53,7 +54,7 @@ def write_wan(
 
 
 def write_clip(path: Path, *, seed: int = 0) -> None:
-    """Write a CLIP-L text encoder for CLIPLoader (any type that has no encoder of its own for CLIP-L, such as "wan")."""
+    """Write a CLIP-L text encoder for CLIPLoader, which takes it under the type "wan" too."""
     make = Weights(seed)
     width, prefix = CLIP_WIDTH, "text_model."
     tensors = {

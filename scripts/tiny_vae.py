@@ -1,7 +1,7 @@
 """Writes a tiny Wan 2.1 VAE whose decode(encode(x)) is x averaged over 8x8 pixels, every frame kept.
 
-A random VAE turns every clip into mud, so this one is built to carry pixels through core's real modules. The four frames of
-a latent step lie side by side in its channels (3 colours x 4 frames = 12 of the 16; the first step holds one frame):
+A random VAE turns every clip into mud, so this one is built to carry pixels through core's real modules. The four
+frames of a latent step lie side by side in its channels (3 colours x 4 frames = 12 of 16; the first step holds one):
 - shortcuts and resamplers copy channels; residual and attention branches are random and small;
 - the last channel of every level holds the constant ANCHOR, far above the colours, so RMS norm divides by a constant;
 - silu(x) - silu(-x) = x: a head fed with each channel in both signs is linear.
@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+
 from tiny_weights import StateDict, Weights, save
 
 LATENT_CHANNELS = 16

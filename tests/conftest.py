@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from comfy_client import Client, Server, make_base
 from playwright.sync_api import Browser, Page, sync_playwright
+
+import tiny
+from comfy_client import Client, Server, make_base
 
 PACK = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()

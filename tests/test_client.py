@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page
+
 from comfy_client import Client, PromptError, Server
 from comfy_workflow import find_node, set_widget, to_prompt
-from playwright.sync_api import Page
 
 WORKFLOWS = Path(__file__).parent / "workflows"
 

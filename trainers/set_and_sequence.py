@@ -1,4 +1,4 @@
-"""Set-and-Sequence for Wan 2.1: appearance from a set of frames, then motion from the clip (Abdal et al. 2025, arXiv 2502.14844).
+"""Set-and-Sequence for Wan 2.1 (Abdal et al. 2025, arXiv 2502.14844): the look from a set of frames, then the motion.
 
 Notation of the paper on our names, per layer: A1 = lora_down, B1 = identity lora_up, B2 = motion lora_up;
 W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
@@ -30,51 +30,112 @@ class SetAndSequence:
 
     name = "KinoloomTrainSetAndSequence"
     title = "Train Set-and-Sequence"
-    description = "Learns one moving subject from one clip: its look from the frames, then its motion from the sequence."
+    description = (
+        "Learns one moving subject from one clip: its look from the frames, then its motion from the sequence."
+    )
     backbone = "wan"
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainConfig):
-        rank: int = knob(32, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.",
-                         min=1, max=256)
-        set_steps: int = knob(600, "Optimizer steps of stage 1, the look. 0 skips it and needs an identity file.",
-                              min=0, max=1_000_000)
-        sequence_steps: int = knob(900, "Optimizer steps of stage 2, the motion. 0 stops after the look; complex motion wants "
-                                   "up to 2500.", min=0, max=1_000_000)
-        identity_file: str = knob("", "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0).",
-                                  lora_file=True, advanced=True)
-        trigger_words: str = knob("[v], [u]", "Words that call the concept, written into the file for other tools to show.",
-                                  advanced=True)
-        gradient_accumulation: int = knob(8, "Samples per step are batch_size times this; the paper uses 8.",
-                                          min=1, max=256, advanced=True)
-        beta2: float = knob(0.99, "Memory of the optimizer's second moment.", min=0.5, max=0.99999, step=1e-3, advanced=True)
-        max_grad_norm: float = knob(0.05, "Gradients longer than this are shortened to it. 0 turns clipping off.",
-                                    min=0.0, max=1000.0, step=0.01, advanced=True)
-        set_dropout: float = knob(0.8, "Share of up-factor entries masked in each pass of stage 1. Lower it if the look is "
-                                  "learned too slowly.", min=0.0, max=0.99, step=0.05, advanced=True)
+        rank: int = knob(
+            32, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256
+        )
+        set_steps: int = knob(
+            600, "Optimizer steps of stage 1, the look. 0 skips it and needs an identity file.", min=0, max=1_000_000
+        )
+        sequence_steps: int = knob(
+            900,
+            "Optimizer steps of stage 2, the motion. 0 stops after the look; complex motion wants up to 2500.",
+            min=0,
+            max=1_000_000,
+        )
+        identity_file: str = knob(
+            "",
+            "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0).",
+            lora_file=True,
+            advanced=True,
+        )
+        trigger_words: str = knob(
+            "[v], [u]", "Words that call the concept, written into the file for other tools to show.", advanced=True
+        )
+        gradient_accumulation: int = knob(
+            8, "Samples per step are batch_size times this; the paper uses 8.", min=1, max=256, advanced=True
+        )
+        beta2: float = knob(
+            0.99, "Memory of the optimizer's second moment.", min=0.5, max=0.99999, step=1e-3, advanced=True
+        )
+        max_grad_norm: float = knob(
+            0.05,
+            "Gradients longer than this are shortened to it. 0 turns clipping off.",
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            advanced=True,
+        )
+        set_dropout: float = knob(
+            0.8,
+            "Share of up-factor entries masked in each pass of stage 1. Lower it if the look is learned too slowly.",
+            min=0.0,
+            max=0.99,
+            step=0.05,
+            advanced=True,
+        )
         sequence_dropout: float = knob(0.5, "The same for stage 2.", min=0.0, max=0.99, step=0.05, advanced=True)
-        token_mask_prob: float = knob(0.1, "Share of prompt tokens hidden in each pass, so that context carries the subject. "
-                                      "0 turns it off.", min=0.0, max=0.9, step=0.05, advanced=True)
-        prior_weight: float = knob(1.0, "Weight of the prior clips' loss, where the data has any.",
-                                   min=0.0, max=100.0, step=0.05, advanced=True)
-        self_conditioning_prob: float = knob(0.0, "Must stay 0: Wan has no input for it. Kept for configurations of the paper.",
-                                             min=0.0, max=1.0, advanced=True)
-        set_shift: float = knob(1.0, "Timestep shift of stage 1. Above 1 trains more on high noise.",
-                                min=0.1, max=20.0, step=0.1, advanced=True)
-        sequence_shift: float = knob(3.0, "Timestep shift of stage 2. Motion is decided at high noise.",
-                                     min=0.1, max=20.0, step=0.1, advanced=True)
+        token_mask_prob: float = knob(
+            0.1,
+            "Share of prompt tokens hidden in each pass, so that context carries the subject. 0 turns it off.",
+            min=0.0,
+            max=0.9,
+            step=0.05,
+            advanced=True,
+        )
+        prior_weight: float = knob(
+            1.0,
+            "Weight of the prior clips' loss, where the data has any.",
+            min=0.0,
+            max=100.0,
+            step=0.05,
+            advanced=True,
+        )
+        self_conditioning_prob: float = knob(
+            0.0,
+            "Must stay 0: Wan has no input for it. Kept for configurations of the paper.",
+            min=0.0,
+            max=1.0,
+            advanced=True,
+        )
+        set_shift: float = knob(
+            1.0,
+            "Timestep shift of stage 1. Above 1 trains more on high noise.",
+            min=0.1,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+        )
+        sequence_shift: float = knob(
+            3.0,
+            "Timestep shift of stage 2. Motion is decided at high noise.",
+            min=0.1,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.self_conditioning_prob:
-                raise ValueError(f"self_conditioning_prob={self.self_conditioning_prob}: expected 0. Self-conditioning belongs "
-                                 "to the paper's own model; Wan has no input that could carry it")
+                raise ValueError(
+                    f"self_conditioning_prob={self.self_conditioning_prob}: expected 0. Self-conditioning belongs "
+                    "to the paper's own model; Wan has no input that could carry it"
+                )
             if not self.set_steps and not self.identity_file:
                 raise ValueError("set_steps=0: expected above 0, or an identity_file to start stage 2 from")
             if self.set_steps and self.identity_file:
-                raise ValueError(f"identity_file={self.identity_file!r}: expected none when set_steps={self.set_steps} trains a "
-                                 "new identity; set set_steps to 0")
+                raise ValueError(
+                    f"identity_file={self.identity_file!r}: expected none when set_steps={self.set_steps} trains a "
+                    "new identity; set set_steps to 0"
+                )
             if not self.set_steps and not self.sequence_steps:
                 raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
 
@@ -101,11 +162,15 @@ class SetAndSequence:
 
     def start(self, phase: Phase) -> None:
         if IDENTITY not in self.lora.active:
-            self.lora.add_group(IDENTITY, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank)
+            self.lora.add_group(
+                IDENTITY, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank
+            )
         if phase.name == SEQUENCE:
             self._start_sequence()
-        stages = {SET: (self.config.set_dropout, self.config.set_shift),
-                  SEQUENCE: (self.config.sequence_dropout, self.config.sequence_shift)}
+        stages = {
+            SET: (self.config.set_dropout, self.config.set_shift),
+            SEQUENCE: (self.config.sequence_dropout, self.config.sequence_shift),
+        }
         self.dropout, self.shift = stages[phase.name]
 
     def _start_sequence(self) -> None:
@@ -119,8 +184,13 @@ class SetAndSequence:
                 for factor in self.lora.factors(IDENTITY, name).values():
                     factor.data = factor.data.half().float()
         self.lora.set_masks(IDENTITY, None)
-        self.lora.add_group(MOTION, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank,
-                            share_down=IDENTITY)
+        self.lora.add_group(
+            MOTION,
+            Wan.lora_targets["all"],
+            self.config.rank,
+            self.config.alpha or self.config.rank,
+            share_down=IDENTITY,
+        )
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         group = IDENTITY if phase.name == SET else MOTION
@@ -156,18 +226,26 @@ class SetAndSequence:
         motion = self.lora.tensors(MOTION)
         if name == MOTION:
             return {**identity, **motion}
-        return {**identity, **{key: identity[key] + up for key, up in motion.items() if key.endswith(".lora_up.weight")}}
+        return {
+            **identity,
+            **{key: identity[key] + up for key, up in motion.items() if key.endswith(".lora_up.weight")},
+        }
 
     def metadata(self, name: str) -> dict[str, str]:
         """`sns.stage`: which part the file is; `sns.basis_side`: A is the down factor."""
-        return {"sns.version": "1", "sns.stage": name, "sns.basis_side": "down", "sns.identity_sha256": self.identity_sha256}
+        return {
+            "sns.version": "1",
+            "sns.stage": name,
+            "sns.basis_side": "down",
+            "sns.identity_sha256": self.identity_sha256,
+        }
 
 
 def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:
     """[B, K+1, L, D] to [B, L, D]: the clean encoding, or one whose tokens are hidden with `probability`.
 
-    Encodings made from captions with tokens removed are used where the data has them at that probability. Otherwise rows
-    of the clean encoding are zeroed, which looks like padding, the end token excepted.
+    Encodings made from captions with tokens removed are used where the data has them at that probability. Otherwise
+    rows of the clean encoding are zeroed, which looks like padding, the end token excepted.
     """
     prompts = batch["prompt_embeds"]
     if not probability:

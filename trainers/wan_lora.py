@@ -28,14 +28,34 @@ class WanLora:
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainConfig):
         steps: int = knob(500, "Optimizer steps. One clip wants 300 to 1000.", min=1, max=1_000_000)
-        target_layers: str = knob("all", "Layers that get a LoRA. Attention alone makes a smaller file that changes less.",
-                                  choices=tuple(Wan.lora_targets), advanced=True)
-        timestep_sampling: str = knob("logit_normal", "Which noise levels are trained most: the middle, or all alike.",
-                                      choices=("logit_normal", "uniform"), advanced=True)
-        shift: float = knob(1.0, "Above 1 trains more on high noise, where motion and layout are decided; below 1, on detail.",
-                            min=0.1, max=20.0, step=0.1, advanced=True)
-        prior_weight: float = knob(1.0, "Weight of the prior clips' loss, where the data has any.",
-                                   min=0.0, max=100.0, step=0.05, advanced=True)
+        target_layers: str = knob(
+            "all",
+            "Layers that get a LoRA. Attention alone makes a smaller file that changes less.",
+            choices=tuple(Wan.lora_targets),
+            advanced=True,
+        )
+        timestep_sampling: str = knob(
+            "logit_normal",
+            "Which noise levels are trained most: the middle, or all alike.",
+            choices=("logit_normal", "uniform"),
+            advanced=True,
+        )
+        shift: float = knob(
+            1.0,
+            "Above 1 trains more on high noise, where motion and layout are decided; below 1, on detail.",
+            min=0.1,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+        )
+        prior_weight: float = knob(
+            1.0,
+            "Weight of the prior clips' loss, where the data has any.",
+            min=0.0,
+            max=100.0,
+            step=0.05,
+            advanced=True,
+        )
 
     def __init__(self, backbone: Wan, config: Any) -> None:
         self.backbone, self.config = backbone, config

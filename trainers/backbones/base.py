@@ -13,8 +13,8 @@ class Schedule(Protocol):
 class Backbone(Protocol):
     """`lora_targets` maps a group of layers to a regular expression over module paths of `module`.
 
-    `blocks` are what gradient checkpointing recomputes; they read `checkpointing` at every call. `prepare` brings a batch
-    of stored columns to the device and the model's own latent space.
+    `blocks` are what gradient checkpointing recomputes; they read `checkpointing` at every call. `prepare` brings a
+    batch of stored columns to the device and the model's own latent space.
     """
 
     module: nn.Module

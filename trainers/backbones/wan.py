@@ -17,12 +17,14 @@ def check(model: Any) -> None:
     if kind != "WanModel":
         raise ValueError(f"model: found {type(model).__name__} ({kind}), expected a Wan 2.1 text-to-video model")
     if module.model_type != "t2v" or module.in_dim != LATENT_CHANNELS:
-        raise ValueError(f"model: found a Wan {module.model_type} model with {module.in_dim} input channels, expected "
-                         f"Wan 2.1 text-to-video with {LATENT_CHANNELS}")
+        raise ValueError(
+            f"model: found a Wan {module.model_type} model with {module.in_dim} input channels, expected "
+            f"Wan 2.1 text-to-video with {LATENT_CHANNELS}"
+        )
 
 
 class Wan:
-    """Velocity predictor v(x_t, t, prompt_embeds) with x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
+    """Velocity predictor v(x_t, t, prompt_embeds): x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
 
     schedule = FlowMatch()
     lora_targets = {
@@ -31,7 +33,7 @@ class Wan:
     }
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, transformer_options: dict) -> None:
-        """`model`: a private comfy BaseModel; `transformer_options`: what every forward passes, such as the attention."""
+        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
         check(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = list(self.module.blocks)
@@ -49,11 +51,16 @@ class Wan:
         text_dim = self.module.text_dim
         prompt_embeds = batch["prompt_embeds"]
         if prompt_embeds.shape[-1] != text_dim:
-            raise ValueError(f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {text_dim}. Was the data encoded "
-                             "with another model's text encoder?")
+            raise ValueError(
+                f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {text_dim}. Was the data encoded "
+                "with another model's text encoder?"
+            )
         return self.module(
-            noisy_latents.to(self.dtype), FlowMatch.multiplier * t, context=prompt_embeds.to(self.dtype),
+            noisy_latents.to(self.dtype),
+            FlowMatch.multiplier * t,
+            context=prompt_embeds.to(self.dtype),
             transformer_options=dict(self.transformer_options),
         )
+
 
 load = Wan

@@ -28,23 +28,32 @@ class Identity:
 
     def changes(self, earlier: "Identity") -> list[str]:
         """Names of what differs from `earlier`, with both values where they are short."""
-        changed = [label for label, ours, theirs in (
-            ("training method", self.recipe, earlier.recipe),
-            ("base model", self.base_model, earlier.base_model),
-            ("training data", self.data, earlier.data),
-        ) if ours != theirs]
+        changed = [
+            label
+            for label, ours, theirs in (
+                ("training method", self.recipe, earlier.recipe),
+                ("base model", self.base_model, earlier.base_model),
+                ("training data", self.data, earlier.data),
+            )
+            if ours != theirs
+        ]
         for name in sorted(self.config.keys() | earlier.config.keys()):
             then, now = earlier.config.get(name), self.config.get(name)
             if then != now:
                 changed.append(f"{name} (was {then!r}, now {now!r})")
-        changed += [f"content of {name}" for name in sorted(self.files.keys() | earlier.files.keys())
-                    if self.files.get(name) != earlier.files.get(name)]
+        changed += [
+            f"content of {name}"
+            for name in sorted(self.files.keys() | earlier.files.keys())
+            if self.files.get(name) != earlier.files.get(name)
+        ]
         return changed
 
     def require_same(self, earlier: "Identity", run_name: str) -> None:
         if changed := self.changes(earlier):
-            raise ValueError(f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
-                             "the change, or choose another run name.")
+            raise ValueError(
+                f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
+                "the change, or choose another run name."
+            )
 
 
 @dataclass

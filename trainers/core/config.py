@@ -5,14 +5,30 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 
-def knob(default: Any, tooltip: str, *, min: float | None = None, max: float | None = None, step: float | None = None,
-         choices: tuple[str, ...] = (), advanced: bool = False, lora_file: bool = False) -> Any:
+def knob(
+    default: Any,
+    tooltip: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    step: float | None = None,
+    choices: tuple[str, ...] = (),
+    advanced: bool = False,
+    lora_file: bool = False,
+) -> Any:
     """A dataclass field that is also a widget; the tooltip says when to change it.
 
     `lora_file` marks a path that the node offers as a choice of the files in the loras folders.
     """
-    extra = {"tooltip": tooltip, "min": min, "max": max, "step": step, "choices": choices, "advanced": advanced,
-             "lora_file": lora_file}
+    extra = {
+        "tooltip": tooltip,
+        "min": min,
+        "max": max,
+        "step": step,
+        "choices": choices,
+        "advanced": advanced,
+        "lora_file": lora_file,
+    }
     return field(default=default, metadata=extra)
 
 
@@ -20,47 +36,130 @@ def knob(default: Any, tooltip: str, *, min: float | None = None, max: float | N
 class TrainConfig:
     """What every recipe can be told. ValueError names the field, the value and what was expected."""
 
-    rank: int = knob(16, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256)
-    learning_rate: float = knob(1e-4, "Lower it if the loss jumps or the result is over-cooked; raise it if nothing is "
-                                "learned. Prodigy wants 1.0.", min=0.0, max=10.0, step=1e-6)
-    seed: int = knob(0, "Start value of every random draw of the run. Change it for another try at the same settings.",
-                     min=0, max=2**53)
-    alpha: float = knob(0.0, "LoRA scale is alpha / rank. 0 means alpha = rank, a scale of 1, which suits most runs.",
-                        min=0.0, max=1024.0, step=0.5, advanced=True)
-    batch_size: int = knob(1, "Clips per forward pass. Raise it for photos or short clips when memory is left.",
-                           min=1, max=64, advanced=True)
-    gradient_accumulation: int = knob(1, "Batches per step, for a larger effective batch without more memory.",
-                                      min=1, max=256, advanced=True)
-    optimizer: str = knob("AdamW", "AdamW suits most runs. AdamW8bit saves memory (needs bitsandbytes). Prodigy finds its "
-                          "own rate: set learning_rate to 1.",
-                          choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"), advanced=True)
-    beta2: float = knob(0.999, "Memory of the optimizer's second moment. Lower it to 0.99 for very short runs. "
-                        "Adafactor has none and ignores it.", min=0.5, max=0.99999, step=1e-3, advanced=True)
-    weight_decay: float = knob(0.01, "Pull of the LoRA towards zero. Raise it against over-fitting.",
-                               min=0.0, max=10.0, step=1e-3, advanced=True)
-    lr_schedule: str = knob("constant", "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
-                            choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"), advanced=True)
-    warmup_steps: int = knob(0, "Steps over which the learning rate rises from zero. Use 10 to 100 if the start is rough.",
-                             min=0, max=100_000, advanced=True)
-    max_grad_norm: float = knob(1.0, "Gradients longer than this are shortened to it. 0 turns clipping off.",
-                                min=0.0, max=1000.0, step=0.01, advanced=True)
-    lora_plus_ratio: float = knob(1.0, "Learning rate of the up factor relative to the down factor (LoRA+). Try 4 to learn "
-                                  "in fewer steps.", min=0.1, max=64.0, step=0.1, advanced=True)
-    stratified_timesteps: bool = knob(True, "Spread the noise levels evenly over consecutive samples: a calmer loss curve "
-                                      "at no cost.", advanced=True)
-    precision: str = knob("auto", "Arithmetic of the frozen model. Auto is bf16 on a GPU that has it, else fp16 on a GPU "
-                          "and fp32 on a CPU. The LoRA itself is always fp32.",
-                          choices=("auto", "bf16", "fp16", "fp32"), advanced=True)
-    checkpointing: str = knob("auto", "Recompute activations to save memory, about a third more time. Auto turns it on only "
-                              "when the run would not fit.", choices=("auto", "on", "off"), advanced=True)
-    validate_every: int = knob(50, "Steps between measurements of the loss on fixed noise, which pick the best checkpoint. "
-                               "0 turns them off.", min=0, max=100_000, advanced=True)
-    save_every: int = knob(100, "Steps between checkpoints: what a crash can lose at most.", min=1, max=100_000, advanced=True)
+    rank: int = knob(
+        16, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256
+    )
+    learning_rate: float = knob(
+        1e-4,
+        "Lower it if the loss jumps or the result is over-cooked; raise it if nothing is learned. Prodigy wants 1.0.",
+        min=0.0,
+        max=10.0,
+        step=1e-6,
+    )
+    seed: int = knob(
+        0,
+        "Start value of every random draw of the run. Change it for another try at the same settings.",
+        min=0,
+        max=2**53,
+    )
+    alpha: float = knob(
+        0.0,
+        "LoRA scale is alpha / rank. 0 means alpha = rank, a scale of 1, which suits most runs.",
+        min=0.0,
+        max=1024.0,
+        step=0.5,
+        advanced=True,
+    )
+    batch_size: int = knob(
+        1,
+        "Clips per forward pass. Raise it for photos or short clips when memory is left.",
+        min=1,
+        max=64,
+        advanced=True,
+    )
+    gradient_accumulation: int = knob(
+        1, "Batches per step, for a larger effective batch without more memory.", min=1, max=256, advanced=True
+    )
+    optimizer: str = knob(
+        "AdamW",
+        "AdamW suits most runs. AdamW8bit saves memory (needs bitsandbytes). Prodigy finds its "
+        "own rate: set learning_rate to 1.",
+        choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"),
+        advanced=True,
+    )
+    beta2: float = knob(
+        0.999,
+        "Memory of the optimizer's second moment. Lower it to 0.99 for very short runs. "
+        "Adafactor has none and ignores it.",
+        min=0.5,
+        max=0.99999,
+        step=1e-3,
+        advanced=True,
+    )
+    weight_decay: float = knob(
+        0.01,
+        "Pull of the LoRA towards zero. Raise it against over-fitting.",
+        min=0.0,
+        max=10.0,
+        step=1e-3,
+        advanced=True,
+    )
+    lr_schedule: str = knob(
+        "constant",
+        "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        advanced=True,
+    )
+    warmup_steps: int = knob(
+        0,
+        "Steps over which the learning rate rises from zero. Use 10 to 100 if the start is rough.",
+        min=0,
+        max=100_000,
+        advanced=True,
+    )
+    max_grad_norm: float = knob(
+        1.0,
+        "Gradients longer than this are shortened to it. 0 turns clipping off.",
+        min=0.0,
+        max=1000.0,
+        step=0.01,
+        advanced=True,
+    )
+    lora_plus_ratio: float = knob(
+        1.0,
+        "Learning rate of the up factor relative to the down factor (LoRA+). Try 4 to learn in fewer steps.",
+        min=0.1,
+        max=64.0,
+        step=0.1,
+        advanced=True,
+    )
+    stratified_timesteps: bool = knob(
+        True, "Spread the noise levels evenly over consecutive samples: a calmer loss curve at no cost.", advanced=True
+    )
+    precision: str = knob(
+        "auto",
+        "Arithmetic of the frozen model. Auto is bf16 on a GPU that has it, else fp16 on a GPU "
+        "and fp32 on a CPU. The LoRA itself is always fp32.",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        advanced=True,
+    )
+    checkpointing: str = knob(
+        "auto",
+        "Recompute activations to save memory, about a third more time. Auto turns it on only "
+        "when the run would not fit.",
+        choices=("auto", "on", "off"),
+        advanced=True,
+    )
+    validate_every: int = knob(
+        50,
+        "Steps between measurements of the loss on fixed noise, which pick the best checkpoint. 0 turns them off.",
+        min=0,
+        max=100_000,
+        advanced=True,
+    )
+    save_every: int = knob(
+        100, "Steps between checkpoints: what a crash can lose at most.", min=1, max=100_000, advanced=True
+    )
     save_precision: str = knob("fp16", "Number format of the LoRA file.", choices=("fp16", "fp32"), advanced=True)
-    trigger_words: str = knob("", "Words that call the concept, written into the file for other tools to show, such as [v].",
-                              advanced=True)
-    pause_when_busy: bool = knob(True, "Wait between steps while other prompts are in the queue. Has no effect while a "
-                                 "Training Result node waits for this run.", advanced=True)
+    trigger_words: str = knob(
+        "", "Words that call the concept, written into the file for other tools to show, such as [v].", advanced=True
+    )
+    pause_when_busy: bool = knob(
+        True,
+        "Wait between steps while other prompts are in the queue. Has no effect while a "
+        "Training Result node waits for this run.",
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):

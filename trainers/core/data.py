@@ -74,8 +74,17 @@ class Batches:
     divide by `batch_size` is filled up with rows of its own.
     """
 
-    def __init__(self, data: TrainingData, split: str, role: str, columns: tuple[str, ...], *, batch_size: int = 1,
-                 seed: int = 0, prepare: Callable[[Batch], Batch] = lambda batch: batch) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        split: str,
+        role: str,
+        columns: tuple[str, ...],
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
         self.rows = data.select(split, role)
         self.data, self.columns, self.batch_size, self.seed, self.prepare = data, columns, batch_size, seed, prepare
         self.key = (split, role)
@@ -83,8 +92,10 @@ class Batches:
         for index, row in enumerate(self.rows):
             for column in columns:
                 if column not in row.columns:
-                    raise ValueError(f"training data row {row.name!r} has no {column!r}: encode the data again with the "
-                                     "inputs that make it")
+                    raise ValueError(
+                        f"training data row {row.name!r} has no {column!r}: encode the data again with the "
+                        "inputs that make it"
+                    )
             self.buckets.setdefault(row.shape, []).append(index)
         self._cache: dict[int, Batch] = {}
         self._cacheable = sum(path.stat().st_size for path in self._paths()) <= CACHE_BYTES if self.rows else True
@@ -111,7 +122,9 @@ class Batches:
     def _order(self, epoch: int) -> list[list[int]]:
         chunks = []
         for shape, bucket in sorted(self.buckets.items()):
-            order = torch.randperm(len(bucket), generator=derived_generator(self.seed, "order", *self.key, shape, epoch))
+            order = torch.randperm(
+                len(bucket), generator=derived_generator(self.seed, "order", *self.key, shape, epoch)
+            )
             rows = [bucket[i] for i in order]
             missing = -len(rows) % self.batch_size
             rows += (rows * (missing // len(rows) + 1))[:missing]
@@ -120,7 +133,9 @@ class Batches:
         return [chunks[i] for i in order]
 
     def _paths(self) -> set[Path]:
-        return {column_path(self.data.folder, row.columns[column], column) for row in self.rows for column in self.columns}
+        return {
+            column_path(self.data.folder, row.columns[column], column) for row in self.rows for column in self.columns
+        }
 
     def _row(self, index: int) -> Batch:
         if index in self._cache:
@@ -167,8 +182,15 @@ class PhaseData:
     ValueError if the data has no row that the phase can use.
     """
 
-    def __init__(self, data: TrainingData, split: str, columns: tuple[str, ...], batch_size: int, seed: int,
-                 prepare: Callable[[Batch], Batch]) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        split: str,
+        columns: tuple[str, ...],
+        batch_size: int,
+        seed: int,
+        prepare: Callable[[Batch], Batch],
+    ) -> None:
         roles = {
             role: Batches(data, split, role, columns, batch_size=batch_size, seed=seed, prepare=prepare)
             for role in ("train", "prior", "validation")
@@ -176,8 +198,10 @@ class PhaseData:
         self.train, self.prior, self._validation = roles["train"], roles["prior"], roles["validation"]
         if not self.train.rows:
             have = sorted({f"{row.split} ({row.role})" for row in data.rows})
-            raise ValueError(f"training data has no {split} to train on, only: {', '.join(have) or 'nothing'}."
-                             + (" Set single_frames above 0 where the clips are encoded." if split == "frames" else ""))
+            raise ValueError(
+                f"training data has no {split} to train on, only: {', '.join(have) or 'nothing'}."
+                + (" Set single_frames above 0 where the clips are encoded." if split == "frames" else "")
+            )
 
     @property
     def held_out(self) -> bool:

@@ -1,4 +1,4 @@
-"""The seam to ComfyUI: private copies of its models, its training flag, its memory. The only file here that imports it."""
+"""The seam to ComfyUI, and the only file here that imports it: private model copies, training flag, memory."""
 
 import hashlib
 import logging
@@ -26,8 +26,8 @@ _training_count = 0
 def training() -> Iterator[None]:
     """Keep ComfyUI's process-wide training flag up through forward, backward and recompute.
 
-    Without it some operators take a path that has no gradient. Counted, so that jobs may overlap; the flag is set anew at
-    every entry because core's own trainer clears it.
+    Without it some operators take a path that has no gradient. Counted, so that jobs may overlap; the flag is set anew
+    at every entry because core's own trainer clears it.
     """
     global _training_count
     with _training_lock:
@@ -59,11 +59,15 @@ class ModelSource:
         """ValueError names what kind of MODEL cannot be copied."""
         kind = type(model).__name__
         if model.cached_patcher_init is None:
-            raise ValueError(f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
-                             "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained")
+            raise ValueError(
+                f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
+                "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
+            )
         factory, arguments = model.cached_patcher_init[:2]
         if model.injections or model.hook_patches:
-            raise ValueError(f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node")
+            raise ValueError(
+                f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node"
+            )
         path = str(arguments[0])
         options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
@@ -74,7 +78,9 @@ class ModelSource:
     def reload(self) -> Any:
         """The MODEL again, after a restart. ValueError if its file is gone or upstream patches are lost."""
         if self.patched:
-            raise ValueError("this run was started on a model with LoRAs applied: run its Train node again to resume it")
+            raise ValueError(
+                "this run was started on a model with LoRAs applied: run its Train node again to resume it"
+            )
         if not Path(self.path).is_file():
             raise ValueError(f"base model {self.path}: not found")
         if self.loader == "load_diffusion_model":
@@ -137,7 +143,9 @@ def _quiet(cls: type) -> type:
     if cls not in _quiet_classes:
         forward = cls.forward
         silent = {**forward.__globals__, "run_every_op": lambda: None}
-        quiet = types.FunctionType(forward.__code__, silent, forward.__name__, forward.__defaults__, forward.__closure__)
+        quiet = types.FunctionType(
+            forward.__code__, silent, forward.__name__, forward.__defaults__, forward.__closure__
+        )
         body: dict[str, Any] = {"forward": quiet}
         if issubclass(cls, nn.Linear) and cls.forward_comfy_cast_weights is not None:
             body["forward_comfy_cast_weights"] = _frozen_linear(cls.forward_comfy_cast_weights)
@@ -146,7 +154,7 @@ def _quiet(cls: type) -> type:
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:
-    """Linear forward that keeps no cast copy of its weight for backward; quantised and patched weights go the host's way."""
+    """Linear that keeps no cast copy of its weight for backward; quantised and patched weights go the host's way."""
 
     def forward_comfy_cast_weights(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.weight
@@ -172,8 +180,18 @@ class CastLinear(torch.autograd.Function):
         return grad @ ctx.weight.to(grad), None, None
 
 
-def sdpa(original: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, mask: Tensor | None = None,
-         skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+def sdpa(
+    original: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    *args: Any,
+    mask: Tensor | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> Tensor:
     """Attention with a gradient, for q, k, v [B, L, heads * d] (or [B, heads, L, d] with `skip_reshape`).
 
     Replaces whatever kernel ComfyUI was launched with: flash and sage have no backward.

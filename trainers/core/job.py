@@ -19,7 +19,7 @@ from .checkpoint import Identity, State, load_state, save_state
 from .config import TrainConfig
 from .data import PhaseData, TrainingData
 from .events import Event, Failed, Finished, Plan, Saved, Step, to_json
-from .loop import train
+from .loop import Session, train
 from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
 from .recipe import Phase, Recipe
@@ -58,8 +58,15 @@ class Job:
     went away. `busy()` says whether the run should wait because the queue has work.
     """
 
-    def __init__(self, folder: Path, spec: Spec, recipe: type[Recipe], backbone: Any,
-                 publish: Callable[["Job", dict], None], busy: Callable[["Job"], bool]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: Spec,
+        recipe: type[Recipe],
+        backbone: Any,
+        publish: Callable[["Job", dict], None],
+        busy: Callable[["Job"], bool],
+    ) -> None:
         self.folder, self.spec, self.recipe_class, self.backbone = folder, spec, recipe, backbone
         self.publish, self.busy = publish, busy
         self.config: TrainConfig = recipe.Config(**spec.config)
@@ -100,9 +107,17 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "id": self.spec.id, "run_name": self.spec.run_name, "recipe": self.spec.recipe, "status": self.status,
-            "error": self.error, "done": self.done, "total": self.total, "files": self.files, "created": self.spec.created,
-            "resumable": self.resumable, "pause_requested": not self._resume.is_set(),
+            "id": self.spec.id,
+            "run_name": self.spec.run_name,
+            "recipe": self.spec.recipe,
+            "status": self.status,
+            "error": self.error,
+            "done": self.done,
+            "total": self.total,
+            "files": self.files,
+            "created": self.spec.created,
+            "resumable": self.resumable,
+            "pause_requested": not self._resume.is_set(),
         }
 
     @property
@@ -118,8 +133,13 @@ class Job:
     # -- persistence -------------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        kept = {"spec": self.spec.to_json(), "status": self.status, "error": self.error, "files": self.files,
-                "total": self.total}
+        kept = {
+            "spec": self.spec.to_json(),
+            "status": self.status,
+            "error": self.error,
+            "files": self.files,
+            "total": self.total,
+        }
         write_text(self.folder / "job.json", json.dumps(kept))
 
     def restore(self, kept: dict[str, Any]) -> None:
@@ -155,7 +175,9 @@ class Job:
             finished = self._train(model)
             self._emit(Finished(not finished, self.done))
             self._set_status("finished" if finished else "stopped")
-        except BaseException as error:  # the thread boundary: whatever happened belongs on the job, not in a lost traceback
+        except (
+            BaseException
+        ) as error:  # the thread boundary: whatever happened belongs on the job, not in a lost traceback
             logging.exception("Kinoloom: run %s failed", self.spec.run_name)
             self.error = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             self.status = "failed"
@@ -184,8 +206,13 @@ class Job:
             rng = Rng(self.config.seed, f"{phase.name}/plan", 0)
             trainable = count_trainable(backbone.module)
             with host.training():
-                self._plan = make_plan(backbone, self.config.checkpointing, lambda: next(recipe.losses(batches.largest(), rng)),
-                                       trainable, host.free_memory(device))
+                self._plan = make_plan(
+                    backbone,
+                    self.config.checkpointing,
+                    lambda: next(recipe.losses(batches.largest(), rng)),
+                    trainable,
+                    host.free_memory(device),
+                )
             self._warm_up = []
             self._emit(self._plan)
 
@@ -196,7 +223,8 @@ class Job:
                 self._export(recipe, phase, best=why == "best")
 
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return train(recipe, phase_data, self.config, state, self._emit, self._should_stop, save_files, plan, scaler)
+        session = Session(self._emit, self._should_stop, save_files, plan)
+        return train(recipe, phase_data, self.config, state, session, scaler)
 
     def _load_state(self) -> State:
         """The last checkpoint, or the beginning; history that a crash left ahead of the checkpoint is cut off."""
@@ -245,10 +273,23 @@ class Job:
             dtype = {"fp16": torch.float16, "fp32": torch.float32}[config.save_precision]
             tensors = {key: tensor.to(dtype) for key, tensor in keys.FORMATS[export.keys](recipe.export(name)).items()}
             words = [word.strip() for word in config.trigger_words.split(",") if word.strip()]
-            save(path, tensors, describe(
-                recipe=spec.recipe, export=name, config=spec.config, step=self.done, steps=self.total,
-                base_model=spec.source.identity, base_model_name=Path(spec.source.path).name, rank=config.rank,
-                alpha=config.alpha or config.rank, trigger_words=words, extra=recipe.metadata(name)))
+            save(
+                path,
+                tensors,
+                describe(
+                    recipe=spec.recipe,
+                    export=name,
+                    config=spec.config,
+                    step=self.done,
+                    steps=self.total,
+                    base_model=spec.source.identity,
+                    base_model_name=Path(spec.source.path).name,
+                    rank=config.rank,
+                    alpha=config.alpha or config.rank,
+                    trigger_words=words,
+                    extra=recipe.metadata(name),
+                ),
+            )
             earlier, self.files[label] = self.files.get(label), str(path)
             if best and earlier and earlier != str(path):
                 Path(earlier).unlink(missing_ok=True)

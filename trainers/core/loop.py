@@ -4,9 +4,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from .checkpoint import State
 from .config import TrainConfig
@@ -25,85 +26,125 @@ class Diverged(ValueError):
     """The loss or the gradient stopped being a number; the step was not made."""
 
 
-def train(recipe: Recipe, data: Callable[[Phase], PhaseData], config: TrainConfig, state: State, emit: Callable[[Event], None],
-          should_stop: Callable[[], bool], save: Callable[[Phase, State, str], None], plan: Callable[[Phase, PhaseData], None],
-          scaler: torch.amp.GradScaler) -> bool:
-    """Run every phase from `state` on; False if `should_stop` said so between two steps.
+@dataclass(frozen=True)
+class Session:
+    """What surrounds the loop: where events go, who may stop it, what is saved.
 
-    `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those before
-    the bad step) or "phase", when the phase is complete. `plan(phase, batches)` is called before a phase's first step. Raises Diverged.
+    `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those
+    before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step.
     """
+
+    emit: Callable[[Event], None]
+    should_stop: Callable[[], bool]
+    save: Callable[[Phase, State, str], None]
+    plan: Callable[[Phase, PhaseData], None]
+
+
+def train(
+    recipe: Recipe,
+    data: Callable[[Phase], PhaseData],
+    config: TrainConfig,
+    state: State,
+    session: Session,
+    scaler: torch.amp.GradScaler,
+) -> bool:
+    """Run every phase from `state` on; False if the session stopped it between two steps. Raises Diverged."""
     phases = recipe.phases(config)
-    total = sum(phase.steps for phase in phases)
     for index, phase in enumerate(phases):
         recipe.start(phase)
         if index < state.phase:
             continue
-        batches = data(phase)
-        optimizer = make_optimizer(recipe.param_groups(phase), config)
-        schedule = make_schedule(optimizer, config, phase.steps)
-        _restore(state, recipe, optimizer, schedule, scaler)
-        plan(phase, batches)
-        before = sum(p.steps for p in phases[:index])
-
-        def snapshot(why: str, phase: Phase = phase, optimizer: Any = optimizer, schedule: Any = schedule) -> None:
-            state.recipe, state.optimizer, state.schedule = recipe.state_dict(), optimizer.state_dict(), schedule.state_dict()
-            state.scaler = scaler.state_dict()
-            save(phase, state, why)
-
+        run = PhaseRun(recipe, phase, data(phase), config, state, session, scaler)
+        session.plan(phase, run.batches)
+        before, total = (sum(p.steps for p in some) for some in (phases[:index], phases))
         while state.step < phase.steps:
-            if should_stop():
-                snapshot("stopped")
+            if session.should_stop():
+                run.snapshot("stopped")
                 return False
             began = time.perf_counter()
-            try:
-                losses, norm = _step(recipe, batches, phase, config, state.step, optimizer, scaler)
-            except Diverged:
-                snapshot("diverged")
-                raise
-            rate = optimizer.param_groups[0]["lr"]
-            schedule.step()
-            state.step += 1
-            done = before + state.step
-            emit(Step(phase.name, state.step, phase.steps, done, total, losses, rate, norm, time.perf_counter() - began))
+            losses, norm, rate = run.step()
+            seconds, done = time.perf_counter() - began, before + state.step
+            session.emit(Step(phase.name, state.step, phase.steps, done, total, losses, rate, norm, seconds))
             last = state.step == phase.steps
-            if config.validate_every and (state.step % config.validate_every == 0 or last):
-                loss = validation_loss(recipe, batches.validation(), phase, config.seed)
-                best = loss < state.best
-                state.best = min(state.best, loss)
-                emit(Validation(phase.name, state.step, loss, best, batches.held_out))
-                if best:
-                    snapshot("best")
-            if state.step % config.save_every == 0 and not last:
-                snapshot("checkpoint")
-        snapshot("phase")
+            if config.validate_every and (last or state.step % config.validate_every == 0):
+                run.validate()
+            if not last and state.step % config.save_every == 0:
+                run.snapshot("checkpoint")
+        run.snapshot("phase")
         vars(state).update(vars(State(phase=index + 1, scaler=state.scaler)))
     return True
 
 
-def _step(recipe: Recipe, batches: PhaseData, phase: Phase, config: TrainConfig, step: int, optimizer: torch.optim.Optimizer,
-          scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
-    """One optimizer step; each named loss averaged over the micro-batches, and the gradient's norm before clipping."""
-    count = config.gradient_accumulation
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-    for micro in range(step * count, (step + 1) * count):
-        rng = Rng(config.seed, phase.name, micro * config.batch_size)
-        with training():
-            for name, loss in recipe.losses(batches[micro], rng):
-                scaler.scale(loss / count).backward()
-                sums[name] = sums[name].to(loss.device) + loss.detach() / count
-    scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    losses = {name: float(value) for name, value in sums.items()}
-    for name, value in {**losses, "gradient": 0.0 if scaler.is_enabled() else float(norm)}.items():
-        if not math.isfinite(value):
-            raise Diverged(f"{name} became {value} in step {step + 1} of phase {phase.name!r}. The LoRA up to there was saved. "
-                           "Try a lower learning_rate, or precision bf16 or fp32.")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return losses, float(norm)
+class PhaseRun:
+    """One phase under way: its optimizer and schedule, restored from `state`, which `snapshot` brings up to date."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        phase: Phase,
+        batches: PhaseData,
+        config: TrainConfig,
+        state: State,
+        session: Session,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.recipe, self.phase, self.batches, self.config = recipe, phase, batches, config
+        self.state, self.session, self.scaler = state, session, scaler
+        self.optimizer = make_optimizer(recipe.param_groups(phase), config)
+        self.schedule = make_schedule(self.optimizer, config, phase.steps)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if state.recipe is not None:
+            recipe.load_state_dict(state.recipe)
+        if state.optimizer is not None:
+            self.optimizer.load_state_dict(state.optimizer)
+            self.schedule.load_state_dict(state.schedule)
+        if state.scaler:
+            scaler.load_state_dict(state.scaler)
+
+    def step(self) -> tuple[dict[str, float], float, float]:
+        """One optimizer step: each loss averaged over its micro-batches, gradient norm before clipping, learning rate."""
+        count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
+        for micro in range(first, first + count):
+            rng = Rng(self.config.seed, self.phase.name, micro * self.config.batch_size)
+            with training():
+                for name, loss in self.recipe.losses(self.batches[micro], rng):
+                    self.scaler.scale(loss / count).backward()
+                    sums[name] += loss.detach() / count
+        self.scaler.unscale_(self.optimizer)
+        norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+        losses = {name: float(value) for name, value in sums.items()}
+        self._require_finite({**losses, "gradient": 0.0 if self.scaler.is_enabled() else norm})
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.state.step += 1
+        return losses, norm, rate
+
+    def _require_finite(self, values: dict[str, float]) -> None:
+        """An overflowing fp16 gradient is the scaler's business, anything else ends the run before the step is made."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self.snapshot("diverged")
+                raise Diverged(
+                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. The LoRA up to "
+                    "there was saved. Try a lower learning_rate, or precision bf16 or fp32."
+                )
+
+    def validate(self) -> None:
+        loss = validation_loss(self.recipe, self.batches.validation(), self.phase, self.config.seed)
+        best = loss < self.state.best
+        self.state.best = min(self.state.best, loss)
+        self.session.emit(Validation(self.phase.name, self.state.step, loss, best, self.batches.held_out))
+        if best:
+            self.snapshot("best")
+
+    def snapshot(self, why: str) -> None:
+        self.state.recipe, self.state.scaler = self.recipe.state_dict(), self.scaler.state_dict()
+        self.state.optimizer, self.state.schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        self.session.save(self.phase, self.state, why)
 
 
 @torch.no_grad()
@@ -116,13 +157,3 @@ def validation_loss(recipe: Recipe, batches: Iterator[Batch], phase: Phase, seed
         for _, loss in recipe.losses(batch, Rng(seed, f"{phase.name}/validation", index * 4096, quantile))
     ]
     return sum(values) / len(values)
-
-
-def _restore(state: State, recipe: Recipe, optimizer: Any, schedule: Any, scaler: torch.amp.GradScaler) -> None:
-    if state.recipe is not None:
-        recipe.load_state_dict(state.recipe)
-    if state.optimizer is not None:
-        optimizer.load_state_dict(state.optimizer)
-        schedule.load_state_dict(state.schedule)
-    if state.scaler:
-        scaler.load_state_dict(state.scaler)

@@ -52,8 +52,8 @@ class LoraGroups:
     def add_group(self, name: str, targets: str, rank: int, alpha: float, share_down: str | None = None) -> None:
         """A new trainable group on every Linear whose path matches the regular expression `targets`.
 
-        down is Kaiming-uniform and up zero, as in PEFT, so the module's output is unchanged. With `share_down` the group
-        has no down factor of its own but uses (and freezes) that group's. ValueError if nothing matches.
+        down is Kaiming-uniform and up zero, as in PEFT, so the module's output is unchanged. With `share_down` the
+        group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing matches.
         """
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
         config._register_custom_module({nn.Linear: GroupLinear})
@@ -89,11 +89,12 @@ class LoraGroups:
         """Module path -> `down` [rank, in] or `up` [out, rank] of one group."""
         return {
             path: (layer.lora_A if name == "down" else layer.lora_B)[group].weight
-            for path, layer in self.layers.items() if group in layer.lora_A
+            for path, layer in self.layers.items()
+            if group in layer.lora_A
         }
 
     def param_groups(self, group: str, learning_rate: float, up_ratio: float = 1.0) -> list[dict]:
-        """Optimizer groups of the trainable factors; up factors learn `up_ratio` times faster (LoRA+, arXiv 2402.12354)."""
+        """Optimizer groups of the trainable factors; up learns `up_ratio` times faster (LoRA+, arXiv 2402.12354)."""
         rates = {"down": learning_rate, "up": learning_rate * up_ratio}
         groups = [
             {"params": [p for p in self.factors(group, name).values() if p.requires_grad], "lr": rate}
@@ -113,7 +114,9 @@ class LoraGroups:
     @contextmanager
     def frozen(self, *groups: str) -> Iterator[None]:
         """These groups act but get no gradient."""
-        parameters = [p for g in groups for name in ("down", "up") for p in self.factors(g, name).values() if p.requires_grad]
+        parameters = [
+            p for g in groups for name in ("down", "up") for p in self.factors(g, name).values() if p.requires_grad
+        ]
         for parameter in parameters:
             parameter.requires_grad_(False)
         try:
@@ -123,7 +126,7 @@ class LoraGroups:
                 parameter.requires_grad_(True)
 
     def set_masks(self, group: str, make: Callable[[Tensor], Tensor] | None) -> None:
-        """Multiply each up factor elementwise by `make(up)`, called in layer order, until the next call; None removes them.
+        """Multiply each up factor by `make(up)`, in layer order, until the next call; None removes the masks.
 
         Drawn before the forward and kept, so a checkpointed recompute sees the same mask.
         """
@@ -137,12 +140,15 @@ class LoraGroups:
         """`<module path>.lora_down.weight` and `.lora_up.weight` of one group, fp32 copies on the CPU."""
         return {
             f"{path}.lora_{name}.weight": parameter.detach().to("cpu", copy=True)
-            for name in ("down", "up") for path, parameter in self.factors(group, name).items()
+            for name in ("down", "up")
+            for path, parameter in self.factors(group, name).items()
         }
 
     def export(self, group: str) -> dict[str, Tensor]:
         """The group as a file: its tensors, and `<module path>.alpha` where the scale alpha / rank is not 1."""
-        scaled = {path: layer for path, layer in self.layers.items() if group in layer.scaling and layer.scaling[group] != 1}
+        scaled = {
+            path: layer for path, layer in self.layers.items() if group in layer.scaling and layer.scaling[group] != 1
+        }
         alphas = {f"{path}.alpha": torch.tensor(float(layer.lora_alpha[group])) for path, layer in scaled.items()}
         return {**self.tensors(group), **alphas}
 
@@ -159,9 +165,11 @@ class LoraGroups:
             self._assign(*key.split("/", 1), tensor)
 
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
-        """Fill one group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
+        """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
         if (own := self.tensors(group).keys()) != tensors.keys():
-            raise ValueError(f"LoRA file: layers do not match this model, for example {sorted(own ^ tensors.keys())[:3]}")
+            raise ValueError(
+                f"LoRA file: layers do not match this model, for example {sorted(own ^ tensors.keys())[:3]}"
+            )
         for key, tensor in tensors.items():
             self._assign(group, key, tensor)
 

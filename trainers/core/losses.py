@@ -27,4 +27,3 @@ def flow_matching_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) ->
     noisy_latents = backbone.schedule.add_noise(latents, noise, t)
     pred = backbone.predict(noisy_latents, t, batch)
     return masked_mse(pred, backbone.schedule.target(latents, noise), batch.get("mask"))
-

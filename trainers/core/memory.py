@@ -48,7 +48,9 @@ def make_plan(backbone: Backbone, choice: str, loss: Callable[[], Tensor], train
     fits = full <= HEADROOM * available
     backbone.checkpointing = choice == "on" or (choice == "auto" and not fits)
     needed = lean if backbone.checkpointing else full
-    reason = {"on": "asked for", "off": "turned off by request"}.get(choice, "the run fits" if fits else "needed to fit")
+    reason = {"on": "asked for", "off": "turned off by request"}.get(
+        choice, "the run fits" if fits else "needed to fit"
+    )
     if needed > HEADROOM * available:
         reason += "; may run out of memory: use a smaller size, fewer frames or a smaller batch"
     return Plan(backbone.checkpointing, needed, available, None, None, f"checkpointing: {reason}")

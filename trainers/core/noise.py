@@ -38,9 +38,9 @@ class Rng:
 
     def noise_like(self, x: Tensor) -> Tensor:
         """N(0, 1) in the shape, dtype and device of `x` [B, ...]; drawn on the CPU, so equal on every device."""
-        noise = torch.stack([
-            torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))
-        ])
+        noise = torch.stack(
+            [torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))]
+        )
         return noise.to(x)
 
     def uniform(self, count: int, stratified: bool = True) -> Tensor:

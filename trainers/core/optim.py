@@ -31,8 +31,10 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError("optimizer=AdamW8bit: needs the package bitsandbytes (pip install bitsandbytes), which is not "
-                         "installed; or choose AdamW") from error
+        raise ValueError(
+            "optimizer=AdamW8bit: needs the package bitsandbytes (pip install bitsandbytes), which is not "
+            "installed; or choose AdamW"
+        ) from error
     return bitsandbytes.optim
 
 

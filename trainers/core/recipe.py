@@ -35,8 +35,8 @@ class Export:
 class Recipe(Protocol):
     """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
 
-    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at every
-    yield inside whatever `with` the recipe has open.
+    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at
+    every yield inside whatever `with` the recipe has open.
     """
 
     Config: ClassVar[type]
