@@ -20,7 +20,7 @@ def from_comfy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key in tensors:
         if not key.startswith(PREFIX):
             raise ValueError(f"LoRA key {key!r}: expected it to start with {PREFIX!r}")
-    return {_renamed(key.removeprefix(PREFIX), rename): tensor for key, tensor in tensors.items()}
+    return {_renamed(key, rename).removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
 def _renamed(key: str, rename: dict[str, str]) -> str:

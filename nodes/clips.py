@@ -2,10 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -136,24 +137,28 @@ def _probe_video(path: Path, size: int, mtime_ns: int) -> tuple[float, int, int,
 def _read_video(path: Path, wanted: Iterable[int]) -> Iterator[Tensor]:
     meta, decoded = _decode(path)
     width, height = meta["size"]
-    numbered, number, frame = enumerate(decoded), -1, None
+    numbered, number, frame = enumerate(decoded), -1, b""
     try:
         for index in wanted:
             while number < index:
-                number, data = next(numbered)
-                frame = data
-            yield torch.from_numpy(np.frombuffer(frame, np.uint8).reshape(height, width, 3).copy()).float() / 255
-    except StopIteration:
-        raise ValueError(f"{path.name} ended at frame {number}") from None
+                number, frame = next(numbered, (index, b""))
+            if not frame:
+                raise ValueError(f"{path.name} ended before frame {index}")
+            yield torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3).float() / 255
     finally:
         decoded.close()
 
 
-def _decode(path: Path, **options: object) -> tuple[dict, Iterator[bytes]]:
-    """ffmpeg's decoder: frames at a constant rate, upright, one at a time."""
+def _decode(path: Path, **options: Any) -> tuple[dict[str, Any], Generator[bytes, None, None]]:
+    """ffmpeg's decoder: what it says about the video, and its frames at a constant rate, upright, one at a time."""
     decoded = imageio_ffmpeg.read_frames(str(path), **options)
+    frames = _readable(decoded)
+    return next(frames), frames
+
+
+def _readable(decoded: Iterator[Any]) -> Generator[Any, None, None]:
     try:
-        return next(decoded), decoded
-    except (OSError, StopIteration, ValueError) as error:
-        reason = str(error).strip().splitlines() or ["no reason given"]
-        raise ValueError(f"not a readable video ({reason[-1].strip()})") from error
+        yield from decoded
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"not a readable video ({reason})") from error

@@ -227,9 +227,8 @@ class TrainingResult(io.ComfyNode):
         if found.status == "failed":
             raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")
         if found.status != "finished":
-            logging.warning(
-                "Kinoloom: run %s was stopped after %d of %d steps", found.spec.run_name, found.done, found.total
-            )
+            summary = found.spec.run_name, found.done, found.total
+            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", *summary)
         exports, main = list(found.files.values()), found.main_file
         if not main:
             raise RuntimeError(f"Training run {found.spec.run_name!r} ended before it saved a LoRA")

@@ -26,18 +26,17 @@ def to_prompt(workflow: Json, object_info: Json) -> Json:
     return prompt
 
 
-def set_widget(workflow: Json, object_info: Json, node_type_or_title: str, input_name: str, value: object) -> None:
-    """Set one widget of the one node of that type or title, in place."""
-    node = find_node(workflow, node_type_or_title)
+def set_widget(workflow: Json, object_info: Json, node: str | Json, input_name: str, value: object) -> None:
+    """Set one widget, in place, of a node or of the one node of that type or title."""
+    node = find_node(workflow, node) if isinstance(node, str) else node
+    name = node.get("title") or node["type"]
     if any(slot["name"] == input_name and slot.get("link") is not None for slot in node.get("inputs") or []):
-        raise ValueError(f"{node_type_or_title}.{input_name} is linked: expected a widget with a value of its own")
+        raise ValueError(f"{name}.{input_name} is linked: expected a widget with a value of its own")
     values = list(node.get("widgets_values") or [])
     slots = list(_slots(_definition(object_info, node), values))
     names = [name for name, _ in slots]
     if input_name not in names:
-        raise ValueError(
-            f"{node_type_or_title} has no widget {input_name!r}: expected one of {[n for n in names if n]}"
-        )
+        raise ValueError(f"{name} has no widget {input_name!r}: expected one of {[n for n in names if n]}")
     values += [_default(spec) for _, spec in slots[len(values) :]]
     values[names.index(input_name)] = value
     node["widgets_values"] = values
@@ -51,6 +50,13 @@ def find_node(workflow: Json, node_type_or_title: str) -> Json:
         known = sorted({node.get("title") or node["type"] for node in workflow["nodes"]})
         raise ValueError(f"{len(found)} nodes are called {node_type_or_title!r}: expected one, in {known}")
     return found[0]
+
+
+def upstream(workflow: Json, node: Json, input_name: str) -> Json:
+    """The node whose output is linked to this input."""
+    link = next(slot["link"] for slot in node["inputs"] if slot["name"] == input_name)
+    origin = next(source for id, source, *_ in workflow["links"] if id == link)
+    return next(other for other in workflow["nodes"] if other["id"] == origin)
 
 
 class _Graph:

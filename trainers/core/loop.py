@@ -102,7 +102,7 @@ class PhaseRun:
             scaler.load_state_dict(state.scaler)
 
     def step(self) -> tuple[dict[str, float], float, float]:
-        """One optimizer step: each loss averaged over its micro-batches, gradient norm before clipping, learning rate."""
+        """One optimizer step; the losses averaged over micro-batches, the gradient norm before clipping, the rate."""
         count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
         for micro in range(first, first + count):

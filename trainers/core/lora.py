@@ -57,13 +57,15 @@ class LoraGroups:
         """
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
         config._register_custom_module({nn.Linear: GroupLinear})
+        vars(self.module).pop("peft_config", None)  # PEFT warns about a second adapter, which is meant here
         inject_adapter_in_model(config, self.module, name, low_cpu_mem_usage=True)
         self.layers = {path: m for path, m in self.module.named_modules() if isinstance(m, GroupLinear)}
         self.active.add(name)
         for path, layer in self.layers.items():
             layer.active = self.active
             layer.__dict__.setdefault("masks", {})
-            self._initialise(layer, path, name, share_down)
+            if name in layer.lora_A:
+                self._initialise(layer, path, name, share_down)
         self.train_only({name: ("up",) if share_down else ("down", "up")})
 
     def _initialise(self, layer: GroupLinear, path: str, name: str, share_down: str | None) -> None:
@@ -105,11 +107,12 @@ class LoraGroups:
     @contextmanager
     def without(self, *groups: str) -> Iterator[None]:
         """These groups do not act. Forward, backward and recompute must all happen inside."""
-        self.active -= set(groups)
+        switched_off = self.active & set(groups)
+        self.active -= switched_off
         try:
             yield
         finally:
-            self.active |= set(groups)
+            self.active |= switched_off
 
     @contextmanager
     def frozen(self, *groups: str) -> Iterator[None]:

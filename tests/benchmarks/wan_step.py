@@ -1,0 +1,452 @@
+"""One training step of Wan 2.1: ours, ComfyUI's TrainLoraNode, and diffusers + PEFT, on the same weights and latents.
+
+    python tests/benchmarks/wan_step.py [--dim 512 --blocks 8 --tokens 800 --rank 16 --rounds 5] [--json FILE]
+    python tests/benchmarks/wan_step.py --cuda-sizes      # the 1.3B shape in bf16 at two clip sizes, on a CUDA device
+
+COMFYUI_DIR says where ComfyUI is. Everybody trains rank-r LoRA with AdamW on batches of one. Ours and diffusers + PEFT adapt
+the ten linear layers of every block; TrainLoraNode adapts every layer that has a weight (embeddings, head, norms and biases
+too) and cannot be told otherwise. Every variant is a process of its own; on the CPU they take turns, so that a change of the
+machine's load meets all of them alike. Times are medians, memory is the peak over what is resident between two steps.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACK = Path(__file__).resolve().parents[2]
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()
+CHANNELS, TEXT_TOKENS, TEXT_DIM, HEAD_DIM = 16, 512, 4096, 128
+WARM_UP = 2  # steps before the first timed one
+PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bf16, from the data sheets
+PEFT_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`grid`: latent frames, and rows and columns of tokens; a token is 2 x 2 latents of one frame."""
+
+    name: str
+    dim: int
+    ffn: int
+    blocks: int
+    grid: tuple[int, int, int]
+    rank: int
+    dtype: str
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    def latents(self) -> torch.Tensor:
+        frames, height, width = self.grid
+        return torch.randn(CHANNELS, frames, 2 * height, 2 * width, generator=torch.Generator().manual_seed(1))
+
+    def prompt_embeds(self) -> torch.Tensor:
+        return torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(2))
+
+    def step_tflop(self) -> float:
+        """Multiply-adds of one step that no implementation can avoid, twice, in 10^12: backward of a frozen linear layer
+        is one product, of attention and of the LoRA factors two; nothing is recomputed. Embeddings and head are left out.
+        """
+        n, d, f = self.tokens, self.dim, self.ffn
+        linear = 2 * n * (6 * d * d + 2 * d * f) + 2 * TEXT_TOKENS * 2 * d * d
+        attention = 4 * n * (n + TEXT_TOKENS) * d
+        lora = 2 * self.rank * (n * (6 * 2 * d + 2 * (d + f)) + TEXT_TOKENS * 2 * 2 * d)
+        return self.blocks * (2 * linear + 3 * (attention + lora)) / 1e12
+
+
+# What a worker runs after every step of its trainer; raises Done when no more steps are wanted.
+Tick = Callable[[], None]
+
+
+class Done(Exception):
+    pass
+
+
+def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, precision: str = "") -> None:
+    """The pack as a job runs it: private copy, backbone, recipe, data on disk, loop."""
+    import comfy.sd
+    from kinoloom.trainers.backbones import wan
+    from kinoloom.trainers.core import data, events, host, loop, memory
+    from kinoloom.trainers.core.checkpoint import State
+    from kinoloom.trainers.wan_lora import WanLora
+
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(model_path))
+    config = WanLora.Config(
+        steps=1_000_000,
+        rank=shape.rank,
+        checkpointing=checkpointing,
+        precision=precision or shape.dtype,
+        validate_every=0,
+        save_every=1_000_000,
+    )
+    device = host.device()
+    backbone = wan.load(
+        host.load_private(model, device), device, host.compute_dtype(config.precision, device), host.TRANSFORMER_OPTIONS
+    )
+    memory.checkpointed_blocks(backbone)
+    backbone.checkpointing = checkpointing == "on"
+    folder = model_path.parent / f"data-{os.getpid()}"
+    text = {"prompt_embeds": shape.prompt_embeds()[None], "prompt_length": torch.tensor(TEXT_TOKENS)}
+    data.write_column(folder, "clip", "latents", {"latents": shape.latents()})
+    data.write_column(folder, "clip", "prompt_embeds", text)
+    columns = {"latents": "clip", "prompt_embeds": "clip"}
+    row = data.Row("clip", "clips", "train", tuple(shape.latents().shape), columns)
+    recipe = WanLora(backbone, config)
+
+    def batches(phase: Any) -> data.PhaseData:
+        rows = data.TrainingData(str(folder), (row,))
+        return data.PhaseData(rows, phase.split, recipe.columns, config.batch_size, config.seed, backbone.prepare)
+
+    def emit(event: events.Event) -> None:
+        if isinstance(event, events.Step):
+            tick()
+
+    def nothing(*args: Any) -> None:
+        pass
+
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    loop.train(recipe, batches, config, State(), emit, lambda: False, nothing, nothing, scaler)
+
+
+def core(shape: Shape, model_path: Path, tick: Tick, **changed: Any) -> None:
+    """ComfyUI's own node, called as the executor does; its progress bar says when a step is over."""
+    import comfy.sd
+    from comfy_extras import nodes_train
+
+    class Bar:
+        def __init__(self, total: int) -> None: ...
+        def update(self, count: int) -> None:
+            tick()
+
+    nodes_train.ProgressBar = Bar
+    defaults = {i.id: i.default for i in nodes_train.TrainLoraNode.define_schema().inputs if hasattr(i, "default")}
+    given = {"steps": 1_000_000, "rank": shape.rank, "learning_rate": 1e-4, "existing_lora": "[None]"}
+    with torch.inference_mode():
+        inputs = {
+            "model": comfy.sd.load_diffusion_model(str(model_path)),
+            "latents": {"samples": shape.latents()[None]},
+            "positive": [[shape.prompt_embeds()[None], {}]],
+        }
+        nodes_train.TrainLoraNode.execute(**{k: [v] for k, v in {**defaults, **inputs, **given, **changed}.items()})
+
+
+def diffusers_peft(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: bool) -> None:
+    """WanTransformer3DModel with a PEFT LoRA in the plainest loop, flow matching and gradient clipping as ours."""
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=shape.dim // HEAD_DIM,
+            attention_head_dim=HEAD_DIM,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            text_dim=TEXT_DIM,
+            ffn_dim=shape.ffn,
+            num_layers=shape.blocks,
+        )
+    weights = convert_wan_transformer_to_diffusers(load_file(model_path, device=str(device)))
+    transformer.load_state_dict(weights, assign=True)
+    rope = type(transformer.rope)(HEAD_DIM, transformer.config.patch_size, transformer.config.rope_max_seq_len)
+    transformer.rope = rope.to(device)
+    transformer.requires_grad_(False).train()
+    config = LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=PEFT_TARGETS)
+    network = get_peft_model(transformer, config)  # fp32 factors, also on a bf16 model
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    latents = shape.latents()[None].to(device)
+    prompt_embeds = shape.prompt_embeds()[None].to(device, shape.torch_dtype)
+    while True:
+        noise, t = torch.randn_like(latents), torch.rand(1, device=device)
+        noisy_latents = ((1 - t) * latents + t * noise).to(shape.torch_dtype)
+        pred = network(noisy_latents, 1000 * t, prompt_embeds, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(pred.float(), noise - latents)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        loss.item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tick()
+
+
+fast_core = partial(core, gradient_checkpointing=False, bypass_mode=True)
+OURS, CORE = "ours", "core, defaults"
+VARIANTS: dict[str, Callable] = {
+    OURS: partial(ours, checkpointing="off"),
+    "ours, checkpointed": partial(ours, checkpointing="on"),
+    CORE: core,
+    "core, no checkpointing": partial(core, gradient_checkpointing=False),
+    "core, bypass, no checkpointing": fast_core,
+    "diffusers + PEFT": partial(diffusers_peft, checkpointing=False),
+    "diffusers + PEFT, checkpointed": partial(diffusers_peft, checkpointing=True),
+}
+CPU_VARIANTS = {  # the node defaults to bf16, which some CPUs are slow at and some fast
+    "ours, bf16": partial(ours, checkpointing="off", precision="bf16"),
+    "ours, bf16, checkpointed": partial(ours, checkpointing="on", precision="bf16"),
+    "core, fp32": partial(core, training_dtype="fp32", lora_dtype="fp32"),
+    "core, fp32, bypass, no checkpointing": partial(fast_core, training_dtype="fp32", lora_dtype="fp32"),
+    "core, fp32, bypass, checkpoint_depth 2": partial(
+        core, training_dtype="fp32", lora_dtype="fp32", bypass_mode=True, checkpoint_depth=2
+    ),
+}
+
+
+# -- one variant's process -------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Times steps, and peak memory over what is resident after the first one; between rounds it waits for its turn."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.left, self.times, self.resident = WARM_UP, [], 0
+
+    def tick(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - self.began)
+        self.left -= 1
+        if not self.left:
+            self.connection.send({"times": self.times, "resident": self.resident, "peak": _peak()})
+            if not (wanted := self.connection.recv()):
+                raise Done
+            self.left, self.times = wanted, []
+            self.resident = _reset_peak()
+        self.began = time.perf_counter()
+
+
+def _reset_peak() -> int:
+    """Forget the peak so far; bytes in use now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _proc_status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _proc_status("VmHWM")
+
+
+def _proc_status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def worker(connection: Connection, variant: str, shape: Shape, model_path: Path) -> None:
+    sys.stderr = open(model_path.parent / f"{variant}.log", "w")
+    _start_comfyui(model_path.parent)
+    meter = Meter(connection)
+    meter.began = time.perf_counter()
+    try:
+        {**VARIANTS, **CPU_VARIANTS}[variant](shape, model_path, meter.tick)
+    except Done:
+        pass
+    except torch.OutOfMemoryError:
+        connection.send({"failed": "out of memory"})
+
+
+def _start_comfyui(base: Path) -> None:
+    """Make ComfyUI importable, on the CPU if there is no CUDA device, and this pack as `kinoloom`."""
+    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if entry not in (str(PACK), ""))]
+    sys.argv = [sys.argv[0], "--base-directory", str(base), *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    spec = importlib.util.spec_from_file_location(
+        "kinoloom", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
+    sys.modules["kinoloom"] = importlib.util.module_from_spec(spec)
+
+
+# -- the rounds ------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    def __init__(self, variant: str, shape: Shape, model_path: Path) -> None:
+        self.variant, self.shape = variant, shape
+        self.times: list[float] = []
+        self.resident = self.peak = 0
+        self.failed = ""
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=worker, args=(other, variant, shape, model_path), daemon=True)
+        self.process.start()
+        other.close()
+        self._receive()
+        self.times.clear()
+
+    def run(self, steps: int) -> None:
+        if not self.failed:
+            self.connection.send(steps)
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            report = self.connection.recv()
+        except EOFError:
+            report = {"failed": "crashed"}
+        self.failed = report.get("failed", "")
+        if not self.failed:
+            self.times += report["times"]
+            if report["peak"] - report["resident"] > self.peak - self.resident or not self.resident:
+                self.peak, self.resident = report["peak"], report["resident"]
+
+    def close(self) -> None:
+        if not self.failed:
+            self.connection.send(0)
+        self.process.join()
+
+    def result(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"variant": self.variant, "shape": asdict(self.shape)}
+        if self.failed:
+            return {**row, "failed": self.failed}
+        seconds = statistics.median(self.times)
+        row |= {"seconds": seconds, "times": self.times, "resident_bytes": self.resident, "peak_bytes": self.peak}
+        row["tflops"] = self.shape.step_tflop() / seconds
+        if torch.cuda.is_available() and (peak := _peak_tflops()):
+            row["mfu"] = row["tflops"] / peak
+        return row
+
+
+def _peak_tflops() -> float | None:
+    return next((value for name, value in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+
+
+def measure(shape: Shape, variants: list[str], rounds: int, steps: int, take_turns: bool) -> list[dict[str, Any]]:
+    """`rounds` times `steps` steps of every variant, side by side or one variant after the other."""
+    from tiny import write_wan
+
+    with tempfile.TemporaryDirectory(prefix="kinoloom-bench-") as folder:
+        path = Path(folder) / "wan.safetensors"
+        heads = shape.dim // HEAD_DIM
+        options = {"dim": shape.dim, "blocks": shape.blocks, "ffn": shape.ffn, "num_heads": heads}
+        write_wan(path, text_dim=TEXT_DIM, dtype=shape.torch_dtype, **options)
+        results = []
+        for group in [variants] if take_turns else [[variant] for variant in variants]:
+            runners = [Runner(variant, shape, path) for variant in group]
+            for _ in range(rounds):
+                for runner in runners:
+                    runner.run(steps)
+            for runner in runners:
+                runner.close()
+            results += [runner.result() for runner in runners]
+            for runner in runners:
+                if runner.failed == "crashed":
+                    print((Path(folder) / f"{runner.variant}.log").read_text()[-3000:], file=sys.stderr)  # noqa: T201
+        return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Ratios are to the first variant and to core with its defaults."""
+    by_name = {row["variant"]: row for row in results if "failed" not in row}
+    lines = [
+        "| variant | s/step | / core default | / ours | peak MiB over resident | / core default | TFLOP/s | MFU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        if "failed" in row:
+            lines.append(f"| {row['variant']} | {row['failed']} | | | | | | |")
+            continue
+
+        def ratio(value: Callable[[dict], float], name: str, row: dict = row) -> str:
+            return f"{value(row) / value(by_name[name]):.2f}" if name in by_name else ""
+
+        cells = [
+            row["variant"],
+            f"{row['seconds']:.3f}",
+            ratio(lambda r: r["seconds"], CORE),
+            ratio(lambda r: r["seconds"], OURS),
+            f"{_growth(row) / 2**20:.0f}",
+            ratio(_growth, CORE),
+            f"{row['tflops']:.3g}",
+            f"{row['mfu']:.1%}" if "mfu" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _growth(row: dict[str, Any]) -> float:
+    return row["peak_bytes"] - row["resident_bytes"]
+
+
+def grid_of(tokens: int) -> tuple[int, int, int]:
+    """Two latent frames where possible, as square as the number allows."""
+    frames = 2 if tokens % 2 == 0 else 1
+    area = tokens // frames
+    height = max(n for n in range(1, math.isqrt(area) + 1) if area % n == 0)
+    return frames, height, area // height
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dim", type=int, default=512, help=f"a multiple of {HEAD_DIM}")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=800)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    parser.add_argument("--only", nargs="*", help="variants to run, by the names in the table")
+    parser.add_argument("--cuda-sizes", action="store_true", help="Wan 1.3B in bf16 at 512x512x33 and 480x832x81")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if options.cuda_sizes and not cuda:
+        parser.error("--cuda-sizes needs a CUDA device")
+    sys.path.insert(0, str(PACK / "scripts"))
+    shape = Shape(
+        "small", options.dim, 4 * options.dim, options.blocks, grid_of(options.tokens), options.rank, "fp32"
+    )
+    shapes = [replace(shape, dtype="bf16") if cuda else shape]
+    if options.cuda_sizes:
+        full = Shape("1.3B 512x512x33", 1536, 8960, 30, (9, 32, 32), options.rank, "bf16")
+        shapes = [full, replace(full, name="1.3B 480x832x81", grid=(21, 30, 52))]
+    variants = options.only or [*VARIANTS, *({} if cuda else CPU_VARIANTS)]
+    where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
+    results = []
+    for shape in shapes:
+        results.append(measure(shape, variants, options.rounds, options.steps, take_turns=not cuda))
+        print(f"\n{shape.name}: dim {shape.dim}, {shape.blocks} blocks, {shape.tokens} tokens, ", end="")  # noqa: T201
+        print(f"rank {shape.rank}, {shape.dtype}, {where}, torch {torch.__version__}\n")  # noqa: T201
+        print(table(results[-1]), flush=True)  # noqa: T201
+    print("\nTrainLoraNode adapts embeddings, head, norms and biases as well; the others the blocks' ten linears.")  # noqa: T201
+    if options.json:
+        options.json.write_text(json.dumps({"device": where, "torch": torch.__version__, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Training runs without nodes: synthetic columns on disk, and jobs on them with every recipe at its smallest."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import torch
+from kinoloom.trainers import backbones, recipes
+from kinoloom.trainers.core import host
+from kinoloom.trainers.core.checkpoint import Identity, State, load_state
+from kinoloom.trainers.core.config import TrainConfig
+from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
+from kinoloom.trainers.core.host import ModelSource
+from kinoloom.trainers.core.job import Job, Spec, new_spec
+from kinoloom.trainers.core.memory import checkpointed_blocks
+from kinoloom.trainers.core.noise import derived_generator
+from torch import Tensor
+
+TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
+SMALL = {"rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
+# What makes a run of each method small: a new method adds a line, and is then in every test of the matrix.
+RUNS: dict[str, dict[str, Any]] = {
+    "KinoloomTrainWanLora": {"steps": 6},
+    "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
+}
+MODELS = {"wan": "diffusion_models/tiny_wan.safetensors"}
+SHAPES = {"wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)}}
+
+
+def random(*shape: int, name: str) -> Tensor:
+    return torch.randn(shape, generator=derived_generator("test", name))
+
+
+def load_model(path: Path, **options: Any) -> Any:
+    """A MODEL as Load Diffusion Model gives it: made in inference mode. `dtype` is its weight_dtype."""
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(path), options)
+
+
+def prompt(name: str, *, variants: int = 2, tokens: int = TOKENS, width: int = TEXT_WIDTH) -> dict[str, Tensor]:
+    """The column `prompt_embeds` as the encode nodes write it."""
+    return {
+        "prompt_embeds": random(1 + variants, tokens, width, name=f"{name} prompt"),
+        "prompt_length": torch.tensor(TEXT_LENGTH),
+        "prompt_tokens": torch.tensor([tokens, *[tokens - 1] * variants]),
+        "token_mask_prob": torch.tensor(0.1 if variants else 0.0),
+    }
+
+
+def write_row(
+    folder: Path, name: str, split: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
+) -> Row:
+    """One sample of random latents; a keyword replaces or adds a column, None leaves it out."""
+    default = {"latents": {"latents": random(*shape, name=name)}, "prompt_embeds": prompt(name)}
+    written = {column: tensors for column, tensors in {**default, **columns}.items() if tensors is not None}
+    for column, tensors in written.items():
+        write_column(folder, name, column, tensors)
+    return Row(name, split, role, shape, {column: name for column in written})
+
+
+def write_data(folder: Path, backbone: str, *, roles: Iterable[str] = ("train", "prior"), each: int = 2) -> TrainingData:
+    """`each` samples of every split and role."""
+    rows = [
+        write_row(folder, f"{role}-{split}-{i}", split, shape, role)
+        for role in roles
+        for split, shape in SHAPES[backbone].items()
+        for i in range(each)
+    ]
+    return TrainingData(str(folder), tuple(rows))
+
+
+def make_config(recipe: str, **options: Any) -> TrainConfig:
+    return recipes()[recipe].Config(**{**SMALL, **RUNS[recipe], **options})
+
+
+class Published(list):
+    """Everything a job published; `at(done, act)` calls `act(job)` in the job's thread after optimizer step `done`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actions: dict[int, Callable[[Job], None]] = {}
+
+    def at(self, done: int, act: Callable[[Job], None]) -> "Published":
+        self.actions[done] = act
+        return self
+
+    def __call__(self, job: Job, event: dict) -> None:
+        self.append(event)
+        if event["event"] == "step" and event["done"] in self.actions:
+            self.actions[event["done"]](job)
+
+
+def make_job(
+    folder: Path, model: Any, data: TrainingData, config: TrainConfig, recipe: str, published: Published | None = None
+) -> Job:
+    """A job in folder/job whose files go to folder/out; one that a folder already holds is taken up as after a restart."""
+    kept = folder / "job" / "job.json"
+    if kept.is_file():
+        spec = Spec.from_json(json.loads(kept.read_text())["spec"])
+    else:
+        source = ModelSource.of(model)
+        spec = new_spec(
+            id="job",
+            run_name="run",
+            recipe=recipe,
+            config=vars(config),
+            data=data,
+            source=source,
+            identity=Identity.of(recipe, source.identity, data.digest, config, {}),
+            output=str(folder / "out"),
+        )
+    method = recipes()[recipe]
+    job = Job(folder / "job", spec, method, backbones()[method.backbone], published or Published(), lambda job: False)
+    if kept.is_file():
+        job.restore(json.loads(kept.read_text()))
+    return job
+
+
+def finish(job: Job, model: Any, status: str = "finished") -> Job:
+    """Start `job` and wait until it ended as expected."""
+    job.start(model)
+    assert job.ended.wait(120)
+    assert job.status == status, job.error or job.status
+    return job
+
+
+def state_of(job: Job) -> State:
+    return load_state(job.folder / "state.pt")[0]
+
+
+def events(job: Job, *kinds: str) -> list[dict]:
+    """The history's events of these kinds without what a clock says."""
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in job.history if e["event"] in kinds]
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
+    """Bit equality of nested dicts, lists, tensors and plain values."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, f"{where}: {ours!r} != {theirs!r}"
+
+
+def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A private Wan of `model`, as a job makes it, on the CPU."""
+    private = host.load_private(model, torch.device("cpu"))
+    backbone = backbones()["wan"].load(private, torch.device("cpu"), dtype, host.TRANSFORMER_OPTIONS)
+    checkpointed_blocks(backbone)
+    return backbone
+
+
+def make_batch(backbone: Any, data: TrainingData, split: str = "clips", size: int = 1) -> dict[str, Any]:
+    return PhaseData(data, split, ("latents", "prompt_embeds"), size, 0, backbone.prepare)[0]
+
+
+def leaves(loss: Tensor) -> set[Tensor]:
+    """Every tensor that a backward from `loss` would give a gradient."""
+    found, todo, seen = set(), [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found

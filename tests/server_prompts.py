@@ -1,0 +1,82 @@
+"""API prompts and input files for the tests that run a real server."""
+
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+FAST = {"learning_rate": 5e-3, "rank": 4, "validate_every": 0, "pause_when_busy": False}
+
+
+def write_video(path: Path, frames: int = 9, size: int = 32, fps: int = 16) -> Path:
+    """A bright square that moves right over a gradient."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = imageio_ffmpeg.write_frames(str(path), (size, size), fps=fps, quality=9, macro_block_size=1)
+    writer.send(None)
+    for i in range(frames):
+        frame = np.tile(np.linspace(0, 120, size, dtype=np.uint8)[:, None, None], (1, size, 3))
+        frame[8:20, i : i + 12] = (250, 200, 40)
+        writer.send(frame.tobytes())
+    writer.close()
+    return path
+
+
+def write_clips(base: Path) -> None:
+    """input/clips/square.mp4 with captions for both stages."""
+    video = write_video(base / "input" / "clips" / "square.mp4")
+    video.with_suffix(".static.txt").write_text("a [v] square on a grey wall")
+    video.with_suffix(".motion.txt").write_text("a [v] square on a grey wall, [u] moving")
+
+
+def loaders(unet: str = "tiny_wan.safetensors") -> dict:
+    return {
+        "unet": node("UNETLoader", unet_name=unet, weight_dtype="default"),
+        "clip": node("CLIPLoader", clip_name="tiny_clip.safetensors", type="wan", device="default"),
+        "vae": node("VAELoader", vae_name="tiny_wan_vae.safetensors"),
+    }
+
+
+def train(client, recipe: str, run_name: str, wait: bool = True, unet: str = "tiny_wan.safetensors", **options) -> dict:
+    """Folder of clips -> train node, with every widget at its default but FAST and `options`; `wait` adds the result."""
+    data = widgets(client, "KinoloomClipsFromFolder", folder="clips", frames_per_clip=9, size=32, single_frames=3)
+    chosen = widgets(client, recipe, run_name=run_name, **{**FAST, **options})
+    prompt = {
+        **loaders(unet),
+        "data": node("KinoloomClipsFromFolder", vae=["vae", 0], clip=["clip", 0], **data),
+        "train": node(recipe, model=["unet", 0], data=["data", 0], **chosen),
+    }
+    if wait:
+        prompt["result"] = node("KinoloomTrainingResult", job=["train", 0])
+        prompt["show"] = node("PreviewAny", source=["result", 1])
+    return prompt
+
+
+def sample(lora: str | None = None, seed: int = 1, steps: int = 2, prefix: str = "sample") -> dict:
+    """Text to latent with core's sampler, saved as a latent file, which keeps every bit."""
+    model = ["lora", 0] if lora else ["unet", 0]
+    prompt = {
+        **loaders(),
+        "text": node("CLIPTextEncode", text="a [v] square", clip=["clip", 0]),
+        "latent": node("EmptyHunyuanLatentVideo", width=32, height=32, length=9, batch_size=1),
+        "sample": node(
+            "KSampler", model=model, positive=["text", 0], negative=["text", 0], latent_image=["latent", 0], seed=seed,
+            steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        ),
+        "save": node("SaveLatent", samples=["sample", 0], filename_prefix=prefix),
+    }  # fmt: skip
+    if lora:
+        prompt["lora"] = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=lora, strength_model=1.0)
+    return prompt
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def widgets(client, class_type: str, **values) -> dict:
+    """Every widget of a node at its default, then `values`; an unknown name is an error here, not in the server."""
+    given = client.object_info()[class_type]["input"]
+    specs = {**given["required"], **given.get("optional", {})}
+    defaults = {name: spec[1]["default"] for name, spec in specs.items() if len(spec) > 1 and "default" in spec[1]}
+    assert values.keys() <= specs.keys(), f"{class_type} has no {values.keys() - specs.keys()}"
+    return {**defaults, **values}
