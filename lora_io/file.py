@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,14 +20,10 @@ def atomic_write(path: Path, write: Callable[[str], None]) -> None:
 
     Raises SaveError (disk full, no permission, ...), leaving an earlier file at `path` as it was.
     """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise SaveError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        write(temporary)
+        write(str(temporary))
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -35,7 +31,7 @@ def atomic_write(path: Path, write: Callable[[str], None]) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise SaveError(f"cannot write {path}: {error}. The previous version, if any, is kept.") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,12 +15,10 @@ def describe(
     steps: int,
     base_model: str,
     base_model_name: str,
-    rank: int,
-    alpha: float,
-    trigger_words: list[str],
     extra: dict[str, str],
 ) -> dict[str, str]:
     """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for other tools; `step` counts the whole run."""
+    words = [word.strip() for word in config["trigger_words"].split(",")]
     return {
         "format": "pt",
         "kinoloom.version": VERSION,
@@ -33,10 +31,10 @@ def describe(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "wan2.1/lora",
         "modelspec.title": f"{recipe} {export}",
-        "modelspec.trigger_phrase": ", ".join(trigger_words),
+        "modelspec.trigger_phrase": ", ".join(word for word in words if word),
         "ss_base_model_version": "wan2.1",
         "ss_sd_model_name": base_model_name,
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
+        "ss_network_dim": str(config["rank"]),
+        "ss_network_alpha": str(config["alpha"] or config["rank"]),
         **extra,
     }

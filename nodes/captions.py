@@ -38,13 +38,13 @@ def serves_both(captions: Captions, *, photo: bool, with_frames: bool) -> bool:
 
 def warn_serves_both(names: list[str]) -> None:
     if names:
-        logging.warning("[Kinoloom] One caption serves the clip and its single frames: %s. Set-and-Sequence learns better "
-                        "with two: a static one (appearance, may hold %s) and a motion one (the same plus what happens, "
-                        "with %s).", ", ".join(names), SUBJECT_TOKEN, MOTION_TOKEN)
+        logging.warning("Kinoloom: one caption serves the clip and its single frames: %s. Set-and-Sequence learns "
+                        "better with two: a static one (appearance, may hold %s) and a motion one (the same and what "
+                        "happens, with %s).", ", ".join(names), SUBJECT_TOKEN, MOTION_TOKEN)
 
 
 def read_captions(path: Path, *, photo: bool, with_frames: bool) -> Captions:
-    """Captions beside a clip: clip.txt, or clip.static.txt and clip.motion.txt; for a folder also inside, as caption.*"""
+    """Captions beside a clip: clip.txt, or clip.static.txt and clip.motion.txt; in a folder of frames, caption.*"""
     stem = path.name if path.is_dir() else path.stem
     texts = {}
     for kind in ("txt", "static.txt", "motion.txt"):

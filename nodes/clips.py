@@ -46,7 +46,8 @@ def open_source(path: Path, frames_fps: float) -> Source:
 def video(path: Path) -> Source:
     stat = path.stat()
     fps, width, height, count = _probe_video(path, stat.st_size, stat.st_mtime_ns)
-    return Source(path.name, file_digest(path), count, fps, width, height, False, lambda wanted: _read_video(path, wanted))
+    return Source(path.name, file_digest(path), count, fps, width, height, False,
+                  lambda wanted: _read_video(path, wanted))
 
 
 def frames_folder(path: Path, fps: float) -> Source:
@@ -87,8 +88,8 @@ def natural_key(path: Path) -> list[int | str]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
-    return sorted(files, key=natural_key)
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES), key=natural_key)
 
 
 def read_image(path: Path) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import fields
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,29 @@ from comfy_api.latest import InputImpl, io
 from ..trainers.core.data import Row, TrainingData
 from . import captions, clips
 from .columns import frame_step
-from .encode import Clip, Options, check_options, encode, plan
+from .encode import Clip, Options, encode, plan
 from .folder import listing, plan_folder, resolve_folder
+from .framing import check_length
 from .priors import PriorOptions, Sampler, add_priors, read_prompts
 from .train import TrainingDataType, widget
 
-def source_fps(what: str) -> Any:
-    return io.Float.Input("source_fps", default=16.0, min=0.01, max=240.0, step=0.01, advanced=True, tooltip=
-                          f"Frame rate of {what}, which do not say it themselves. Change it if they were not taken at 16.")
+LIKE_GENERATION = "Use what you use for generation."
+
+
+def vae_and_text_encoder() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+        io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
+    ]
+
+
+def clip_widgets(frames: str) -> list[io.Input]:
+    """The options for cutting and encoding clips; `frames` names what does not tell its own frame rate."""
+    return [
+        *(widget(option) for option in fields(Options)),
+        io.Float.Input("source_fps", default=16.0, min=0.01, max=240.0, step=0.01, advanced=True,
+                       tooltip=f"Frame rate of {frames}. Change it if they were not taken at 16 frames per second."),
+    ]
 
 
 class EncodeClips(io.ComfyNode):
@@ -33,38 +47,37 @@ class EncodeClips(io.ComfyNode):
             description="Encodes one clip and its captions for training. What was encoded before is taken from disk.",
             search_aliases=["dataset", "video lora", "training data"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
-                io.Image.Input("images", optional=True, tooltip="The frames of the clip, or one photo. Connect either this "
-                               "or video."),
-                io.Video.Input("video", optional=True, tooltip="The clip as a video, whose own frame rate is used. Connect "
-                               "either this or images."),
-                io.Mask.Input("masks", optional=True, tooltip="Where the loss counts: one mask per frame, or one for all. "
-                              "Connect it to train on the subject and not its surroundings."),
+                *vae_and_text_encoder(),
+                io.Image.Input("images", optional=True, tooltip="The frames of the clip, or one photo. Connect either "
+                               "this or video."),
+                io.Video.Input("video", optional=True, tooltip="The clip as a video, whose own frame rate is used. "
+                               "Connect either this or images."),
+                io.Mask.Input("masks", optional=True, tooltip="Where the loss counts: one mask per frame, or one for "
+                              "all. Connect it to train on the subject and not its surroundings."),
                 io.String.Input("caption", multiline=True, tooltip="What is seen: subject and surroundings. For "
-                                "Set-and-Sequence describe the appearance here, with [v] before the subject, and no motion."),
-                io.String.Input("motion_caption", multiline=True, optional=True, default="", tooltip="The caption again and "
-                                "what happens, with [u] before the motion. Leave it empty to use caption for all."),
-                *(widget(option) for option in fields(Options)),
-                source_fps("images"),
+                                "Set-and-Sequence describe the appearance here, with [v] before the subject."),
+                io.String.Input("motion_caption", multiline=True, default="", tooltip="The caption again "
+                                "and what happens, with [u] before the motion. Leave it empty to use caption for all."),
+                *clip_widgets("images"),
             ],
-            outputs=[TrainingDataType.Output(display_name="data")],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
         )
 
     @classmethod
     def execute(cls, vae: Any, clip: Any, caption: str, source_fps: float, images: Any = None, video: Any = None,
                 masks: Any = None, motion_caption: str = "", **options: Any) -> io.NodeOutput:
         chosen = Options(**options)
-        check_options(chosen, vae)
+        check_length(chosen.frames_per_clip, frame_step(vae))
         if (images is None) == (video is None):
             raise ValueError("connect either images or video")
         source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
-        written = captions.resolve(caption, "", motion_caption, photo=source.photo, with_frames=chosen.single_frames > 0)
         mask = None if masks is None else clips.from_tensor("masks", masks, source.fps)
         try:
+            written = captions.resolve(caption, "", motion_caption, photo=source.photo,
+                                       with_frames=chosen.single_frames > 0)
             planned = plan(Clip(source, written, mask), chosen, frame_step(vae))
         except ValueError as error:
-            raise ValueError(f"{source.name} {error}") from error
+            raise ValueError(f"{source.name}: {error}") from error
         return io.NodeOutput(encode([planned], "train", chosen, vae, clip))
 
 
@@ -75,7 +88,7 @@ def video_source(video: Any) -> clips.Source:
         if isinstance(file, str):
             return clips.video(Path(file))
     parts = video.get_components()
-    return clips.from_tensor("video", parts.images, float(Fraction(parts.frame_rate)))
+    return clips.from_tensor("video", parts.images, float(parts.frame_rate))
 
 
 class ClipsFromFolder(io.ComfyNode):
@@ -85,22 +98,20 @@ class ClipsFromFolder(io.ComfyNode):
             node_id="KinoloomClipsFromFolder",
             display_name="Training Clips from Folder",
             category="Kinoloom/data",
-            description="Encodes the videos, photos and folders of numbered frames in a folder of ComfyUI's input folder. "
-                        "Captions are text files of the same name: dance.txt, or dance.static.txt and dance.motion.txt. "
-                        "Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
+            description="Encodes the videos, photos and folders of numbered frames in a folder of ComfyUI's input "
+                        "folder. Captions are text files of the same name: dance.txt, or dance.static.txt and "
+                        "dance.motion.txt. Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
             search_aliases=["dataset", "video lora", "training data", "load folder"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
+                *vae_and_text_encoder(),
                 io.Combo.Input("folder", options=folder_paths.get_input_subfolders(),
                                tooltip="The folder with the clips, inside ComfyUI's input folder."),
                 io.Combo.Input("role", options=["train", "validation", "prior"], default="train",
-                               tooltip="Train on the clips, only measure the loss on them, or use them to keep what the model "
-                               "knew before (clips of other subjects)."),
-                *(widget(option) for option in fields(Options)),
-                source_fps("folders of frames"),
+                               tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
+                               "clips of other subjects, so that the model does not forget them."),
+                *clip_widgets("folders of frames"),
             ],
-            outputs=[TrainingDataType.Output(display_name="data")],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
         )
 
     @classmethod
@@ -111,7 +122,7 @@ class ClipsFromFolder(io.ComfyNode):
     @classmethod
     def execute(cls, vae: Any, clip: Any, folder: str, role: str, source_fps: float, **options: Any) -> io.NodeOutput:
         chosen = Options(**options)
-        check_options(chosen, vae)
+        check_length(chosen.frames_per_clip, frame_step(vae))
         root = Path(folder_paths.get_input_directory())
         plans = plan_folder(root, folder, source_fps, chosen, frame_step(vae))
         return io.NodeOutput(encode(plans, role, chosen, vae, clip))
@@ -120,34 +131,36 @@ class ClipsFromFolder(io.ComfyNode):
 class PriorClips(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        options = [(option.metadata["advanced"], widget(option)) for option in fields(PriorOptions)]
         return io.Schema(
             node_id="KinoloomPriorClips",
             display_name="Generate Prior Clips",
             category="Kinoloom/data",
-            description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training on them "
-                        "as well keeps the model from forgetting other subjects. Made once, then taken from disk.",
+            description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training "
+                        "on them as well keeps the model from forgetting other subjects. Made only once.",
             search_aliases=["regularization", "prior preservation", "class images"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be trained, without the LoRA, with the shift you sample at."),
+                io.Model.Input("model", tooltip="The model that will be trained, without LoRAs, with your shift."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 TrainingDataType.Input("data", tooltip="The encoded clips, which say size and length."),
-                io.String.Input("prompts", multiline=True, tooltip="One prompt per line: appearance, then motion, such as 'A man "
-                                "in a blue shirt. He walks in a park.' Use ordinary subjects of the same kind, without [v] and "
-                                "[u]; about 16 lines."),
-                io.String.Input("negative", multiline=True, default="", tooltip="The negative prompt you use for generation."),
-                *(widget(option) for option in fields(PriorOptions)),
+                io.String.Input("prompts", multiline=True, tooltip="One prompt per line: appearance, then motion, such "
+                                "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
+                                "kind, without [v] and [u]; about 16 lines."),
+                io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt. " + LIKE_GENERATION),
+                *(made for advanced, made in options if not advanced),
                 io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="uni_pc",
-                               tooltip="Use what you use for generation."),
+                               tooltip=LIKE_GENERATION),
                 io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
-                               tooltip="Use what you use for generation."),
+                               tooltip=LIKE_GENERATION),
+                *(made for advanced, made in options if advanced),
             ],
-            outputs=[TrainingDataType.Output(display_name="data")],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="The data and the prior clips.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, vae: Any, data: TrainingData, prompts: str, negative: str, sampler_name: str,
-                scheduler: str, **options: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, clip: Any, vae: Any, data: TrainingData, prompts: str, negative: str,
+                sampler_name: str, scheduler: str, **options: Any) -> io.NodeOutput:
         chosen = PriorOptions(**options)
         sampler = Sampler(model, clip, sampler_name, scheduler, negative, chosen.steps, chosen.cfg)
         return io.NodeOutput(add_priors(data, sampler, vae, read_prompts(prompts), chosen))
@@ -164,9 +177,9 @@ class CombineData(io.ComfyNode):
             search_aliases=["merge datasets", "concatenate training data"],
             inputs=[
                 TrainingDataType.Input("data_1", tooltip="Training data."),
-                TrainingDataType.Input("data_2", tooltip="Training data to add. Use further nodes to join more than two."),
+                TrainingDataType.Input("data_2", tooltip="Training data to add. Chain nodes to join more than two."),
             ],
-            outputs=[TrainingDataType.Output(display_name="data")],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
         )
 
     @classmethod
@@ -176,7 +189,7 @@ class CombineData(io.ComfyNode):
 
 def combine(first: TrainingData, second: TrainingData) -> TrainingData:
     if first.folder != second.folder:
-        raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode one of them again")
+        raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode it again")
     rows: dict[tuple, Row] = {}
     for row in (*first.rows, *second.rows):
         rows.setdefault((row.split, row.role, *sorted(row.columns.items())), row)

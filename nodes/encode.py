@@ -12,18 +12,18 @@ from . import identity
 from .captions import Captions, serves_both, warn_serves_both
 from .clips import Source
 from .columns import Columns, data_folder, frame_step
-from .framing import WINDOW_MODES, bucket, check_length, nearest_lengths, resample, spread, windows
+from .framing import WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How clips are cut, sized and encoded."""
 
-    frames_per_clip: int = knob(81, "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Lower it if memory runs "
-                                "out or the videos are short.", min=1, max=1025)
+    frames_per_clip: int = knob(81, "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Lower it if memory "
+                                "runs out or the videos are short.", min=1, max=1025)
     fps: float = knob(16.0, "Frame rate the clips are brought to. Keep it at the model's own rate, 16 for Wan; 0 keeps "
                       "each file's rate.", min=0.0, max=240.0, step=0.01)
-    size: int = knob(512, "Side of a square with as many pixels as a clip gets; the aspect ratio stays that of the file. "
+    size: int = knob(512, "Side of a square with as many pixels as a clip gets; the aspect ratio stays the file's. "
                      "Lower it if memory runs out.", min=16, max=2048, step=16)
     window_mode: str = knob("first", "Which part of a long video is used: its first frames, evenly spread windows, or "
                             "overlapping windows one stride apart.", choices=WINDOW_MODES)
@@ -33,11 +33,11 @@ class Options:
                              min=1, max=1024, advanced=True)
     window_stride: int = knob(40, "Frames from one window to the next in the mode sliding. Lower it for more overlap.",
                               min=1, max=4096, advanced=True)
-    token_variants: int = knob(16, "Versions of each caption with a tenth of the words missing, which keep the LoRA from "
-                               "clinging to single words. Set it to 0 if the trainer does not mask tokens.",
+    token_variants: int = knob(16, "Versions of each caption with a tenth of the words missing, which keep the LoRA "
+                               "from clinging to single words. Set it to 0 if the trainer does not mask tokens.",
                                min=0, max=64, advanced=True)
-    hold_out: int = knob(0, "Number of clips, the last ones, that are kept for validation and never trained on. Use 1 or "
-                         "more if there are enough clips to spare.", min=0, max=4096, advanced=True)
+    hold_out: int = knob(0, "Number of clips, the last ones, that are kept for validation and never trained on. Use 1 "
+                         "or more if there are clips to spare.", min=0, max=4096, advanced=True)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -69,8 +69,8 @@ def plan(clip: Clip, options: Options, step: int) -> Plan:
     length = 1 if source.photo else options.frames_per_clip
     if len(indices) < length:
         fps = options.fps or source.fps
-        raise ValueError(f"has {len(indices)} frames at {fps:g} per second, but a clip takes {length}: set frames_per_clip "
-                         f"to {nearest_lengths(len(indices), step).split()[0]}, or remove it")
+        raise ValueError(f"has {len(indices)} frames at {fps:g} per second, but a clip takes {length}: set "
+                         f"frames_per_clip to {nearest_lengths(len(indices), step)[0]}, or remove it")
     if clip.mask:
         check_mask(clip.mask, source)
     taken = windows(len(indices), length, options.window_mode, options.window_count, options.window_stride)
@@ -80,9 +80,10 @@ def plan(clip: Clip, options: Options, step: int) -> Plan:
 
 def check_mask(mask: Source, source: Source) -> None:
     if mask.count not in (1, source.count):
-        raise ValueError(f"has {source.count} frames, but its mask {mask.name} has {mask.count}: expected as many, or one")
+        raise ValueError(f"has {source.count} frames, its mask {mask.name} has {mask.count}: "
+                         f"expected {source.count} or 1")
     if abs(mask.width / mask.height - source.width / source.height) > 0.02 * source.width / source.height:
-        raise ValueError(f"is {source.width}x{source.height}, but its mask {mask.name} is {mask.width}x{mask.height}: "
+        raise ValueError(f"is {source.width}x{source.height}, its mask {mask.name} is {mask.width}x{mask.height}: "
                          "expected the same aspect ratio")
 
 
@@ -90,7 +91,7 @@ def assign_roles(plans: list[Plan], role: str, hold_out: int) -> list[Plan]:
     """Every window gets `role`; the last `hold_out` of all windows are for validation."""
     total = sum(len(planned.windows) for planned in plans)
     if hold_out and role != "train":
-        raise ValueError(f"hold_out={hold_out}: only clips of the role train can be held out, these have the role {role}")
+        raise ValueError(f"hold_out={hold_out}: only clips of the role train can be held out, these are for {role}")
     if hold_out >= total:
         raise ValueError(f"hold_out={hold_out}: nothing would be left to train on, there are {total} clips")
     roles = [role] * (total - hold_out) + ["validation"] * hold_out
@@ -108,10 +109,6 @@ def frames_by_role(planned: Plan, count: int) -> dict[str, list[int]]:
         chosen[role] = spread(sorted(covered - taken), count) if count else []
         taken |= covered
     return chosen
-
-
-def check_options(options: Options, vae: Any) -> None:
-    check_length(options.frames_per_clip, frame_step(vae))
 
 
 def encode(plans: list[Plan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
@@ -149,12 +146,13 @@ def _samples(planned: Plan, single_frames: int) -> list[tuple[str, str, list[int
 def _row_name(source: Source, indices: list[int]) -> str:
     if source.photo:
         return source.name
-    return f"{source.name} frame {indices[0]}" if len(indices) == 1 else f"{source.name} frames {indices[0]}-{indices[-1]}"
+    frames = f"frame {indices[0]}" if len(indices) == 1 else f"frames {indices[0]}-{indices[-1]}"
+    return f"{source.name} {frames}"
 
 
 def _log_sizes(plans: list[Plan]) -> None:
     for planned in plans:
         source = planned.clip.source
         if planned.width > source.width or planned.height > source.height:
-            logging.warning("[Kinoloom] %s is enlarged from %dx%d to %dx%d. Lower size if it looks soft.", source.name,
+            logging.warning("Kinoloom: %s is enlarged from %dx%d to %dx%d. Lower size if it looks soft.", source.name,
                             source.width, source.height, planned.width, planned.height)

@@ -26,18 +26,27 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
+def check_links(folder: Path, root: Path) -> None:
+    """ValueError names every link in the folder that leads out of `root`."""
+    leaving = [path for path in sorted(folder.rglob("*")) if not path.resolve().is_relative_to(root.resolve())]
+    if leaving:
+        names = ", ".join(str(path.relative_to(folder)) for path in leaving)
+        raise ValueError(f"{folder.name} holds links that lead out of the input folder: {names}. Copy the files")
+
+
 def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step: int) -> list[Plan]:
     """A plan per clip, in natural order. One ValueError names every clip that cannot be used, and why."""
     folder = resolve_folder(root, name)
-    plans, problems = [], []
+    check_links(folder, root)
     entries = clips_in(folder)
+    plans, problems = [], stray_masks(folder, entries)
     for entry in entries:
         try:
-            plans.append(plan(read_clip(entry, root.resolve(), frames_fps, options), options, step))
+            plans.append(plan(read_clip(entry, frames_fps, options), options, step))
         except ValueError as error:
             problems.append(f"{entry.name}: {error}")
     if problems:
-        raise ValueError(f"{len(problems)} of {len(entries)} clips in {name!r} cannot be used:\n- " + "\n- ".join(problems))
+        raise ValueError(f"some clips in {name!r} cannot be used:\n- " + "\n- ".join(problems))
     if not plans:
         raise ValueError(f"folder={name!r} holds no videos, photos or folders of frames")
     return plans
@@ -48,23 +57,25 @@ def clips_in(folder: Path) -> list[Path]:
     return sorted((path for path in entries if _is_clip(path)), key=natural_key)
 
 
-def read_clip(path: Path, root: Path, frames_fps: float, options: Options) -> Clip:
-    for file in [path, *(images_in(path) if path.is_dir() else [])]:
-        _check_inside(file, root)
+def stray_masks(folder: Path, clips: list[Path]) -> list[str]:
+    stems = {_stem(clip) for clip in clips}
+    masks = sorted(path for path in folder.iterdir() if _is_mask(path) and _is_clip(path))
+    return [f"{mask.name}: no clip is called {_mask_of(mask)}" for mask in masks if _mask_of(mask) not in stems]
+
+
+def read_clip(path: Path, frames_fps: float, options: Options) -> Clip:
     source = open_source(path, frames_fps)
     captions = read_captions(path, photo=source.photo, with_frames=options.single_frames > 0)
-    return Clip(source, captions, read_mask(path, root, frames_fps))
+    return Clip(source, captions, read_mask(path, frames_fps))
 
 
-def read_mask(path: Path, root: Path, frames_fps: float) -> Source | None:
+def read_mask(path: Path, frames_fps: float) -> Source | None:
     """clip.mask.mp4, clip.mask.png or the folder clip.mask; None where there is none."""
-    stem = path.name if path.is_dir() else path.stem
-    found = [mask for mask in path.parent.iterdir() if _is_mask(mask) and _is_clip(mask) and _mask_of(mask) == stem]
+    found = [mask for mask in path.parent.iterdir() if _mask_of(mask) == _stem(path) and _is_clip(mask)]
     if len(found) > 1:
         raise ValueError(f"has several masks: {', '.join(sorted(mask.name for mask in found))}")
     if not found:
         return None
-    _check_inside(found[0], root)
     try:
         return open_source(found[0], frames_fps)
     except ValueError as error:
@@ -79,14 +90,12 @@ def _is_clip(path: Path) -> bool:
 
 def _mask_of(path: Path) -> str:
     """The clip's stem from the mask's name; empty for what is no mask."""
-    stem = path.name if path.is_dir() else path.stem
-    return stem.removesuffix(MASK) if stem.endswith(MASK) else ""
+    return _stem(path).removesuffix(MASK) if _stem(path).endswith(MASK) else ""
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _is_mask(path: Path) -> bool:
     return bool(_mask_of(path))
-
-
-def _check_inside(path: Path, root: Path) -> None:
-    if not path.resolve().is_relative_to(root):
-        raise ValueError(f"{path.name} is a link that leads out of the input folder")

@@ -13,16 +13,18 @@ SIDE = 16  # pixels per token side: VAE 8 x patch 2
 WINDOW_MODES = ("first", "uniform", "sliding")
 
 
-def nearest_lengths(frames: int, step: int) -> str:
+def nearest_lengths(frames: int, step: int) -> tuple[int, int]:
+    """The allowed lengths below (or at) and above `frames`."""
     below = (frames - 1) // step * step + 1
-    return f"{below} and {below + step}"
+    return below, below + step
 
 
 def check_length(frames: int, step: int) -> None:
     """A causal video VAE takes 1 + n * step frames."""
     if (frames - 1) % step:
-        raise ValueError(f"frames_per_clip={frames}: expected {step}n+1 frames for this VAE; the nearest are "
-                         f"{nearest_lengths(frames, step)}")
+        below, above = nearest_lengths(frames, step)
+        raise ValueError(f"frames_per_clip={frames}: expected {step}n+1 frames for this VAE; the nearest are {below} "
+                         f"and {above}")
 
 
 def resample(source: Source, fps: float) -> list[int]:
@@ -30,7 +32,7 @@ def resample(source: Source, fps: float) -> list[int]:
     if fps == 0 or fps == source.fps or source.photo:
         return list(range(source.count))
     if fps > source.fps:
-        logging.warning("[Kinoloom] %s has %g frames per second; frames repeat to make %g. Set fps to %g or 0 if its "
+        logging.warning("Kinoloom: %s has %g frames per second; frames repeat to make %g. Set fps to %g or 0 if its "
                         "motion stutters.", source.name, source.fps, fps, source.fps)
     moments = math.floor((source.count - 1) / source.fps * fps + 1e-6) + 1
     return [min(math.floor(k * source.fps / fps + 0.5), source.count - 1) for k in range(moments)]
@@ -61,7 +63,7 @@ def bucket(width: int, height: int, area: int) -> tuple[int, int]:
     """Width and height, multiples of 16 of about `area` pixels, with the aspect ratio nearest to the source's."""
     def misfit(size: tuple[int, int]) -> tuple[float, int]:
         w, h = size
-        return abs(math.log(w * height / (h * width))) + abs(math.log(w * h / area)), abs(w - h)
+        return 2 * abs(math.log(w * height / (h * width))) + abs(math.log(w * h / area)), abs(w - h)
 
     ideal = math.sqrt(area * width / height)
     tokens = max(int(ideal // SIDE), 1)

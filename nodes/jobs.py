@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,13 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..trainers import backbones, recipes
+from ..trainers import backbone_modules, recipes
 from ..trainers.core.checkpoint import Identity
 from ..trainers.core.config import TrainConfig
 from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource
-from ..trainers.core.job import Job, Spec, new_spec
+from ..trainers.core.job import Job
+from ..trainers.core.record import Spec
 
 TrainingJob = io.Custom("TRAINING_JOB")
 POLL_SECONDS = 0.2
@@ -38,18 +40,20 @@ class Registry:
         self.folder = folder
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
-        self.waiters: dict[str, int] = {}
+        self.waiters = 0  # nodes in the queue that wait for a run
+        self.slot = threading.Semaphore()
         for path in sorted(folder.glob("*/job.json")):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            spec = Spec.from_json(kept["spec"])
-            if spec.recipe not in recipes():
-                logging.warning("Kinoloom: %s was made by the unknown method %s and is not listed", path, spec.recipe)
-                continue
-            self._add(spec).restore(kept)
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                self._add(Spec.from_json(kept["spec"])).restore(kept)
+            except (ValueError, KeyError, TypeError) as error:
+                logging.warning("Kinoloom: %s is of another version or damaged, and not listed (%r)", path, error)
 
     def _add(self, spec: Spec) -> Job:
         recipe = recipes()[spec.recipe]
-        job = Job(self.folder / spec.id, spec, recipe, backbones()[recipe.backbone], publish, self.busy)
+        job = Job(
+            self.folder / spec.id, spec, recipe, backbone_modules()[recipe.backbone], publish, self.busy, self.slot
+        )
         self.jobs[spec.id] = job
         return job
 
@@ -96,7 +100,7 @@ class Registry:
             else:
                 output = Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
                 job = self._add(
-                    new_spec(
+                    Spec(
                         id=uuid.uuid4().hex[:12],
                         run_name=run_name,
                         recipe=recipe,
@@ -105,6 +109,7 @@ class Registry:
                         source=source,
                         identity=identity,
                         output=str(output),
+                        created=time.time(),
                     )
                 )
             job.start(model)
@@ -116,26 +121,25 @@ class Registry:
             if not job.ended.is_set():
                 job.resume()
             elif job.resumable:
-                job.start(job.spec.source.reload())
+                job.spec.source.require_reloadable()
+                job.start(None)
             else:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status} and has no checkpoint to resume from")
 
     def busy(self, job: Job) -> bool:
-        """Whether `job` should wait: the queue has work, the run is polite, and no node waits for it."""
-        wanted = self.waiters.get(job.spec.id, 0)
-        return (
-            job.config.pause_when_busy and not wanted and PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
-        )
+        """Whether `job` should wait: the queue has work, the run is polite, and that work is not waiting for a run."""
+        working = PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+        return job.config.pause_when_busy and working and not self.waiters
 
     @contextmanager
-    def waiting(self, job: Job) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         with self.lock:
-            self.waiters[job.spec.id] = self.waiters.get(job.spec.id, 0) + 1
+            self.waiters += 1
         try:
             yield
         finally:
             with self.lock:
-                self.waiters[job.spec.id] -= 1
+                self.waiters -= 1
 
     def shutdown(self) -> None:
         """Stop every running job and give it time to save."""
@@ -203,8 +207,8 @@ class TrainingResult(io.ComfyNode):
             node_id="KinoloomTrainingResult",
             display_name="Training Result",
             category="Kinoloom/training",
-            description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so far is "
-            "saved, and running the workflow again resumes it.",
+            description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so "
+            "far is saved, and running the workflow again resumes it.",
             inputs=[TrainingJob.Input("job", tooltip="A job from one of the Train nodes.")],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
@@ -222,7 +226,7 @@ class TrainingResult(io.ComfyNode):
     @classmethod
     def execute(cls, job: str) -> io.NodeOutput:
         found = registry().get(job)
-        with registry().waiting(found):
+        with registry().waiting():
             _wait(found)
         if found.status == "failed":
             raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")

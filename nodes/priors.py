@@ -28,10 +28,11 @@ class PriorOptions:
     seed: int = knob(0, "Seed of the first clip; the others follow. Change it for other clips.", min=0, max=2**53)
     steps: int = knob(30, "Sampling steps. Use what you use for generation.", min=1, max=1000)
     cfg: float = knob(6.0, "Guidance. Use what you use for generation.", min=0.0, max=100.0, step=0.1)
-    single_frames: int = knob(4, "Frames of each prior clip that are also encoded one by one. Only used if the data holds "
-                              "single frames, as for Set-and-Sequence.", min=0, max=1025, advanced=True)
-    token_variants: int = knob(16, "Versions of each prompt with a tenth of the words missing. Keep it as in the node that "
-                               "encoded the clips.", min=0, max=64, advanced=True)
+    single_frames: int = knob(4, "Frames of each prior clip that are also encoded one by one. Only used if the data "
+                              "holds single frames. Raise it if there are few prior clips.",
+                              min=0, max=1025, advanced=True)
+    token_variants: int = knob(16, "Versions of each prompt with a tenth of the words missing. Keep it as in the node "
+                               "that encoded the clips.", min=0, max=64, advanced=True)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -86,10 +87,10 @@ def read_prompts(text: str) -> list[str]:
     for line in prompts:
         for token in (SUBJECT_TOKEN, MOTION_TOKEN):
             if token in line:
-                raise ValueError(f"prior prompt {line!r} contains {token}: prior clips show what the model knows without "
-                                 "the trained subject, so describe others")
+                raise ValueError(f"prior prompt {line!r} contains {token}: prior clips show what the model knows "
+                                 "without the trained subject, so describe others")
     if not prompts:
-        raise ValueError("prompts is empty: write one prompt per line, such as 'A man in a blue shirt. He walks in a park.'")
+        raise ValueError("prompts is empty: write one per line, such as 'A man in a blue shirt. He walks in a park.'")
     return prompts
 
 
@@ -105,12 +106,14 @@ def clip_shapes(data: TrainingData, model: Any) -> list[tuple[int, ...]]:
     if not shapes:
         raise ValueError("data holds no clips to train on, so there is no size to generate prior clips at")
     if form.latent_dimensions != 3 or shapes[0][0] != form.latent_channels:
-        raise ValueError(f"the data's latents have {shapes[0][0]} channels; this model makes {form.latent_dimensions}-D latents "
-                         f"of {form.latent_channels}. Encode the data with the VAE of a video model such as Wan and use that model")
+        raise ValueError(f"the data's latents have {shapes[0][0]} channels, but this model makes "
+                         f"{form.latent_dimensions}-D latents of {form.latent_channels}: expected a "
+                         "video model such as Wan, and data encoded with its VAE")
     return shapes
 
 
-def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str], options: PriorOptions) -> TrainingData:
+def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str],
+               options: PriorOptions) -> TrainingData:
     """`data` and its prior rows. What was generated before is taken from disk."""
     shapes = clip_shapes(data, sampler.model)
     frames = options.single_frames if data.select("frames", "train") else 0
@@ -123,7 +126,8 @@ def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str
     encoded = {text: columns.prompt(sampler.text_encoder, clip_id, text, options.token_variants) for text in texts}
     rows = []
     for clip, latents in zip(clips, generate(columns, sampler, clip_id, clips), strict=True):
-        rows.append(Row(clip.name, "clips", "prior", clip.shape, {"latents": latents, "prompt_embeds": encoded[clip.prompt]}))
+        named = {"latents": latents, "prompt_embeds": encoded[clip.prompt]}
+        rows.append(Row(clip.name, "clips", "prior", clip.shape, named))
     for clip, row in list(zip(clips, rows, strict=True)) if frames else []:
         text = encoded[appearance(clip.prompt)]
         for index, latents in encode_frames(columns, vae, row.columns["latents"], clip.shape, frames):
@@ -143,13 +147,14 @@ def generate(columns: Columns, sampler: Sampler, clip_id: str, clips: list[Prior
     columns.bar.update(sampler.steps * (len(clips) - len(missing)))
 
     def sample(clip: PriorClip) -> dict[str, Tensor]:
-        return {"latents": sampler.sample(conditioning[clip.prompt], conditioning[sampler.negative], clip.seed, clip.shape,
-                                          columns.bar)}
+        positive, negative = conditioning[clip.prompt], conditioning[sampler.negative]
+        return {"latents": sampler.sample(positive, negative, clip.seed, clip.shape, columns.bar)}
 
     return [columns.cached("latents", keys[clip], lambda clip=clip: sample(clip)) for clip in clips]
 
 
-def encode_frames(columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...], count: int) -> list[tuple[int, str]]:
+def encode_frames(columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...],
+                  count: int) -> list[tuple[int, str]]:
     """(frame, its latents column) for frames of a generated clip, each encoded on its own.
 
     A slice of a clip's latents other than the first covers several frames and is not the latent of a still.
@@ -164,5 +169,8 @@ def encode_frames(columns: Columns, vae: Any, clip_latents: str, shape: tuple[in
             decoded.append(vae.decode(latents.unsqueeze(0))[0])
         return {"latents": encode_pixels(vae, decoded[0][index : index + 1])}
 
-    return [(index, columns.cached("latents", ("prior frame", vae_id, clip_latents, index), lambda index=index: make(index)))
-            for index in spread(list(range(total)), count)]
+    found = []
+    for index in spread(list(range(total)), count):
+        key = ("prior frame", vae_id, clip_latents, index)
+        found.append((index, columns.cached("latents", key, lambda index=index: make(index))))
+    return found

@@ -46,10 +46,13 @@ def drop_tokens(tokens: Tokens, empty: Tokens, probability: float, rng: torch.Ge
     return dropped
 
 
-def count_tokens(tokens: Tokens, end: object) -> int:
+def count_tokens(tokens: Tokens, end: int | None) -> int:
     """Tokens up to and including the end token of each section, of the first encoder."""
-    sections = [[token[0] if isinstance(token[0], int) else None for token in section] for section in next(iter(tokens.values()))]
-    return sum(ids.index(end) + 1 if end in ids else len(ids) for ids in sections)
+    total = 0
+    for section in next(iter(tokens.values())):
+        ends = [place for place, token in enumerate(section) if _is_special(token, {end})]
+        total += ends[0] + 1 if ends else len(section)
+    return total
 
 
 def end_token(clean: Tokens, empty: Tokens) -> int | None:
@@ -66,5 +69,5 @@ def _special(sections: list[list[tuple]]) -> set[int]:
     return {token[0] for section in sections for token in section}
 
 
-def _is_special(token: tuple, special: set[int]) -> bool:
+def _is_special(token: tuple, special: set[int | None]) -> bool:
     return isinstance(token[0], int) and token[0] in special

@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..lora_io.file import sha256
-from ..trainers import backbones, recipes
+from ..trainers import backbone_modules, recipes
 from ..trainers.core.config import make
 from ..trainers.core.data import PhaseData, TrainingData
 from ..trainers.core.host import make_room
@@ -80,7 +80,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
         def execute(cls, model: Any, data: TrainingData, run_name: str, **values: Any) -> io.NodeOutput:
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
-            backbones()[recipe.backbone].check(model.model)
+            backbone_modules()[recipe.backbone].check(model.model)
             for phase in recipe.phases(config):
                 PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
             make_room()

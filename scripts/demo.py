@@ -11,11 +11,12 @@ from pathlib import Path
 import imageio_ffmpeg
 import matplotlib
 import numpy as np
+from matplotlib import pyplot
+from PIL import Image, ImageDraw
+
 import tiny
 from comfy_client import Client, Server, make_base
 from comfy_workflow import Json, find_node, set_widget, upstream
-from matplotlib import pyplot
-from PIL import Image, ImageDraw
 
 matplotlib.use("Agg")
 
@@ -25,7 +26,7 @@ BASE = ROOT / ".runtime" / "base"
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or ROOT / ".runtime" / "ComfyUI").resolve()
 
 SIZE, FRAMES, FPS = 96, 17, 16
-FOLDER = "demo_clip"
+CLIP = "demo_swing.mp4"
 LOOK = "A [v] chequered square on a blue sky above green grass."
 MOTION = f"{LOOK} It [u] swings from left to right."
 
@@ -46,20 +47,19 @@ def main() -> None:
     OUTPUT.mkdir(exist_ok=True)
     make_base(BASE, ROOT)
     tiny.write_all(BASE / "models")
-    clip = write_clip(BASE / "input" / FOLDER / "swing.mp4")
+    clip = write_clip(BASE / "input" / CLIP)
     shutil.copy(clip, OUTPUT / "clip.mp4")
 
     with Server(COMFYUI, BASE, log=OUTPUT / "server.log") as server, server.client() as client:
         job = train(client, settings)
-        lora = Path(job["files"]["combined"])
         videos = {
-            "base": generate(client, settings, lora, 0.0, OUTPUT / "base.mp4"),
-            "LoRA": generate(client, settings, lora, 1.0, OUTPUT / "lora.mp4"),
+            "base": generate(client, settings, job["files"], 0.0, OUTPUT / "base.mp4"),
+            "LoRA": generate(client, settings, job["files"], 1.0, OUTPUT / "lora.mp4"),
         }
     plot_loss(job["history"], OUTPUT / "loss.png")
     rows = {"clip": read_video(clip)} | {name: read_video(path) for name, path in videos.items()}
     side_by_side(rows, OUTPUT / "side_by_side.png")
-    report(rows, lora)
+    report(rows, job["files"])
 
 
 def parse_arguments() -> Settings:
@@ -70,18 +70,14 @@ def parse_arguments() -> Settings:
 
 
 def write_clip(path: Path) -> Path:
-    """A chequered square that swings over a landscape, with its two captions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = draw_clip()
+    """A chequered square that swings over a landscape."""
     writer = imageio_ffmpeg.write_frames(
         str(path), (SIZE, SIZE), fps=FPS, codec="libx264", quality=9, macro_block_size=8, ffmpeg_log_level="error"
     )
     writer.send(None)
-    for frame in frames:
+    for frame in draw_clip():
         writer.send(np.ascontiguousarray(frame))
     writer.close()
-    path.with_suffix(".static.txt").write_text(LOOK)
-    path.with_suffix(".motion.txt").write_text(MOTION)
     return path
 
 
@@ -106,7 +102,14 @@ def train(client: Client, settings: Settings) -> Json:
     workflow, info = load("set_and_sequence_train.json"), client.object_info()
     choose_models(workflow, info)
     run_name = time.strftime("demo-%Y%m%d-%H%M%S")
-    data = {"folder": FOLDER, "frames_per_clip": FRAMES, "fps": FPS, "size": SIZE, "single_frames": FRAMES}
+    data = {
+        "caption": LOOK,
+        "motion_caption": MOTION,
+        "frames_per_clip": FRAMES,
+        "fps": FPS,
+        "size": SIZE,
+        "single_frames": FRAMES,
+    }
     options = {
         "run_name": run_name,
         "set_steps": settings.set_steps,
@@ -119,8 +122,9 @@ def train(client: Client, settings: Settings) -> Json:
         "batch_size": 1,
         "max_grad_norm": 1.0,
     }
-    for node, widgets in {"KinoloomClipsFromFolder": data, "KinoloomTrainSetAndSequence": options}.items():
-        for name, value in widgets.items():
+    widgets = {"LoadVideo": {"file": CLIP}, "KinoloomEncodeClips": data, "KinoloomTrainSetAndSequence": options}
+    for node, values in widgets.items():
+        for name, value in values.items():
             set_widget(workflow, info, node, name, value)
     started = time.monotonic()
     print(f"training {run_name} ...", flush=True)
@@ -130,12 +134,14 @@ def train(client: Client, settings: Settings) -> Json:
     return client.get(f"/kinoloom/jobs/{next(job['id'] for job in jobs if job['run_name'] == run_name)}")
 
 
-def generate(client: Client, settings: Settings, lora: Path, strength: float, target: Path) -> Path:
-    """Run the shipped generation workflow at this LoRA strength and keep its video."""
+def generate(client: Client, settings: Settings, loras: dict[str, str], strength: float, target: Path) -> Path:
+    """Run the shipped generation workflow with both LoRAs at this strength and keep its video."""
     workflow, info = load("set_and_sequence_generate.json"), client.object_info()
     choose_models(workflow, info)
-    set_widget(workflow, info, "LoraLoaderModelOnly", "lora_name", str(lora.relative_to(BASE / "models" / "loras")))
-    set_widget(workflow, info, "LoraLoaderModelOnly", "strength_model", strength)
+    for export in ("identity", "motion"):
+        name = Path(loras[export]).relative_to(BASE / "models" / "loras")
+        set_widget(workflow, info, f"Load LoRA: {export}", "lora_name", str(name))
+        set_widget(workflow, info, f"Load LoRA: {export}", "strength_model", strength)
     sampler = find_node(workflow, "KSampler")
     for name, value in {"steps": settings.sampler_steps, "cfg": 1.0, "seed": 1}.items():
         set_widget(workflow, info, sampler, name, value)
@@ -201,13 +207,12 @@ def side_by_side(rows: dict[str, np.ndarray], target: Path, columns: int = 6, sc
     sheet.save(target)
 
 
-def report(rows: dict[str, np.ndarray], lora: Path) -> None:
+def report(rows: dict[str, np.ndarray], loras: dict[str, str]) -> None:
     clip = rows["clip"].astype(float)
     for name in ("base", "LoRA"):
         print(f"mean difference from the clip, {name}: {np.abs(rows[name] - clip).mean():.1f} of 255")
-    for path in sorted(OUTPUT.iterdir()):
+    for path in [*sorted(OUTPUT.iterdir()), *loras.values()]:
         print(path)
-    print(lora)
 
 
 if __name__ == "__main__":

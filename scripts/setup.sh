@@ -54,11 +54,12 @@ unpack_comfyui() {
     rm -rf "$download"
 }
 
+check_comfyui_dir() {
+    [[ -z "${COMFYUI_DIR:-}" || -f "$comfyui/main.py" ]] ||
+        die "COMFYUI_DIR=$COMFYUI_DIR holds no main.py: point it at a ComfyUI checkout"
+}
+
 get_comfyui() {
-    if [[ -n "${COMFYUI_DIR:-}" ]]; then
-        [[ -f "$comfyui/main.py" ]] || die "COMFYUI_DIR=$COMFYUI_DIR holds no main.py: point it at a ComfyUI checkout"
-        return
-    fi
     [[ -f "$comfyui/main.py" ]] && return
     local partial="$comfyui.partial"
     rm -rf "$partial" "$comfyui"
@@ -98,6 +99,7 @@ find_browser() {
         die "apt-get could not install chromium: install chromium or google-chrome yourself"
 }
 
+check_comfyui_dir
 mkdir -p "$runtime"
 make_venv
 get_comfyui

@@ -7,6 +7,7 @@ bash "$root/scripts/setup.sh"
 bash "$root/scripts/setup.sh" --browser || echo "test: the browser tests will be skipped" >&2
 
 export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from more, and servers run beside the tests
 python="$root/.runtime/venv/bin/python"
 cd "$root"
 "$python" -m ruff check .

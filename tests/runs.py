@@ -7,15 +7,16 @@ from typing import Any
 
 import comfy.sd
 import torch
-from kinoloom.trainers import backbones, recipes
+from kinoloom.trainers import backbone_modules, recipes
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
 from kinoloom.trainers.core.host import ModelSource
-from kinoloom.trainers.core.job import Job, Spec, new_spec
+from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
+from kinoloom.trainers.core.record import Spec
 from torch import Tensor
 
 TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
@@ -101,7 +102,7 @@ def make_job(
         spec = Spec.from_json(json.loads(kept.read_text())["spec"])
     else:
         source = ModelSource.of(model)
-        spec = new_spec(
+        spec = Spec(
             id="job",
             run_name="run",
             recipe=recipe,
@@ -110,9 +111,10 @@ def make_job(
             source=source,
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
             output=str(folder / "out"),
+            created=0.0,
         )
     method = recipes()[recipe]
-    job = Job(folder / "job", spec, method, backbones()[method.backbone], published or Published(), lambda job: False)
+    job = Job(folder / "job", spec, method, backbone_modules()[method.backbone], published or Published(), lambda job: False)
     if kept.is_file():
         job.restore(json.loads(kept.read_text()))
     return job
@@ -155,7 +157,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A private Wan of `model`, as a job makes it, on the CPU."""
     private = host.load_private(model, torch.device("cpu"))
-    backbone = backbones()["wan"].load(private, torch.device("cpu"), dtype, host.TRANSFORMER_OPTIONS)
+    backbone = backbone_modules()["wan"].load(private, torch.device("cpu"), dtype, host.TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
 

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page
 
 from comfy_client import Client, PromptError, Server
-from comfy_workflow import find_node, set_widget, to_prompt
+from comfy_workflow import find_node, set_widget, to_prompt, upstream
 
 WORKFLOWS = Path(__file__).parent / "workflows"
 
@@ -58,6 +58,10 @@ def test_set_widget_refuses_what_it_cannot_set(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         set_widget(workflow, client.object_info(), node, widget, 1)
+
+
+def test_upstream_follows_a_link(workflow: dict) -> None:
+    assert upstream(workflow, find_node(workflow, "KSampler"), "positive")["title"] == "Prompt"
 
 
 def test_unknown_node_is_named(workflow: dict, client: Client) -> None:

@@ -82,7 +82,8 @@ def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
 
 
 def test_digest_follows_content_not_name(tmp_path: Path) -> None:
-    first, same, other = (write_image(tmp_path / name, grey) for name, grey in (("a.png", 4), ("b.png", 4), ("c.png", 8)))
+    images = {"a.png": 4, "b.png": 4, "c.png": 8}
+    first, same, other = (write_image(tmp_path / name, grey) for name, grey in images.items())
     assert clips.photo(first).digest == clips.photo(same).digest != clips.photo(other).digest
     frames = torch.rand(3, 8, 8, 3)
     changed = frames.clone()
@@ -177,7 +178,8 @@ def test_latent_mask_groups_frames_as_the_vae_does() -> None:
     assert framing.latent_mask(frames[:1], 4).shape == (1, 1, 2, 3)
 
 
-def resolve(plain: str = "", static: str = "", motion: str = "", photo: bool = False, frames: bool = True) -> tuple[str, str]:
+def resolve(plain: str = "", static: str = "", motion: str = "", photo: bool = False,
+            frames: bool = True) -> tuple[str, str]:
     found = captions.resolve(plain, static, motion, photo=photo, with_frames=frames)
     return found.static, found.motion
 

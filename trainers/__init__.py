@@ -5,6 +5,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+from . import backbones
 from .core.recipe import Recipe
 
 
@@ -16,8 +17,7 @@ def recipes() -> dict[str, type[Recipe]]:
 
 
 @cache
-def backbones() -> dict[str, Any]:
+def backbone_modules() -> dict[str, Any]:
     """Backbone name to its module, which has `check(model)` and `load(model, device, dtype, transformer_options)`."""
-    package = importlib.import_module(f"{__name__}.backbones")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"]
-    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    names = [m.name for m in pkgutil.iter_modules(backbones.__path__) if m.name != "base"]
+    return {name: importlib.import_module(f"{backbones.__name__}.{name}") for name in names}

@@ -4,6 +4,7 @@ Notation of the paper on our names, per layer: A1 = lora_down, B1 = identity lor
 W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,7 @@ class SetAndSequence:
             tensors, _ = load(Path(self.config.identity_file))
             self.identity_sha256 = sha256(Path(self.config.identity_file))
             self.lora.load_group(IDENTITY, {k: v for k, v in from_comfy(tensors).items() if not k.endswith(".alpha")})
+            self._require_alpha({float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")})
         elif self.config.save_precision == "fp16":
             for name in ("down", "up"):
                 for factor in self.lora.factors(IDENTITY, name).values():
@@ -191,6 +193,16 @@ class SetAndSequence:
             self.config.alpha or self.config.rank,
             share_down=IDENTITY,
         )
+
+    def _require_alpha(self, alphas: set[float]) -> None:
+        """The file's B1 counts alpha / rank times (once without an alpha); at another scale it is another identity."""
+        rank = self.config.rank
+        for alpha in alphas or {float(rank)}:
+            if not math.isclose(alpha, self.config.alpha or rank, rel_tol=1e-3):
+                raise ValueError(
+                    f"alpha={self.config.alpha}: identity_file was trained with alpha {alpha:g} at rank {rank}, "
+                    "expected the same (0 means alpha = rank)"
+                )
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         group = IDENTITY if phase.name == SET else MOTION

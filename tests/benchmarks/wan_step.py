@@ -6,7 +6,8 @@
 COMFYUI_DIR says where ComfyUI is. Everybody trains rank-r LoRA with AdamW on batches of one. Ours and diffusers + PEFT adapt
 the ten linear layers of every block; TrainLoraNode adapts every layer that has a weight (embeddings, head, norms and biases
 too) and cannot be told otherwise. Every variant is a process of its own; on the CPU they take turns, so that a change of the
-machine's load meets all of them alike. Times are medians, memory is the peak over what is resident between two steps.
+machine's load meets all of them alike, and count CPU seconds on one thread. Times are medians, memory is the peak over what
+is resident between two steps.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import torch
 PACK = Path(__file__).resolve().parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()
 CHANNELS, TEXT_TOKENS, TEXT_DIM, HEAD_DIM = 16, 512, 4096, 128
-WARM_UP = 2  # steps before the first timed one
+WARM_UP = 1  # steps before the first timed one
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bf16, from the data sheets
 PEFT_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
@@ -101,7 +102,7 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
         checkpointing=checkpointing,
         precision=precision or shape.dtype,
         validate_every=0,
-        save_every=1_000_000,
+        save_every=100_000,
     )
     device = host.device()
     backbone = wan.load(
@@ -129,7 +130,8 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
         pass
 
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    loop.train(recipe, batches, config, State(), emit, lambda: False, nothing, nothing, scaler)
+    session = loop.Session(emit, lambda: False, nothing, nothing)
+    loop.train(recipe, batches, config, State(), session, scaler)
 
 
 def core(shape: Shape, model_path: Path, tick: Tick, **changed: Any) -> None:
@@ -223,17 +225,21 @@ CPU_VARIANTS = {  # the node defaults to bf16, which some CPUs are slow at and s
 # -- one variant's process -------------------------------------------------------------------------------------------
 
 
+def _clock() -> float:
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 class Meter:
     """Times steps, and peak memory over what is resident after the first one; between rounds it waits for its turn."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.left, self.times, self.resident = WARM_UP, [], 0
+        self.left, self.times, self.resident, self.began = WARM_UP, [], 0, 0.0
 
     def tick(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter() - self.began)
+        self.times.append(_clock() - self.began)
         self.left -= 1
         if not self.left:
             self.connection.send({"times": self.times, "resident": self.resident, "peak": _peak()})
@@ -241,7 +247,7 @@ class Meter:
                 raise Done
             self.left, self.times = wanted, []
             self.resident = _reset_peak()
-        self.began = time.perf_counter()
+        self.began = _clock()
 
 
 def _reset_peak() -> int:
@@ -266,9 +272,10 @@ def _proc_status(field: str) -> int:
 
 def worker(connection: Connection, variant: str, shape: Shape, model_path: Path) -> None:
     sys.stderr = open(model_path.parent / f"{variant}.log", "w")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     _start_comfyui(model_path.parent)
     meter = Meter(connection)
-    meter.began = time.perf_counter()
     try:
         {**VARIANTS, **CPU_VARIANTS}[variant](shape, model_path, meter.tick)
     except Done:
@@ -307,6 +314,8 @@ class Runner:
         self.process = context.Process(target=worker, args=(other, variant, shape, model_path), daemon=True)
         self.process.start()
         other.close()
+
+    def warm_up(self) -> None:
         self._receive()
         self.times.clear()
 
@@ -359,6 +368,8 @@ def measure(shape: Shape, variants: list[str], rounds: int, steps: int, take_tur
         results = []
         for group in [variants] if take_turns else [[variant] for variant in variants]:
             runners = [Runner(variant, shape, path) for variant in group]
+            for runner in runners:
+                runner.warm_up()
             for _ in range(rounds):
                 for runner in runners:
                     runner.run(steps)
@@ -375,7 +386,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Ratios are to the first variant and to core with its defaults."""
     by_name = {row["variant"]: row for row in results if "failed" not in row}
     lines = [
-        "| variant | s/step | / core default | / ours | peak MiB over resident | / core default | TFLOP/s | MFU |",
+        f"| variant | {'' if torch.cuda.is_available() else 'CPU '}s/step | / core default | / ours | peak MiB over resident | / core default | TFLOP/s | MFU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:

@@ -150,7 +150,7 @@ class Batches:
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Stack samples; prompt encodings [K, n, D] are zero-padded to their encoder's length and the largest K repeats.
+    """Stack samples; prompt encodings [1 + K, n, D] are zero-padded to their encoder's length and repeat to one K.
 
     A sample without a mask among samples with one counts as fully visible.
     """
@@ -161,6 +161,8 @@ def collate(samples: list[Batch]) -> Batch:
             values = [s["mask"] if "mask" in s else torch.ones_like(s["latents"][:1]) for s in samples]
         elif name == "prompt_embeds":
             values = pad_prompts([s[name] for s in samples], max(int(s["prompt_length"]) for s in samples))
+        elif name == "prompt_tokens":
+            values = repeat_variants([s[name] for s in samples])
         else:
             values = [s[name] for s in samples]
         batch[name] = torch.stack(values)
@@ -168,12 +170,16 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 def pad_prompts(prompts: list[Tensor], length: int) -> list[Tensor]:
-    variants = max(len(prompt) for prompt in prompts)
-    padded = []
-    for prompt in prompts:
-        prompt = torch.nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[1]))
-        padded.append(prompt[torch.arange(variants) % len(prompt)])
-    return padded
+    padded = [torch.nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[1])) for prompt in prompts]
+    return repeat_variants(padded)
+
+
+def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
+    """[1 + K, ...] each, to the largest K: the clean one stays first, and is repeated only where there is no other."""
+    count = max(len(prompt) for prompt in prompts)
+    first = [min(1, len(prompt) - 1) for prompt in prompts]
+    places = [torch.arange(count - 1) % max(len(prompt) - 1, 1) for prompt in prompts]
+    return [torch.cat([p[:1], p[start + place]]) for p, start, place in zip(prompts, first, places, strict=True)]
 
 
 class PhaseData:

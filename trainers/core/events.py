@@ -16,6 +16,13 @@ class Plan:
     seconds_total: float | None
     reason: str
 
+    def __str__(self) -> str:
+        needed, available = self.memory_needed / 2**30, self.memory_available / 2**30
+        text = f"needs about {needed:.1f} of {available:.1f} GiB free memory, {self.reason}"
+        if self.seconds_per_step is not None and self.seconds_total is not None:
+            text += f", {self.seconds_per_step:.2f} s per step, {self.seconds_total / 60:.0f} min for this phase"
+        return text
+
 
 @dataclass(frozen=True)
 class Step:

@@ -1,5 +1,6 @@
 """The seam to ComfyUI, and the only file here that imports it: private model copies, training flag, memory."""
 
+import gc
 import hashlib
 import logging
 import threading
@@ -75,21 +76,26 @@ class ModelSource:
         _digest(model.patches, digest)
         return ModelSource(path, factory.__name__, weight_dtype, digest.hexdigest(), bool(model.patches))
 
-    def reload(self) -> Any:
-        """The MODEL again, after a restart. ValueError if its file is gone or upstream patches are lost."""
+    def require_reloadable(self) -> None:
+        """ValueError if the MODEL cannot be had again from its file alone, as after a restart."""
         if self.patched:
             raise ValueError(
                 "this run was started on a model with LoRAs applied: run its Train node again to resume it"
             )
         if not Path(self.path).is_file():
             raise ValueError(f"base model {self.path}: not found")
+
+    def reload(self) -> Any:
+        """A MODEL from the file; ValueError if that is gone or has changed."""
+        self.require_reloadable()
         if self.loader == "load_diffusion_model":
             dtypes = {str(d): d for d in (torch.float8_e4m3fn, torch.float8_e5m2)}
             name, _, fast = self.weight_dtype.partition("+")
-            options = {"dtype": dtypes[name]} if name else {}
-            model = comfy.sd.load_diffusion_model(self.path, options | ({"fp8_optimizations": True} if fast else {}))
+            options = ({"dtype": dtypes[name]} if name else {}) | ({"fp8_optimizations": True} if fast else {})
+            model = comfy.sd.load_diffusion_model(self.path, options, disable_dynamic=True)
         else:
-            model = comfy.sd.load_checkpoint_guess_config(self.path, output_vae=False, output_clip=False)[0]
+            parts = {"output_vae": False, "output_clip": False}
+            model = comfy.sd.load_checkpoint_guess_config(self.path, **parts, disable_dynamic=True)[0]
         if (now := ModelSource.of(model)).identity != self.identity:
             raise ValueError(f"base model {now.path}: its content changed since the run was started")
         return model
@@ -100,7 +106,7 @@ def _digest(value: Any, digest: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, dict):
-        for key in sorted(value):
+        for key in sorted(value, key=str):
             digest.update(str(key).encode())
             _digest(value[key], digest)
     elif isinstance(value, (list, tuple)):
@@ -113,13 +119,16 @@ def _digest(value: Any, digest: Any) -> None:
 
 
 def load_private(model: Any, device: torch.device) -> Any:
-    """A copy of MODEL's BaseModel of its own, upstream LoRA patches merged, frozen, on `device`.
+    """A BaseModel of our own, upstream LoRA patches merged, frozen, on `device`; `model` is a MODEL or a ModelSource.
 
     ComfyUI's model manager does not know it: it is never evicted, and nothing done to it reaches other workflows.
     Must run outside inference mode, in the job's thread.
     """
     assert not torch.is_inference_mode_enabled()
-    private = model.clone(disable_dynamic=True, force_deepcopy=True)
+    if isinstance(model, ModelSource):
+        private = model.reload()
+    else:
+        private = model.clone(disable_dynamic=True, force_deepcopy=True)
     private.patch_model(device_to=device)
     module = private.model.diffusion_model
     module.requires_grad_(False)
@@ -226,4 +235,10 @@ def free_memory(on: torch.device) -> int:
 def make_room() -> None:
     """Take ComfyUI's own models off the card, so that the shared and the private copy never need to fit at once."""
     comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
+def release() -> None:
+    """Give back the memory of a private model that is no longer referenced; its hooks make reference cycles."""
+    gc.collect()
     comfy.model_management.soft_empty_cache()

@@ -45,6 +45,7 @@ class Recipe(Protocol):
     description: ClassVar[str]
     backbone: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    config: Any
 
     def __init__(self, backbone: Any, config: Any) -> None: ...
     @staticmethod

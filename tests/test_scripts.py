@@ -1,0 +1,57 @@
+"""The tiny models behave like real ones in core's own loaders, and setup says what is wrong."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from safetensors import safe_open
+
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@torch.inference_mode()
+def test_tiny_vae_keeps_every_frame_and_the_mean_of_8x8_pixels(tiny_models: Path) -> None:
+    weights = comfy.utils.load_torch_file(str(tiny_models / "vae" / "tiny_wan_vae.safetensors"))
+    vae = comfy.sd.VAE(sd=weights)
+    cells = torch.rand(9, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+    clip = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    latents = vae.encode(clip)
+    assert latents.shape == (1, 16, 3, 6, 4)
+    assert (vae.decode(latents)[0].cpu() - clip).abs().mean() < 0.02  # other frames or places would be 0.3 away
+
+
+@pytest.mark.parametrize("i2v", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiny_wan_is_a_wan_that_core_loads_whole(tmp_path: Path, dtype: torch.dtype, i2v: bool) -> None:
+    path = tmp_path / "wan.safetensors"
+    tiny.write_wan(path, dim=96, num_heads=3, text_dim=32, dtype=dtype, i2v=i2v)
+    model = comfy.sd.load_diffusion_model(str(path)).model
+    network = model.diffusion_model
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(network.state_dict())
+        assert file.get_tensor("blocks.0.ffn.0.weight").dtype == dtype
+    assert (network.num_heads, network.text_dim) == (3, 32)
+    assert type(model).__name__ == "WAN21" and (network.img_emb is not None) == i2v
+
+
+@torch.inference_mode()
+def test_tiny_clip_depends_on_the_prompt(tiny_models: Path) -> None:
+    file = str(tiny_models / "text_encoders" / "tiny_clip.safetensors")
+    clip = comfy.sd.load_clip([file], clip_type=comfy.sd.CLIPType.WAN)
+    one, other = (clip.encode_from_tokens(clip.tokenize(text)) for text in ("a red square", "a blue disc"))
+    assert one.shape == (1, 77, tiny.CLIP_WIDTH) and one.isfinite().all()
+    assert (one - other).abs().mean() > 0.1 * one.std()
+
+
+def test_setup_names_a_wrong_comfyui_dir(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "scripts" / "setup.sh")]
+    done = subprocess.run(command, env=os.environ | {"COMFYUI_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"setup: COMFYUI_DIR={tmp_path} holds no main.py: point it at a ComfyUI checkout\n"

@@ -1,0 +1,50 @@
+"""A recipe's trained factors as LoRA files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...lora_io import keys
+from ...lora_io.file import save
+from ...lora_io.metadata import describe
+from .events import Saved
+from .recipe import Phase, Recipe
+from .record import Record
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> Iterator[Saved]:
+    """Write every export that `phase` makes, under the number of steps done, and note them in `record.files`.
+
+    Loaders cache by path, so no path is ever written twice; of the files called best only the last is kept.
+    """
+    spec, config = record.spec, recipe.config
+    for name, export in recipe.exports(config).items():
+        if export.phase != phase.name:
+            continue
+        label = f"{name}-best" if best else name
+        path = Path(spec.output) / f"{spec.run_name}-{label}-{record.done:06d}.safetensors"
+        metadata = describe(
+            recipe=spec.recipe,
+            export=name,
+            config=spec.config,
+            step=record.done,
+            steps=record.total,
+            base_model=spec.source.identity,
+            base_model_name=Path(spec.source.path).name,
+            extra=recipe.metadata(name),
+        )
+        tensors = keys.FORMATS[export.keys](recipe.export(name))
+        save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
+        earlier, record.files[label] = record.files.get(label), str(path)
+        if best and earlier and earlier != str(path):
+            Path(earlier).unlink(missing_ok=True)
+        yield Saved(name, str(path), record.done, best)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices only: a scalar such as alpha stays exact."""
+    return tensor.to(dtype) if tensor.ndim else tensor

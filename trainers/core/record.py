@@ -1,0 +1,100 @@
+"""A run's folder: what the run is made of, how far it is, what happened."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...lora_io.file import write_text
+from .checkpoint import Identity
+from .data import TrainingData
+from .events import Event, to_json
+from .host import ModelSource
+
+ENDED = ("finished", "stopped", "failed", "interrupted")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything a run is made of, as plain values that survive a restart. `output` is where its LoRA files go."""
+
+    id: str
+    run_name: str
+    recipe: str
+    config: dict[str, Any]
+    data: TrainingData
+    source: ModelSource
+    identity: Identity
+    output: str
+    created: float
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Spec":
+        data, source = TrainingData.from_json(value["data"]), ModelSource(**value["source"])
+        return Spec(**{**value, "data": data, "source": source, "identity": Identity(**value["identity"])})
+
+
+class Record:
+    """`folder` holds job.json (spec, status), history.jsonl (one event a line) and state.pt (the last checkpoint)."""
+
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        self.folder, self.spec = folder, spec
+        self.status, self.error = "created", ""
+        self.history: list[dict] = []
+        self.files: dict[str, str] = {}
+        self.done = self.total = 0
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    @property
+    def resumable(self) -> bool:
+        return self.state_path.is_file() and self.status != "finished"
+
+    def losses(self) -> list[float]:
+        """The total loss of every step so far."""
+        return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
+
+    def write(self) -> None:
+        kept = {"status": self.status, "error": self.error, "files": self.files, "total": self.total}
+        write_text(self.folder / "job.json", json.dumps({"spec": asdict(self.spec), **kept}))
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take over what `write` left behind; a run that was going on is "interrupted"."""
+        self.status = kept["status"] if kept["status"] in ENDED else "interrupted"
+        self.error, self.files, self.total = kept["error"], kept["files"], kept["total"]
+        self._set_history(list(self._read_history()))
+
+    def append(self, event: Event) -> dict:
+        """Add an event to the history, in memory and on disk."""
+        entry = to_json(event)
+        self.history.append(entry)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+    def rewind(self, phase: int, step: int) -> None:
+        """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
+        phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in ("step", "validation")))
+
+        def kept(entry: dict) -> bool:
+            if entry["event"] not in ("step", "validation"):
+                return entry["event"] == "saved"
+            return (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
+
+        self._set_history([entry for entry in self.history if kept(entry)])
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def _set_history(self, history: list[dict]) -> None:
+        self.history = history
+        self.done = max((entry["done"] for entry in history if entry["event"] == "step"), default=0)
+
+    def _read_history(self) -> Iterator[dict]:
+        path = self.folder / "history.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # a crash cut the last line off
