@@ -27,8 +27,10 @@ def resolve(plain: str, static: str, motion: str, *, photo: bool, with_frames: b
     if not still:
         raise ValueError("has no caption")
     if (with_frames or photo) and MOTION_TOKEN in still:
-        raise ValueError(f"its appearance caption contains the motion token {MOTION_TOKEN}, but single frames show no "
-                         "motion: add a caption without it for the frames, or set single_frames to 0")
+        raise ValueError(
+            f"its appearance caption contains the motion token {MOTION_TOKEN}, but single frames show no "
+            "motion: add a caption without it for the frames, or set single_frames to 0"
+        )
     return Captions(still, moving)
 
 
@@ -38,9 +40,14 @@ def serves_both(captions: Captions, *, photo: bool, with_frames: bool) -> bool:
 
 def warn_serves_both(names: list[str]) -> None:
     if names:
-        logging.warning("Kinoloom: one caption serves the clip and its single frames: %s. Set-and-Sequence learns "
-                        "better with two: a static one (appearance, may hold %s) and a motion one (the same and what "
-                        "happens, with %s).", ", ".join(names), SUBJECT_TOKEN, MOTION_TOKEN)
+        logging.warning(
+            "Kinoloom: one caption serves the clip and its single frames: %s. Set-and-Sequence learns "
+            "better with two: a static one (appearance, may hold %s) and a motion one (the same and what "
+            "happens, with %s).",
+            ", ".join(names),
+            SUBJECT_TOKEN,
+            MOTION_TOKEN,
+        )
 
 
 def read_captions(path: Path, *, photo: bool, with_frames: bool) -> Captions:

@@ -46,8 +46,9 @@ def open_source(path: Path, frames_fps: float) -> Source:
 def video(path: Path) -> Source:
     stat = path.stat()
     fps, width, height, count = _probe_video(path, stat.st_size, stat.st_mtime_ns)
-    return Source(path.name, file_digest(path), count, fps, width, height, False,
-                  lambda wanted: _read_video(path, wanted))
+    return Source(
+        path.name, file_digest(path), count, fps, width, height, False, lambda wanted: _read_video(path, wanted)
+    )
 
 
 def frames_folder(path: Path, fps: float) -> Source:
@@ -57,17 +58,27 @@ def frames_folder(path: Path, fps: float) -> Source:
     sizes = [image_size(file) for file in files]
     for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
-            raise ValueError(f"{file.name} is {size[0]}x{size[1]}, but {files[0].name} is {sizes[0][0]}x{sizes[0][1]}: "
-                             "frames of a clip must have one size")
+            raise ValueError(
+                f"{file.name} is {size[0]}x{size[1]}, but {files[0].name} is {sizes[0][0]}x{sizes[0][1]}: "
+                "frames of a clip must have one size"
+            )
     digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
-    return Source(path.name, digest, len(files), fps, *sizes[0], False,
-                  lambda wanted: (read_image(files[index]) for index in wanted))
+    return Source(
+        path.name,
+        digest,
+        len(files),
+        fps,
+        *sizes[0],
+        False,
+        lambda wanted: (read_image(files[index]) for index in wanted),
+    )
 
 
 def photo(path: Path) -> Source:
     height, width = read_image(path).shape[:2]
-    return Source(path.name, file_digest(path), 1, 1.0, width, height, True,
-                  lambda wanted: (read_image(path) for _ in wanted))
+    return Source(
+        path.name, file_digest(path), 1, 1.0, width, height, True, lambda wanted: (read_image(path) for _ in wanted)
+    )
 
 
 def from_tensor(name: str, images: Tensor, fps: float) -> Source:

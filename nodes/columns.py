@@ -74,15 +74,16 @@ class Columns:
 
         return self.cached("latents", (vae_id, source.digest, indices, width, height), make)
 
-    def mask(self, source: Source, indices: list[int], width: int, height: int, step: int,
-             latent_size: tuple[int, int]) -> str:
+    def mask(
+        self, source: Source, indices: list[int], width: int, height: int, step: int, latent_size: tuple[int, int]
+    ) -> str:
         def make() -> dict[str, Tensor]:
             places = [0] * len(indices) if source.count == 1 else indices
             # the crop is that of frames of `width` x `height`
-            frames = [F.adaptive_avg_pool2d(center_crop(frame[..., :1], width, height), latent_size)[0, 0]
-                      for frame in source.frames(places)]
+            frames = [
+                F.adaptive_avg_pool2d(center_crop(frame[..., :1], width, height), latent_size)[0, 0]
+                for frame in source.frames(places)
+            ]
             return {"mask": latent_mask(torch.stack(frames), step)}
 
         return self.cached("mask", (source.digest, indices, width, height, step, latent_size), make)
-
-

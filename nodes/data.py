@@ -16,7 +16,7 @@ from .encode import Clip, Options, encode, plan
 from .folder import listing, plan_folder, resolve_folder
 from .framing import check_length
 from .priors import PriorOptions, Sampler, add_priors, read_prompts
-from .train import TrainingDataType, widget
+from .widgets import TrainingDataType, widget
 
 LIKE_GENERATION = "Use what you use for generation."
 
@@ -32,8 +32,15 @@ def clip_widgets(frames: str) -> list[io.Input]:
     """The options for cutting and encoding clips; `frames` names what does not tell its own frame rate."""
     return [
         *(widget(option) for option in fields(Options)),
-        io.Float.Input("source_fps", default=16.0, min=0.01, max=240.0, step=0.01, advanced=True,
-                       tooltip=f"Frame rate of {frames}. Change it if they were not taken at 16 frames per second."),
+        io.Float.Input(
+            "source_fps",
+            default=16.0,
+            min=0.01,
+            max=240.0,
+            step=0.01,
+            advanced=True,
+            tooltip=f"Frame rate of {frames}. Change it if they were not taken at 16 frames per second.",
+        ),
     ]
 
 
@@ -48,24 +55,53 @@ class EncodeClips(io.ComfyNode):
             search_aliases=["dataset", "video lora", "training data"],
             inputs=[
                 *vae_and_text_encoder(),
-                io.Image.Input("images", optional=True, tooltip="The frames of the clip, or one photo. Connect either "
-                               "this or video."),
-                io.Video.Input("video", optional=True, tooltip="The clip as a video, whose own frame rate is used. "
-                               "Connect either this or images."),
-                io.Mask.Input("masks", optional=True, tooltip="Where the loss counts: one mask per frame, or one for "
-                              "all. Connect it to train on the subject and not its surroundings."),
-                io.String.Input("caption", multiline=True, tooltip="What is seen: subject and surroundings. For "
-                                "Set-and-Sequence describe the appearance here, with [v] before the subject."),
-                io.String.Input("motion_caption", multiline=True, default="", tooltip="The caption again "
-                                "and what happens, with [u] before the motion. Leave it empty to use caption for all."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The frames of the clip, or one photo. Connect either this or video.",
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="The clip as a video, whose own frame rate is used. Connect either this or images.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Where the loss counts: one mask per frame, or one for "
+                    "all. Connect it to train on the subject and not its surroundings.",
+                ),
+                io.String.Input(
+                    "caption",
+                    multiline=True,
+                    tooltip="What is seen: subject and surroundings. For "
+                    "Set-and-Sequence describe the appearance here, with [v] before the subject.",
+                ),
+                io.String.Input(
+                    "motion_caption",
+                    multiline=True,
+                    default="",
+                    tooltip="The caption again "
+                    "and what happens, with [u] before the motion. Leave it empty to use caption for all.",
+                ),
                 *clip_widgets("images"),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
         )
 
     @classmethod
-    def execute(cls, vae: Any, clip: Any, caption: str, source_fps: float, images: Any = None, video: Any = None,
-                masks: Any = None, motion_caption: str = "", **options: Any) -> io.NodeOutput:
+    def execute(
+        cls,
+        vae: Any,
+        clip: Any,
+        caption: str,
+        source_fps: float,
+        images: Any = None,
+        video: Any = None,
+        masks: Any = None,
+        motion_caption: str = "",
+        **options: Any,
+    ) -> io.NodeOutput:
         chosen = Options(**options)
         check_length(chosen.frames_per_clip, frame_step(vae))
         if (images is None) == (video is None):
@@ -73,8 +109,9 @@ class EncodeClips(io.ComfyNode):
         source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
         mask = None if masks is None else clips.from_tensor("masks", masks, source.fps)
         try:
-            written = captions.resolve(caption, "", motion_caption, photo=source.photo,
-                                       with_frames=chosen.single_frames > 0)
+            written = captions.resolve(
+                caption, "", motion_caption, photo=source.photo, with_frames=chosen.single_frames > 0
+            )
             planned = plan(Clip(source, written, mask), chosen, frame_step(vae))
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
@@ -99,16 +136,23 @@ class ClipsFromFolder(io.ComfyNode):
             display_name="Training Clips from Folder",
             category="Kinoloom/data",
             description="Encodes the videos, photos and folders of numbered frames in a folder of ComfyUI's input "
-                        "folder. Captions are text files of the same name: dance.txt, or dance.static.txt and "
-                        "dance.motion.txt. Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
+            "folder. Captions are text files of the same name: dance.txt, or dance.static.txt and "
+            "dance.motion.txt. Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
             search_aliases=["dataset", "video lora", "training data", "load folder"],
             inputs=[
                 *vae_and_text_encoder(),
-                io.Combo.Input("folder", options=folder_paths.get_input_subfolders(),
-                               tooltip="The folder with the clips, inside ComfyUI's input folder."),
-                io.Combo.Input("role", options=["train", "validation", "prior"], default="train",
-                               tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
-                               "clips of other subjects, so that the model does not forget them."),
+                io.Combo.Input(
+                    "folder",
+                    options=folder_paths.get_input_subfolders(),
+                    tooltip="The folder with the clips, inside ComfyUI's input folder.",
+                ),
+                io.Combo.Input(
+                    "role",
+                    options=["train", "validation", "prior"],
+                    default="train",
+                    tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
+                    "clips of other subjects, so that the model does not forget them.",
+                ),
                 *clip_widgets("folders of frames"),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
@@ -137,30 +181,46 @@ class PriorClips(io.ComfyNode):
             display_name="Generate Prior Clips",
             category="Kinoloom/data",
             description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training "
-                        "on them as well keeps the model from forgetting other subjects. Made only once.",
+            "on them as well keeps the model from forgetting other subjects. Made only once.",
             search_aliases=["regularization", "prior preservation", "class images"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be trained, without LoRAs, with your shift."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 TrainingDataType.Input("data", tooltip="The encoded clips, which say size and length."),
-                io.String.Input("prompts", multiline=True, tooltip="One prompt per line: appearance, then motion, such "
-                                "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
-                                "kind, without [v] and [u]; about 16 lines."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="One prompt per line: appearance, then motion, such "
+                    "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
+                    "kind, without [v] and [u]; about 16 lines.",
+                ),
                 io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt. " + LIKE_GENERATION),
                 *(made for advanced, made in options if not advanced),
-                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="uni_pc",
-                               tooltip=LIKE_GENERATION),
-                io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
-                               tooltip=LIKE_GENERATION),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="uni_pc", tooltip=LIKE_GENERATION
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple", tooltip=LIKE_GENERATION
+                ),
                 *(made for advanced, made in options if advanced),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="The data and the prior clips.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, vae: Any, data: TrainingData, prompts: str, negative: str,
-                sampler_name: str, scheduler: str, **options: Any) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        data: TrainingData,
+        prompts: str,
+        negative: str,
+        sampler_name: str,
+        scheduler: str,
+        **options: Any,
+    ) -> io.NodeOutput:
         chosen = PriorOptions(**options)
         sampler = Sampler(model, clip, sampler_name, scheduler, negative, chosen.steps, chosen.cfg)
         return io.NodeOutput(add_priors(data, sampler, vae, read_prompts(prompts), chosen))

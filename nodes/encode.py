@@ -19,25 +19,68 @@ from .framing import WINDOW_MODES, bucket, nearest_lengths, resample, spread, wi
 class Options:
     """How clips are cut, sized and encoded."""
 
-    frames_per_clip: int = knob(81, "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Lower it if memory "
-                                "runs out or the videos are short.", min=1, max=1025)
-    fps: float = knob(16.0, "Frame rate the clips are brought to. Keep it at the model's own rate, 16 for Wan; 0 keeps "
-                      "each file's rate.", min=0.0, max=240.0, step=0.01)
-    size: int = knob(512, "Side of a square with as many pixels as a clip gets; the aspect ratio stays the file's. "
-                     "Lower it if memory runs out.", min=16, max=2048, step=16)
-    window_mode: str = knob("first", "Which part of a long video is used: its first frames, evenly spread windows, or "
-                            "overlapping windows one stride apart.", choices=WINDOW_MODES)
-    single_frames: int = knob(81, "Frames of each clip that are also encoded one by one, as Set-and-Sequence needs. "
-                              "Set it to 0 for a plain LoRA.", min=0, max=4096)
-    window_count: int = knob(4, "Number of windows per video in the mode uniform. Raise it for long videos.",
-                             min=1, max=1024, advanced=True)
-    window_stride: int = knob(40, "Frames from one window to the next in the mode sliding. Lower it for more overlap.",
-                              min=1, max=4096, advanced=True)
-    token_variants: int = knob(16, "Versions of each caption with a tenth of the words missing, which keep the LoRA "
-                               "from clinging to single words. Set it to 0 if the trainer does not mask tokens.",
-                               min=0, max=64, advanced=True)
-    hold_out: int = knob(0, "Number of clips, the last ones, that are kept for validation and never trained on. Use 1 "
-                         "or more if there are clips to spare.", min=0, max=4096, advanced=True)
+    frames_per_clip: int = knob(
+        81,
+        "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Lower it if memory "
+        "runs out or the videos are short.",
+        min=1,
+        max=1025,
+        step=4,
+    )
+    fps: float = knob(
+        16.0,
+        "Frame rate the clips are brought to. Keep it at the model's own rate, 16 for Wan; 0 keeps each file's rate.",
+        min=0.0,
+        max=240.0,
+        step=0.01,
+    )
+    size: int = knob(
+        512,
+        "Side of a square with as many pixels as a clip gets; the aspect ratio stays the file's. "
+        "Lower it if memory runs out.",
+        min=16,
+        max=2048,
+        step=16,
+    )
+    window_mode: str = knob(
+        "first",
+        "Which part of a long video is used: its first frames, evenly spread windows, or "
+        "overlapping windows one stride apart.",
+        choices=WINDOW_MODES,
+    )
+    single_frames: int = knob(
+        81,
+        "Frames of each clip that are also encoded one by one, as Set-and-Sequence needs. "
+        "Set it to 0 for a plain LoRA.",
+        min=0,
+        max=4096,
+    )
+    window_count: int = knob(
+        4, "Number of windows per video in the mode uniform. Raise it for long videos.", min=1, max=1024, advanced=True
+    )
+    window_stride: int = knob(
+        40,
+        "Frames from one window to the next in the mode sliding. Lower it for more overlap.",
+        min=1,
+        max=4096,
+        advanced=True,
+    )
+    token_variants: int = knob(
+        16,
+        "Versions of each caption with a tenth of the words missing, which keep the LoRA "
+        "from clinging to single words. Set it to 0 if the trainer does not mask tokens.",
+        min=0,
+        max=64,
+        advanced=True,
+    )
+    hold_out: int = knob(
+        0,
+        "Number of clips, the last ones, that are kept for validation and never trained on. Use 1 "
+        "or more if there are clips to spare.",
+        min=0,
+        max=4096,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -69,8 +112,10 @@ def plan(clip: Clip, options: Options, step: int) -> Plan:
     length = 1 if source.photo else options.frames_per_clip
     if len(indices) < length:
         fps = options.fps or source.fps
-        raise ValueError(f"has {len(indices)} frames at {fps:g} per second, but a clip takes {length}: set "
-                         f"frames_per_clip to {nearest_lengths(len(indices), step)[0]}, or remove it")
+        raise ValueError(
+            f"has {len(indices)} frames at {fps:g} per second, but a clip takes {length}: set "
+            f"frames_per_clip to {nearest_lengths(len(indices), step)[0]}, or remove it"
+        )
     if clip.mask:
         check_mask(clip.mask, source)
     taken = windows(len(indices), length, options.window_mode, options.window_count, options.window_stride)
@@ -80,11 +125,14 @@ def plan(clip: Clip, options: Options, step: int) -> Plan:
 
 def check_mask(mask: Source, source: Source) -> None:
     if mask.count not in (1, source.count):
-        raise ValueError(f"has {source.count} frames, its mask {mask.name} has {mask.count}: "
-                         f"expected {source.count} or 1")
+        raise ValueError(
+            f"has {source.count} frames, its mask {mask.name} has {mask.count}: expected {source.count} or 1"
+        )
     if abs(mask.width / mask.height - source.width / source.height) > 0.02 * source.width / source.height:
-        raise ValueError(f"is {source.width}x{source.height}, its mask {mask.name} is {mask.width}x{mask.height}: "
-                         "expected the same aspect ratio")
+        raise ValueError(
+            f"is {source.width}x{source.height}, its mask {mask.name} is {mask.width}x{mask.height}: "
+            "expected the same aspect ratio"
+        )
 
 
 def assign_roles(plans: list[Plan], role: str, hold_out: int) -> list[Plan]:
@@ -96,8 +144,10 @@ def assign_roles(plans: list[Plan], role: str, hold_out: int) -> list[Plan]:
         raise ValueError(f"hold_out={hold_out}: nothing would be left to train on, there are {total} clips")
     roles = [role] * (total - hold_out) + ["validation"] * hold_out
     ends = [sum(len(planned.windows) for planned in plans[: i + 1]) for i in range(len(plans))]
-    return [replace(planned, roles=tuple(roles[end - len(planned.windows) : end]))
-            for planned, end in zip(plans, ends, strict=True)]
+    return [
+        replace(planned, roles=tuple(roles[end - len(planned.windows) : end]))
+        for planned, end in zip(plans, ends, strict=True)
+    ]
 
 
 def frames_by_role(planned: Plan, count: int) -> dict[str, list[int]]:
@@ -114,8 +164,13 @@ def frames_by_role(planned: Plan, count: int) -> dict[str, list[int]]:
 def encode(plans: list[Plan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
     """Write the columns that are not on disk yet, text first so that the two encoders do not push each other out."""
     plans = assign_roles(plans, role, options.hold_out)
-    warn_serves_both([p.clip.source.name for p in plans if serves_both(
-        p.clip.captions, photo=p.clip.source.photo, with_frames=options.single_frames > 0)])
+    warn_serves_both(
+        [
+            p.clip.source.name
+            for p in plans
+            if serves_both(p.clip.captions, photo=p.clip.source.photo, with_frames=options.single_frames > 0)
+        ]
+    )
     captions = dict.fromkeys(text for p in plans for text in (p.clip.captions.motion, p.clip.captions.static))
     samples = [(p, sample) for p in plans for sample in _samples(p, options.single_frames)]
     masked = sum(1 for p, _ in samples if p.clip.mask)
@@ -139,8 +194,9 @@ def encode(plans: list[Plan], role: str, options: Options, vae: Any, text_encode
 def _samples(planned: Plan, single_frames: int) -> list[tuple[str, str, list[int]]]:
     """(split, role, source frames) of every row of a clip."""
     clips = [("clips", role, list(window)) for window, role in zip(planned.windows, planned.roles, strict=True)]
-    return clips + [("frames", role, [index]) for role, chosen in frames_by_role(planned, single_frames).items()
-                    for index in chosen]
+    return clips + [
+        ("frames", role, [index]) for role, chosen in frames_by_role(planned, single_frames).items() for index in chosen
+    ]
 
 
 def _row_name(source: Source, indices: list[int]) -> str:
@@ -154,5 +210,11 @@ def _log_sizes(plans: list[Plan]) -> None:
     for planned in plans:
         source = planned.clip.source
         if planned.width > source.width or planned.height > source.height:
-            logging.warning("Kinoloom: %s is enlarged from %dx%d to %dx%d. Lower size if it looks soft.", source.name,
-                            source.width, source.height, planned.width, planned.height)
+            logging.warning(
+                "Kinoloom: %s is enlarged from %dx%d to %dx%d. Lower size if it looks soft.",
+                source.name,
+                source.width,
+                source.height,
+                planned.width,
+                planned.height,
+            )

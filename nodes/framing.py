@@ -23,8 +23,9 @@ def check_length(frames: int, step: int) -> None:
     """A causal video VAE takes 1 + n * step frames."""
     if (frames - 1) % step:
         below, above = nearest_lengths(frames, step)
-        raise ValueError(f"frames_per_clip={frames}: expected {step}n+1 frames for this VAE; the nearest are {below} "
-                         f"and {above}")
+        raise ValueError(
+            f"frames_per_clip={frames}: expected {step}n+1 frames for this VAE; the nearest are {below} and {above}"
+        )
 
 
 def resample(source: Source, fps: float) -> list[int]:
@@ -32,8 +33,14 @@ def resample(source: Source, fps: float) -> list[int]:
     if fps == 0 or fps == source.fps or source.photo:
         return list(range(source.count))
     if fps > source.fps:
-        logging.warning("Kinoloom: %s has %g frames per second; frames repeat to make %g. Set fps to %g or 0 if its "
-                        "motion stutters.", source.name, source.fps, fps, source.fps)
+        logging.warning(
+            "Kinoloom: %s has %g frames per second; frames repeat to make %g. Set fps to %g or 0 if its "
+            "motion stutters.",
+            source.name,
+            source.fps,
+            fps,
+            source.fps,
+        )
     moments = math.floor((source.count - 1) / source.fps * fps + 1e-6) + 1
     return [min(math.floor(k * source.fps / fps + 0.5), source.count - 1) for k in range(moments)]
 
@@ -61,6 +68,7 @@ def spread(values: list[int], count: int) -> list[int]:
 
 def bucket(width: int, height: int, area: int) -> tuple[int, int]:
     """Width and height, multiples of 16 of about `area` pixels, with the aspect ratio nearest to the source's."""
+
     def misfit(size: tuple[int, int]) -> tuple[float, int]:
         w, h = size
         return 2 * abs(math.log(w * height / (h * width))) + abs(math.log(w * h / area)), abs(w - h)
@@ -68,8 +76,9 @@ def bucket(width: int, height: int, area: int) -> tuple[int, int]:
     ideal = math.sqrt(area * width / height)
     tokens = max(int(ideal // SIDE), 1)
     widths = [SIDE * n for n in range(max(tokens - 1, 1), tokens + 3)]
-    return min(((w, SIDE * n) for w in widths for n in {max(int(area / w // SIDE), 1), int(area / w // SIDE) + 1}),
-               key=misfit)
+    return min(
+        ((w, SIDE * n) for w in widths for n in {max(int(area / w // SIDE), 1), int(area / w // SIDE) + 1}), key=misfit
+    )
 
 
 def center_crop(frame: Tensor, width: int, height: int) -> Tensor:

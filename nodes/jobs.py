@@ -27,8 +27,8 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
+from .widgets import TrainingJobType
 
-TrainingJob = io.Custom("TRAINING_JOB")
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
 
@@ -209,7 +209,7 @@ class TrainingResult(io.ComfyNode):
             category="Kinoloom/training",
             description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so "
             "far is saved, and running the workflow again resumes it.",
-            inputs=[TrainingJob.Input("job", tooltip="A job from one of the Train nodes.")],
+            inputs=[TrainingJobType.Input("job", tooltip="A job from one of the Train nodes.")],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
                 io.String.Output("lora_name", tooltip="Its name as LoRA loaders list it."),
@@ -227,7 +227,7 @@ class TrainingResult(io.ComfyNode):
     def execute(cls, job: str) -> io.NodeOutput:
         found = registry().get(job)
         with registry().waiting():
-            _wait(found)
+            _wait(found, cls.hidden.unique_id)
         if found.status == "failed":
             raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")
         if found.status != "finished":
@@ -250,15 +250,18 @@ class TrainingResult(io.ComfyNode):
         )
 
 
-def _wait(job: Job) -> None:
-    """Show progress until the job ends; Cancel stops it, and the cancel goes on once it has saved."""
-    bar = None
+def _wait(job: Job, node_id: str) -> None:
+    """Show progress and the plan until the job ends; Cancel stops it, and the cancel goes on once it has saved."""
+    bar, shown = None, None
     try:
         while not job.ended.wait(POLL_SECONDS):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if job.total:
                 bar = bar or comfy.utils.ProgressBar(job.total)
                 bar.update_absolute(job.done, job.total)
+            if job.plan is not shown:
+                shown = job.plan
+                PromptServer.instance.send_progress_text(str(shown), node_id)
     except comfy.model_management.InterruptProcessingException:
         job.stop()
         job.ended.wait()

@@ -28,11 +28,21 @@ class PriorOptions:
     seed: int = knob(0, "Seed of the first clip; the others follow. Change it for other clips.", min=0, max=2**53)
     steps: int = knob(30, "Sampling steps. Use what you use for generation.", min=1, max=1000)
     cfg: float = knob(6.0, "Guidance. Use what you use for generation.", min=0.0, max=100.0, step=0.1)
-    single_frames: int = knob(4, "Frames of each prior clip that are also encoded one by one. Only used if the data "
-                              "holds single frames. Raise it if there are few prior clips.",
-                              min=0, max=1025, advanced=True)
-    token_variants: int = knob(16, "Versions of each prompt with a tenth of the words missing. Keep it as in the node "
-                               "that encoded the clips.", min=0, max=64, advanced=True)
+    single_frames: int = knob(
+        4,
+        "Frames of each prior clip that are also encoded one by one. Only used if the data "
+        "holds single frames. Raise it if there are few prior clips.",
+        min=0,
+        max=1025,
+        advanced=True,
+    )
+    token_variants: int = knob(
+        16,
+        "Versions of each prompt with a tenth of the words missing. Keep it as in the node that encoded the clips.",
+        min=0,
+        max=64,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -54,8 +64,14 @@ class Sampler:
     def conditioning(self, prompt: str) -> Conditioning:
         return self.text_encoder.encode_from_tokens_scheduled(self.text_encoder.tokenize(prompt), show_pbar=False)
 
-    def sample(self, positive: Conditioning, negative: Conditioning, seed: int, shape: tuple[int, ...],
-               bar: comfy.utils.ProgressBar) -> Tensor:
+    def sample(
+        self,
+        positive: Conditioning,
+        negative: Conditioning,
+        seed: int,
+        shape: tuple[int, ...],
+        bar: comfy.utils.ProgressBar,
+    ) -> Tensor:
         """Raw latents [C, T, h, w]."""
         empty = torch.zeros(1, *shape)
         previewer = latent_preview.get_previewer(self.model.load_device, self.model.model.latent_format)
@@ -65,8 +81,19 @@ class Sampler:
             bar.update_absolute(bar.current + 1, preview=preview)
 
         samples = comfy.sample.sample(
-            self.model, comfy.sample.prepare_noise(empty, seed), self.steps, self.cfg, self.name, self.scheduler,
-            positive, negative, empty, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+            self.model,
+            comfy.sample.prepare_noise(empty, seed),
+            self.steps,
+            self.cfg,
+            self.name,
+            self.scheduler,
+            positive,
+            negative,
+            empty,
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
         return samples[0].float().cpu()
 
 
@@ -87,8 +114,10 @@ def read_prompts(text: str) -> list[str]:
     for line in prompts:
         for token in (SUBJECT_TOKEN, MOTION_TOKEN):
             if token in line:
-                raise ValueError(f"prior prompt {line!r} contains {token}: prior clips show what the model knows "
-                                 "without the trained subject, so describe others")
+                raise ValueError(
+                    f"prior prompt {line!r} contains {token}: prior clips show what the model knows "
+                    "without the trained subject, so describe others"
+                )
     if not prompts:
         raise ValueError("prompts is empty: write one per line, such as 'A man in a blue shirt. He walks in a park.'")
     return prompts
@@ -106,14 +135,17 @@ def clip_shapes(data: TrainingData, model: Any) -> list[tuple[int, ...]]:
     if not shapes:
         raise ValueError("data holds no clips to train on, so there is no size to generate prior clips at")
     if form.latent_dimensions != 3 or shapes[0][0] != form.latent_channels:
-        raise ValueError(f"the data's latents have {shapes[0][0]} channels, but this model makes "
-                         f"{form.latent_dimensions}-D latents of {form.latent_channels}: expected a "
-                         "video model such as Wan, and data encoded with its VAE")
+        raise ValueError(
+            f"the data's latents have {shapes[0][0]} channels, but this model makes "
+            f"{form.latent_dimensions}-D latents of {form.latent_channels}: expected a "
+            "video model such as Wan, and data encoded with its VAE"
+        )
     return shapes
 
 
-def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str],
-               options: PriorOptions) -> TrainingData:
+def add_priors(
+    data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str], options: PriorOptions
+) -> TrainingData:
     """`data` and its prior rows. What was generated before is taken from disk."""
     shapes = clip_shapes(data, sampler.model)
     frames = options.single_frames if data.select("frames", "train") else 0
@@ -131,8 +163,15 @@ def add_priors(data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str
     for clip, row in list(zip(clips, rows, strict=True)) if frames else []:
         text = encoded[appearance(clip.prompt)]
         for index, latents in encode_frames(columns, vae, row.columns["latents"], clip.shape, frames):
-            rows.append(Row(f"{clip.name} frame {index}", "frames", "prior", columns.shape(latents),
-                            {"latents": latents, "prompt_embeds": text}))
+            rows.append(
+                Row(
+                    f"{clip.name} frame {index}",
+                    "frames",
+                    "prior",
+                    columns.shape(latents),
+                    {"latents": latents, "prompt_embeds": text},
+                )
+            )
     return TrainingData(data.folder, (*data.rows, *rows))
 
 
@@ -153,8 +192,9 @@ def generate(columns: Columns, sampler: Sampler, clip_id: str, clips: list[Prior
     return [columns.cached("latents", keys[clip], lambda clip=clip: sample(clip)) for clip in clips]
 
 
-def encode_frames(columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...],
-                  count: int) -> list[tuple[int, str]]:
+def encode_frames(
+    columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...], count: int
+) -> list[tuple[int, str]]:
     """(frame, its latents column) for frames of a generated clip, each encoded on its own.
 
     A slice of a clip's latents other than the first covers several frames and is not the latent of a still.

@@ -40,8 +40,11 @@ def drop_tokens(tokens: Tokens, empty: Tokens, probability: float, rng: torch.Ge
         dropped[encoder] = []
         for section in sections:
             draws = torch.rand(len(section), generator=rng).tolist()
-            kept = [token for token, draw in zip(section, draws, strict=True)
-                    if _is_special(token, special) or draw >= probability]
+            kept = [
+                token
+                for token, draw in zip(section, draws, strict=True)
+                if _is_special(token, special) or draw >= probability
+            ]
             dropped[encoder].append(kept + [padding] * (len(section) - len(kept)))
     return dropped
 

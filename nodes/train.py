@@ -13,31 +13,8 @@ from ..trainers.core.config import make
 from ..trainers.core.data import PhaseData, TrainingData
 from ..trainers.core.host import make_room
 from ..trainers.core.recipe import Recipe
-from .jobs import TrainingJob, registry
-
-TrainingDataType = io.Custom("TRAINING_DATA")
-NO_FILE = "none"
-
-
-def widget(option: Field) -> io.Input:
-    """The input that a knob becomes."""
-    extra, name, default = option.metadata, option.name, option.default
-    shared = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
-    if extra["lora_file"]:
-        return io.Combo.Input(
-            name, options=[NO_FILE, *folder_paths.get_filename_list("loras")], default=NO_FILE, **shared
-        )
-    if extra["choices"]:
-        return io.Combo.Input(name, options=list(extra["choices"]), default=default, **shared)
-    if isinstance(default, bool):
-        return io.Boolean.Input(name, default=default, **shared)
-    if isinstance(default, str):
-        return io.String.Input(name, default=default, **shared)
-    limits = {"default": default, "min": extra["min"], "max": extra["max"]}
-    if isinstance(default, int):
-        after = {"control_after_generate": io.ControlAfterGenerate.fixed} if name == "seed" else {}
-        return io.Int.Input(name, **limits, **after, **shared)
-    return io.Float.Input(name, step=extra["step"] or 0.01, **limits, **shared)
+from .jobs import registry
+from .widgets import NO_FILE, TrainingDataType, TrainingJobType, widget
 
 
 def knobs(config_class: type) -> list[Field]:
@@ -67,7 +44,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                     ),
                     *(widget(option) for option in knobs(recipe.Config)),
                 ],
-                outputs=[TrainingJob.Output("job", tooltip="The running job, for Training Result.")],
+                outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
             )
 
         @classmethod

@@ -61,7 +61,9 @@ def write_row(
     return Row(name, split, role, shape, {column: name for column in written})
 
 
-def write_data(folder: Path, backbone: str, *, roles: Iterable[str] = ("train", "prior"), each: int = 2) -> TrainingData:
+def write_data(
+    folder: Path, backbone: str, *, roles: Iterable[str] = ("train", "prior"), each: int = 2
+) -> TrainingData:
     """`each` samples of every split and role."""
     rows = [
         write_row(folder, f"{role}-{split}-{i}", split, shape, role)
@@ -114,7 +116,8 @@ def make_job(
             created=0.0,
         )
     method = recipes()[recipe]
-    job = Job(folder / "job", spec, method, backbone_modules()[method.backbone], published or Published(), lambda job: False)
+    publish = Published() if published is None else published
+    job = Job(folder / "job", spec, method, backbone_modules()[method.backbone], publish, lambda job: False)
     if kept.is_file():
         job.restore(json.loads(kept.read_text()))
     return job

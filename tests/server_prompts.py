@@ -38,8 +38,9 @@ def loaders(unet: str = "tiny_wan.safetensors") -> dict:
 
 def train(client, recipe: str, run_name: str, wait: bool = True, unet: str = "tiny_wan.safetensors", **options) -> dict:
     """Folder of clips -> train node, with every widget at its default but FAST and `options`; `wait` adds the result."""
-    data = widgets(client, "KinoloomClipsFromFolder", folder="clips", frames_per_clip=9, size=32, single_frames=3,
-                   token_variants=2)
+    data = widgets(
+        client, "KinoloomClipsFromFolder", folder="clips", frames_per_clip=9, size=32, single_frames=3, token_variants=2
+    )
     chosen = widgets(client, recipe, run_name=run_name, **{**FAST, **options})
     prompt = {
         **loaders(unet),

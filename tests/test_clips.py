@@ -13,8 +13,15 @@ from PIL import Image
 
 def write_video(path: Path, count: int, *, fps: int = 16, size: tuple[int, int] = (64, 48)) -> Path:
     """Frame i is grey 4 * i."""
-    writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, codec="libx264", macro_block_size=1, quality=None,
-                                         output_params=["-crf", "0", "-preset", "ultrafast"])
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        size,
+        fps=fps,
+        codec="libx264",
+        macro_block_size=1,
+        quality=None,
+        output_params=["-crf", "0", "-preset", "ultrafast"],
+    )
     writer.send(None)
     for i in range(count):
         writer.send(np.full((size[1], size[0], 3), 4 * i, np.uint8).tobytes())
@@ -101,13 +108,16 @@ def test_image_turned_by_exif_is_upright(tmp_path: Path) -> None:
     assert clips.image_size(path) == (48, 64)
 
 
-@pytest.mark.parametrize(("count", "fps", "wanted", "expected"), [
-    (9, 24.0, 16.0, [0, 2, 3, 5, 6, 8]),
-    (9, 30.0, 15.0, [0, 2, 4, 6, 8]),
-    (4, 8.0, 16.0, [0, 1, 1, 2, 2, 3, 3]),
-    (5, 30.0, 0.0, [0, 1, 2, 3, 4]),
-    (5, 16.0, 16.0, [0, 1, 2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    ("count", "fps", "wanted", "expected"),
+    [
+        (9, 24.0, 16.0, [0, 2, 3, 5, 6, 8]),
+        (9, 30.0, 15.0, [0, 2, 4, 6, 8]),
+        (4, 8.0, 16.0, [0, 1, 1, 2, 2, 3, 3]),
+        (5, 30.0, 0.0, [0, 1, 2, 3, 4]),
+        (5, 16.0, 16.0, [0, 1, 2, 3, 4]),
+    ],
+)
 def test_resampling_takes_the_nearest_frames(count: int, fps: float, wanted: float, expected: list[int]) -> None:
     assert framing.resample(clips.from_tensor("x", torch.zeros(count, 2, 2, 3), fps), wanted) == expected
 
@@ -119,9 +129,14 @@ def test_resampling_keeps_the_duration() -> None:
     assert len(indices) == 161
 
 
-@pytest.mark.parametrize(("mode", "expected"), [
-    ("first", [0]), ("uniform", [0, 5, 11]), ("sliding", [0, 4, 8]),
-])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("first", [0]),
+        ("uniform", [0, 5, 11]),
+        ("sliding", [0, 4, 8]),
+    ],
+)
 def test_windows(mode: str, expected: list[int]) -> None:
     assert framing.windows(20, 9, mode, 3, 4) == [range(start, start + 9) for start in expected]
 
@@ -131,9 +146,15 @@ def test_uniform_windows_that_fall_together_count_once() -> None:
     assert framing.windows(9, 9, "uniform", 4, 1) == [range(0, 9)]
 
 
-@pytest.mark.parametrize(("values", "count", "expected"), [
-    (5, 8, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (9, 1, [0]), (9, 9, list(range(9))),
-])
+@pytest.mark.parametrize(
+    ("values", "count", "expected"),
+    [
+        (5, 8, [0, 1, 2, 3, 4]),
+        (9, 3, [0, 4, 8]),
+        (9, 1, [0]),
+        (9, 9, list(range(9))),
+    ],
+)
 def test_spread(values: int, count: int, expected: list[int]) -> None:
     assert framing.spread(list(range(values)), count) == expected
 
@@ -178,8 +199,9 @@ def test_latent_mask_groups_frames_as_the_vae_does() -> None:
     assert framing.latent_mask(frames[:1], 4).shape == (1, 1, 2, 3)
 
 
-def resolve(plain: str = "", static: str = "", motion: str = "", photo: bool = False,
-            frames: bool = True) -> tuple[str, str]:
+def resolve(
+    plain: str = "", static: str = "", motion: str = "", photo: bool = False, frames: bool = True
+) -> tuple[str, str]:
     found = captions.resolve(plain, static, motion, photo=photo, with_frames=frames)
     return found.static, found.motion
 

@@ -73,14 +73,16 @@ def pixels(count: int, height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 def encode(models: dict[str, Any], images: torch.Tensor | None, caption: str = "a cat", **options: Any) -> TrainingData:
-    made = data_nodes.EncodeClips.execute(models["vae"], models["clip"], images=images, caption=caption,
-                                     **{**OPTIONS, **options})
+    made = data_nodes.EncodeClips.execute(
+        models["vae"], models["clip"], images=images, caption=caption, **{**OPTIONS, **options}
+    )
     return made.result[0]
 
 
 def from_folder(models: dict[str, Any], folder: str = "set", role: str = "train", **options: Any) -> TrainingData:
-    made = data_nodes.ClipsFromFolder.execute(models["vae"], models["clip"], folder=folder, role=role,
-                                         **{**OPTIONS, **options})
+    made = data_nodes.ClipsFromFolder.execute(
+        models["vae"], models["clip"], folder=folder, role=role, **{**OPTIONS, **options}
+    )
     return made.result[0]
 
 
@@ -93,8 +95,15 @@ def files(data: TrainingData) -> dict[str, int]:
 
 
 def write_video(path: Path, count: int, *, fps: int = 16, size: tuple[int, int] = (64, 48)) -> Path:
-    writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, codec="libx264", macro_block_size=1, quality=None,
-                                         output_params=["-crf", "0", "-preset", "ultrafast"])
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        size,
+        fps=fps,
+        codec="libx264",
+        macro_block_size=1,
+        quality=None,
+        output_params=["-crf", "0", "-preset", "ultrafast"],
+    )
     writer.send(None)
     for i in range(count):
         writer.send(np.full((size[1], size[0], 3), 4 * i, np.uint8).tobytes())
@@ -137,8 +146,15 @@ def test_rows_of_a_clip_and_its_frames(models: dict[str, Any], vae: Any) -> None
 
 
 def test_batches_reads_what_the_nodes_write(models: dict[str, Any]) -> None:
-    data = encode(models, pixels(9), single_frames=5, window_mode="uniform", window_count=2, token_variants=2,
-                  masks=torch.ones(9, 64, 64))
+    data = encode(
+        models,
+        pixels(9),
+        single_frames=5,
+        window_mode="uniform",
+        window_count=2,
+        token_variants=2,
+        masks=torch.ones(9, 64, 64),
+    )
     wide = encode(models, pixels(5, 32, 128), "another, longer caption with more words")
     data = data_nodes.CombineData.execute(data, wide).result[0]
     clips = Batches(data, "clips", "train", ("latents", "prompt_embeds"), batch_size=2)
@@ -195,8 +211,9 @@ def test_motion_caption_is_for_the_clip_and_static_for_its_frames(models: dict[s
     assert torch.equal(still, clip.encode_from_tokens(clip.tokenize("a [v] cat"))[0])
 
 
-def test_one_caption_for_both_is_warned_about_once(models: dict[str, Any], folder: Path,
-                                                   caplog: pytest.LogCaptureFixture) -> None:
+def test_one_caption_for_both_is_warned_about_once(
+    models: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("a", "b"):
         write_clip(folder, name)
     with caplog.at_level(logging.WARNING):
@@ -231,9 +248,13 @@ def test_one_mask_serves_all_frames_and_is_cropped_like_them(models: dict[str, A
     assert made.mean() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(("masks", "reason"), [
-    (torch.ones(4, 64, 64), "its mask masks has 4"), (torch.ones(5, 64, 32), "the same aspect ratio"),
-])
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [
+        (torch.ones(4, 64, 64), "its mask masks has 4"),
+        (torch.ones(5, 64, 32), "the same aspect ratio"),
+    ],
+)
 def test_masks_of_the_wrong_shape(models: dict[str, Any], masks: torch.Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         encode(models, pixels(5), masks=masks)
@@ -249,9 +270,16 @@ def test_second_run_writes_nothing_and_gives_equal_data(models: dict[str, Any], 
     assert files(first) == before
 
 
-@pytest.mark.parametrize("change", [
-    {"size": 48}, {"frames_per_clip": 9}, {"caption": "a dog"}, {"token_variants": 1}, {"images": pixels(9) * 0.5},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 48},
+        {"frames_per_clip": 9},
+        {"caption": "a dog"},
+        {"token_variants": 1},
+        {"images": pixels(9) * 0.5},
+    ],
+)
 def test_what_changes_the_encoding_is_encoded_again(models: dict[str, Any], change: dict[str, Any]) -> None:
     given = {"images": pixels(9), "caption": "a cat"}
     first = encode(models, **given)
@@ -316,7 +344,9 @@ def test_folder_with_videos_frames_photos_and_masks(models: dict[str, Any], fold
     (folder / "portrait.txt").write_text("a portrait")
     data = from_folder(models)
     assert [(row.name, row.shape[1], "mask" in row.columns) for row in data.rows] == [
-        ("clip2.mp4 frames 0-4", 2, True), ("clip10.mp4 frames 0-4", 2, False), ("portrait.jpg", 1, False),
+        ("clip2.mp4 frames 0-4", 2, True),
+        ("clip10.mp4 frames 0-4", 2, False),
+        ("portrait.jpg", 1, False),
         ("walk frames 0-4", 2, True),
     ]
     assert column(data, data.rows[3], "mask")["mask"][0, :, 0, 0].tolist() == [0, 1]
@@ -338,8 +368,14 @@ def test_all_bad_clips_are_named_at_once(models: dict[str, Any], folder: Path) -
         from_folder(models)
     message = str(caught.value)
     assert message.startswith("some clips in 'set' cannot be used") and message.count("\n- ") == 7
-    for expected in ("short.mp4: has 3 frames", "mute.mp4: has no caption", "empty.mp4: has no caption",
-                     "broken.mp4: not a readable video", "odd: 2.png is 32x32", "masked.mp4: has 9 frames, its mask"):
+    for expected in (
+        "short.mp4: has 3 frames",
+        "mute.mp4: has no caption",
+        "empty.mp4: has no caption",
+        "broken.mp4: not a readable video",
+        "odd: 2.png is 32x32",
+        "masked.mp4: has 9 frames, its mask",
+    ):
         assert expected in message
     assert "Good.mask.png: no clip is called Good" in message and "good.mp4" not in message
 
@@ -406,8 +442,10 @@ def test_held_out_clips_are_the_last_ones(models: dict[str, Any], folder: Path) 
 def test_frames_trained_on_do_not_validate(models: dict[str, Any]) -> None:
     data = encode(models, pixels(9), window_mode="sliding", window_stride=2, hold_out=1, single_frames=81)
     frames = {role: [row.name for row in data.select("frames", role)] for role in ("train", "validation")}
-    assert frames == {"train": [f"images frame {i}" for i in range(7)],
-                      "validation": ["images frame 7", "images frame 8"]}
+    assert frames == {
+        "train": [f"images frame {i}" for i in range(7)],
+        "validation": ["images frame 7", "images frame 8"],
+    }
 
 
 @pytest.mark.parametrize("role", ["validation", "prior"])
@@ -434,13 +472,23 @@ def test_combining_drops_duplicates_and_keeps_order(models: dict[str, Any]) -> N
         data_nodes.CombineData.execute(first, TrainingData("elsewhere", second.rows))
 
 
-PRIORS = {"seeds_per_prompt": 1, "seed": 7, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple",
-          "single_frames": 2, "token_variants": 0, "negative": "bad"}
+PRIORS = {
+    "seeds_per_prompt": 1,
+    "seed": 7,
+    "steps": 2,
+    "cfg": 2.0,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "single_frames": 2,
+    "token_variants": 0,
+    "negative": "bad",
+}
 
 
 def add_priors(models: dict[str, Any], data: TrainingData, prompts: str, **options: Any) -> TrainingData:
-    return data_nodes.PriorClips.execute(models["model"], models["clip"], models["vae"], data=data, prompts=prompts,
-                                    **{**PRIORS, **options}).result[0]
+    return data_nodes.PriorClips.execute(
+        models["model"], models["clip"], models["vae"], data=data, prompts=prompts, **{**PRIORS, **options}
+    ).result[0]
 
 
 def test_prior_clips_are_what_the_sampler_makes(models: dict[str, Any], vae: Any) -> None:
@@ -455,8 +503,9 @@ def test_prior_clips_are_what_the_sampler_makes(models: dict[str, Any], vae: Any
 
     clip = models["clip"]
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("A man. He walks.", "bad"))
-    expected = core.common_ksampler(models["model"], 8, 2, 2.0, "euler", "simple", positive, negative,
-                                    {"samples": torch.zeros(1, 16, 2, 8, 8)})[0]["samples"]
+    expected = core.common_ksampler(
+        models["model"], 8, 2, 2.0, "euler", "simple", positive, negative, {"samples": torch.zeros(1, 16, 2, 8, 8)}
+    )[0]["samples"]
     assert torch.equal(latents[1], expected[0])
 
     frames = both.select("frames", "prior")

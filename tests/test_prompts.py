@@ -16,11 +16,25 @@ class TinyT5:
     """core's T5 encoder as Wan has it (end token 1, padding 0, masked rows zero), made tiny; a word is a token."""
 
     def __init__(self) -> None:
-        config = {"d_ff": 32, "d_kv": 8, "d_model": 16, "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True,
-                  "model_type": "umt5", "num_heads": 2, "num_layers": 2, "vocab_size": 256}
-        self.model = sd1_clip.SDClipModel(textmodel_json_config=config, model_class=T5, dtype=torch.float32,
-                                          special_tokens={"end": 1, "pad": 0}, enable_attention_masks=True,
-                                          zero_out_masked=True)
+        config = {
+            "d_ff": 32,
+            "d_kv": 8,
+            "d_model": 16,
+            "dense_act_fn": "gelu_pytorch_tanh",
+            "is_gated_act": True,
+            "model_type": "umt5",
+            "num_heads": 2,
+            "num_layers": 2,
+            "vocab_size": 256,
+        }
+        self.model = sd1_clip.SDClipModel(
+            textmodel_json_config=config,
+            model_class=T5,
+            dtype=torch.float32,
+            special_tokens={"end": 1, "pad": 0},
+            enable_attention_masks=True,
+            zero_out_masked=True,
+        )
         rng = torch.Generator().manual_seed(0)
         for weight in self.model.parameters():
             if weight.ndim > 1:

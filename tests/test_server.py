@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_client import Client, PromptError, Server, make_base
 from safetensors.torch import load_file
 
 from .server_prompts import node, sample, train, write_clips
+from comfy_client import Client, PromptError, Server, make_base
 
 WAN, SNS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
 UNCHANGED = {"session": None}
@@ -32,7 +32,9 @@ def job_event(client: Client, run_name: str, accept, timeout: float = 60.0) -> d
     """The first websocket message about the run that `accept` takes."""
 
     def wanted(event: dict) -> bool:
-        return event["type"] == "kinoloom.job" and event["data"]["job"]["run_name"] == run_name and accept(event["data"])
+        return (
+            event["type"] == "kinoloom.job" and event["data"]["job"]["run_name"] == run_name and accept(event["data"])
+        )
 
     return client.wait_event(wanted, timeout)["data"]
 
@@ -66,12 +68,12 @@ def test_set_and_sequence_from_video_to_sampling(server: Server, on: Client) -> 
 
 def test_identity_then_motion_equals_combined(server: Server, on: Client) -> None:
     on.run(train(on, SNS, "parts", set_steps=2, sequence_steps=2, gradient_accumulation=1, save_precision="fp32"))
-    files = {name: str(Path(path).relative_to(server.base / "models" / "loras")) for name, path in
-             jobs(on, "parts")[0]["files"].items()}
+    files = {
+        name: str(Path(path).relative_to(server.base / "models" / "loras"))
+        for name, path in jobs(on, "parts")[0]["files"].items()
+    }
     chained = sample(lora=files["identity"], prefix="chained")
-    chained["motion"] = node(
-        "LoraLoaderModelOnly", model=["lora", 0], lora_name=files["motion"], strength_model=1.0
-    )
+    chained["motion"] = node("LoraLoaderModelOnly", model=["lora", 0], lora_name=files["motion"], strength_model=1.0)
     chained["sample"]["inputs"]["model"] = ["motion", 0]
     one, two = (
         load_file(server.base / on.files(on.run(prompt))[0])["latent_tensor"]
@@ -242,7 +244,13 @@ def test_kill_and_restart_loses_at_most_the_steps_since_the_checkpoint(
     for model in tiny_models.glob("*/*.safetensors"):
         (base / "models" / model.relative_to(tiny_models)).symlink_to(model)
     write_clips(base)
-    options = {"set_steps": 60, "sequence_steps": 60, "gradient_accumulation": 1, "save_every": 10, "save_precision": "fp32"}
+    options = {
+        "set_steps": 60,
+        "sequence_steps": 60,
+        "gradient_accumulation": 1,
+        "save_every": 10,
+        "save_precision": "fp32",
+    }
     with Server(comfyui_dir, base) as server, server.client() as client:
         client.run(train(client, SNS, "straight", **options))
         client.run(train(client, SNS, "killed", wait=False, **options))

@@ -210,7 +210,9 @@ def test_an_identity_file_of_another_scale_is_refused(model: Any, data: Training
 
 
 @pytest.mark.parametrize(("stage", "shift"), [("set", 1.0), ("sequence", 3.0)])
-def test_the_loss_is_flow_matching_at_the_stages_shift(model: Any, data: TrainingData, stage: str, shift: float) -> None:
+def test_the_loss_is_flow_matching_at_the_stages_shift(
+    model: Any, data: TrainingData, stage: str, shift: float
+) -> None:
     """x_t = (1 - t) data + t noise, target noise - data, timestep 1000 t, fp32 mean; masks and token masking off."""
     off = {"set_dropout": 0.0, "sequence_dropout": 0.0, "token_mask_prob": 0.0}
     recipe = started(model, *list(SPLITS)[: list(SPLITS).index(stage) + 1], **off)
@@ -244,7 +246,9 @@ def test_prior_adds_exactly_its_weight_times_its_own_gradient(model: Any, data: 
     recipe = started(model, *list(SPLITS)[: list(SPLITS).index(stage) + 1], prior_weight=1.0)
     batch = make_batch(recipe.backbone, data, SPLITS[stage])
     rng = Rng(0, stage, 0)
-    parameters = [p for g in recipe.param_groups(recipe.phases(recipe.config)[list(SPLITS).index(stage)]) for p in g["params"]]
+    parameters = [
+        p for g in recipe.param_groups(recipe.phases(recipe.config)[list(SPLITS).index(stage)]) for p in g["params"]
+    ]
 
     def gradients(weight: float) -> dict[str, tuple[Tensor, ...]]:
         recipe.config = make_config(NAME, prior_weight=weight)
@@ -291,7 +295,9 @@ def test_masks_zero_a_share_p_of_the_trained_up_and_rescale_the_rest(
     assert not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
 
     again = drawn_masks(recipe, batch, Rng(0, stage, 0))
-    others = [drawn_masks(recipe, batch, rng) for rng in (Rng(0, stage, 1), Rng(1, stage, 0), Rng(0, stage, 0).fork("prior"))]
+    others = [
+        drawn_masks(recipe, batch, rng) for rng in (Rng(0, stage, 1), Rng(1, stage, 0), Rng(0, stage, 0).fork("prior"))
+    ]
     path = LINEARS[0]
     assert torch.equal(masks[path][group], again[path][group])
     assert not any(torch.equal(masks[path][group], other[path][group]) for other in others)

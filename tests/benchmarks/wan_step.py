@@ -439,9 +439,7 @@ def main() -> None:
     if options.cuda_sizes and not cuda:
         parser.error("--cuda-sizes needs a CUDA device")
     sys.path.insert(0, str(PACK / "scripts"))
-    shape = Shape(
-        "small", options.dim, 4 * options.dim, options.blocks, grid_of(options.tokens), options.rank, "fp32"
-    )
+    shape = Shape("small", options.dim, 4 * options.dim, options.blocks, grid_of(options.tokens), options.rank, "fp32")
     shapes = [replace(shape, dtype="bf16") if cuda else shape]
     if options.cuda_sizes:
         full = Shape("1.3B 512x512x33", 1536, 8960, 30, (9, 32, 32), options.rank, "bf16")

@@ -1,0 +1,32 @@
+"""Config fields as inputs, and the types on this pack's wires."""
+
+from dataclasses import Field
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
+TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
+NO_FILE = "none"
+
+
+def widget(option: Field) -> io.Input:
+    """The input that a knob becomes."""
+    extra, name, default = option.metadata, option.name, option.default
+    shared: dict[str, Any] = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
+    if extra["lora_file"]:
+        files = [NO_FILE, *folder_paths.get_filename_list("loras")]
+        return io.Combo.Input(name, options=files, default=NO_FILE, **shared)
+    shared["default"] = default
+    if extra["choices"]:
+        return io.Combo.Input(name, options=list(extra["choices"]), **shared)
+    if isinstance(default, bool):
+        return io.Boolean.Input(name, **shared)
+    if isinstance(default, str):
+        return io.String.Input(name, **shared)
+    shared |= {"min": extra["min"], "max": extra["max"]}
+    if isinstance(default, int):
+        after = {"control_after_generate": io.ControlAfterGenerate.fixed} if name == "seed" else {}
+        return io.Int.Input(name, step=extra["step"], **after, **shared)
+    return io.Float.Input(name, step=extra["step"] or 0.01, **shared)

@@ -1,0 +1,106 @@
+"""The shipped workflows: offered as templates, opened by the real front end, run with only file names changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page
+
+from .server_prompts import write_clips, write_video
+from comfy_client import Client, Server, set_widget, to_prompt
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+FILES = {
+    "UNETLoader": ("unet_name", "tiny_wan.safetensors"),
+    "CLIPLoader": ("clip_name", "tiny_clip.safetensors"),
+    "VAELoader": ("vae_name", "tiny_wan_vae.safetensors"),
+}
+SMALL = {"frames_per_clip": 9, "size": 32}
+TRAINING = {
+    "wan_lora": {
+        "KinoloomClipsFromFolder": {"folder": "clips", **SMALL},
+        "KinoloomTrainWanLora": {"run_name": "template wan", "steps": 3},
+    },
+    "set_and_sequence": {
+        "LoadVideo": {"file": "square.mp4"},
+        "KinoloomEncodeClips": {**SMALL, "single_frames": 2, "token_variants": 2},
+        "KinoloomTrainSetAndSequence": {"run_name": "template sns", "set_steps": 2, "sequence_steps": 2},
+    },
+}
+LORAS = {
+    "wan_lora": {"LoraLoaderModelOnly": "template wan/template wan-lora-000003.safetensors"},
+    "set_and_sequence": {
+        "Load LoRA: identity": "template sns/template sns-identity-000002.safetensors",
+        "Load LoRA: motion": "template sns/template sns-motion-000004.safetensors",
+    },
+}
+
+
+def load(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def with_values(client: Client, name: str, values: dict[str, dict]) -> dict:
+    workflow, info = load(name), client.object_info()
+    for node_type, (widget, file) in FILES.items():
+        set_widget(workflow, info, node_type, widget, file)
+    for node, widgets in values.items():
+        for widget, value in widgets.items():
+            set_widget(workflow, info, node, widget, value)
+    return workflow
+
+
+@pytest.mark.parametrize("method", TRAINING)
+def test_train_then_generate(server: Server, client: Client, method: str) -> None:
+    write_clips(server.base)
+    (server.base / "input" / "clips" / "square.txt").unlink(missing_ok=True)
+    write_video(server.base / "input" / "square.mp4")
+    if method == "wan_lora":  # one caption, as its note says
+        (server.base / "input" / "clips" / "square.static.txt").rename(server.base / "input" / "clips" / "square.txt")
+        (server.base / "input" / "clips" / "square.motion.txt").unlink()
+    outputs = client.run_workflow(with_values(client, f"{method}_train", TRAINING[method]))
+    assert any(file.endswith(".png") for file in client.files(outputs)), "the loss graph"
+    client._object_info = None  # the list of LoRA files has grown
+    values = {
+        "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
+        "KSampler": {"steps": 2},
+        **{node: {"lora_name": f"kinoloom/{file}"} for node, file in LORAS[method].items()},
+    }
+    (video,) = client.files(client.run_workflow(with_values(client, f"{method}_generate", values)))
+    assert video.endswith(".mp4") and (server.base / video).stat().st_size > 0
+    assert "lora key not loaded" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_front_end_opens_it_whole_and_submits_what_we_submit(page: Page, client: Client, name: str) -> None:
+    page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", (FOLDER / f"{name}.json").read_text())
+    known = "() => app.graph.nodes.filter(n => LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+    assert sorted(node["type"] for node in load(name)["nodes"]) == sorted(page.evaluate(known))
+    assert len(load(name)["links"]) == page.evaluate("() => app.graph.links.size ?? Object.keys(app.graph.links).length")
+    submitted = page.evaluate("async () => (await app.graphToPrompt()).output")
+    ours = to_prompt(load(name), client.object_info())
+    assert {key: (n["class_type"], n["inputs"]) for key, n in submitted.items()} == {
+        key: (n["class_type"], n["inputs"]) for key, n in ours.items()
+    }
+
+
+def test_template_browser_offers_them_with_thumbnails(client: Client) -> None:
+    assert sorted(client.get("/workflow_templates")["kinoloom"]) == NAMES
+    assert {name.rsplit("_", 1)[1] for name in NAMES} == {"train", "generate"}
+    for name in NAMES:
+        assert json.loads(client.read(f"/api/workflow_templates/kinoloom/{name}.json")) == load(name)
+        picture = FOLDER / f"{name}.jpg"
+        assert client.read(f"/api/workflow_templates/kinoloom/{name}.jpg") == picture.read_bytes()
+        assert Image.open(picture).size >= (400, 150)
+
+
+def test_every_input_of_every_node_says_when_to_change_it(client: Client) -> None:
+    ours = {name: info for name, info in client.object_info().items() if name.startswith("Kinoloom")}
+    assert {"KinoloomEncodeClips", "KinoloomClipsFromFolder", "KinoloomTrainingResult"} <= ours.keys()
+    for name, info in ours.items():
+        assert info["description"] and info["category"].startswith("Kinoloom/")
+        for inputs in (info["input"]["required"], info["input"].get("optional", {})):
+            for widget, spec in inputs.items():
+                assert len(spec) > 1 and len(spec[1].get("tooltip", "")) > 10, f"{name}.{widget}"
