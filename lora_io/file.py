@@ -4,6 +4,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -31,7 +32,8 @@ def atomic_write(path: Path, write: Callable[[str], None]) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise SaveError(f"cannot write {path}: {error}. The previous version, if any, is kept.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

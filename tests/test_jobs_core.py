@@ -348,9 +348,7 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         job.publish = published
         finish(job, model)
         first = next(e["done"] for e in published if e["event"] == "step")
-        assert first < kills[name] or name == WAN_LORA and first == kills[name], (
-            "steps after the checkpoint are made again"
-        )
+        assert first <= kills[name], "steps after the checkpoint are made again"
         assert_same_run(job, whole(name))
         assert [e["done"] for e in job.history if e["event"] == "step"] == list(range(1, job.total + 1))
         assert not list(tmp_path.rglob("*.part")) and not list(job.folder.glob(".*"))
@@ -481,7 +479,7 @@ def test_a_wrong_text_width_fails_with_both_widths(name: str, model: Any, tmp_pa
     job = make_job(tmp_path, model, TrainingData(str(tmp_path / "d"), rows), make_config(name), name, published)
     finish(job, model, "failed")
     assert "prompt_embeds: width 96, expected 768" in job.error
-    assert published[-1] == {"event": "failed", "error": job.error}
+    assert {"event": "failed", "error": job.error} in published
     assert json.loads((job.folder / "job.json").read_text())["error"] == job.error
 
 
@@ -608,15 +606,14 @@ def test_a_run_on_a_full_disk_fails_clearly_and_goes_on_from_its_checkpoint(
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
     before, published = (job.folder / "state.pt").read_bytes(), Published()
     job.publish = published
-    job.start = lambda model, start=job.start: start(model)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     published.at(3, lambda job: resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard)))
     try:
         finish(job, model, "failed")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in job.error if left else "File too large" in job.error or "cannot write" in job.error
-    assert published[-1] == {"event": "failed", "error": job.error}, "the user is told although nothing can be written"
+    assert ("cannot write" if left else "File too large") in job.error
+    assert {"event": "failed", "error": job.error} in published, "the user is told although nothing can be written"
     assert (job.folder / "state.pt").read_bytes() == before
     assert_same_run(finish(make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA), model), whole(WAN_LORA))
 
@@ -754,11 +751,11 @@ def test_the_best_file_holds_the_weights_of_the_lowest_validation(
     model: Any, data: TrainingData, tmp_path: Path
 ) -> None:
     """A rate that overshoots: the best is not the last."""
-    config = make_config(WAN_LORA, validate_every=1, steps=5, learning_rate=1.0)
+    config = make_config(WAN_LORA, validate_every=1, steps=3, learning_rate=0.3)
     job = finish(make_job(tmp_path / "a", model, data, config, WAN_LORA), model)
     validations = events(job, "validation")
     lowest = min(validations, key=lambda e: e["loss"])
-    assert lowest["step"] < 5, "the test needs a run that gets worse"
+    assert lowest["step"] < 3, "the test needs a run that gets worse"
     so_far = math.inf
     for event in validations:
         assert event["best"] == (event["loss"] < so_far)

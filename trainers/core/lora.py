@@ -24,8 +24,10 @@ class GroupLinear(PeftLinear):
     active: set[str]  # shared by all layers of one LoraGroups
     masks: dict[str, Tensor]
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
         ups: dict[nn.Module, Tensor] = {}
         for group, down in self.lora_A.items():
             if group in self.active:
@@ -35,10 +37,12 @@ class GroupLinear(PeftLinear):
                 if self.scaling[group] != 1:
                     up = up * self.scaling[group]
                 ups[down] = ups[down] + up if down in ups else up
+        flat = x.flatten(0, -2)  # once for base and update, whose gradients then add up in place
+        y = self.base_layer(flat)
         for down, up in ups.items():
-            h = nn.functional.linear(x, down.weight.to(x.dtype))
-            y = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.to(x.dtype).t()).view_as(y)
-        return y
+            h = nn.functional.linear(flat, down.weight.to(x.dtype))
+            y.addmm_(h, up.to(x.dtype).t())  # in place: no linear layer keeps its output for backward
+        return y.view(*x.shape[:-1], -1)
 
 
 class LoraGroups:
@@ -56,7 +60,7 @@ class LoraGroups:
         group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing matches.
         """
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
-        config._register_custom_module({nn.Linear: GroupLinear})
+        config._register_custom_module({nn.Module: GroupLinear})  # ComfyUI's quantised Linear is no nn.Linear
         vars(self.module).pop("peft_config", None)  # PEFT warns about a second adapter, which is meant here
         inject_adapter_in_model(config, self.module, name, low_cpu_mem_usage=True)
         self.layers = {path: m for path, m in self.module.named_modules() if isinstance(m, GroupLinear)}

@@ -1,0 +1,238 @@
+"""Options: what is refused, and that each one of every method changes something."""
+
+import math
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kinoloom.lora_io.file import load
+from kinoloom.trainers import recipes
+from kinoloom.trainers.core.checkpoint import load_state
+from kinoloom.trainers.core.config import make
+from kinoloom.trainers.core.data import TrainingData
+from kinoloom.trainers.core.job import Job
+
+from .runs import RUNS, Published, events, finish, load_model, make_config, make_job, state_of, write_data
+
+SNS, WAN_LORA = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora"
+
+
+def every_option() -> list[Any]:
+    return [
+        pytest.param(name, option, id=f"{name.removeprefix('KinoloomTrain')}-{option.name}")
+        for name in sorted(recipes())
+        for option in fields(recipes()[name].Config)
+    ]
+
+
+def rejected(name: str, option: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        make_config(name, **{option: value})
+    message = str(raised.value)
+    assert message.startswith(f"{option}={value!r}") or message.startswith(f"{option}={value}"), message
+    assert "expected" in message and expected in message, message
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "option"), every_option())
+def test_a_bad_value_is_refused_with_field_value_and_expectation(name: str, option: Field) -> None:
+    kind, extra = type(option.default), option.metadata
+    wrong = {int: ["1", 1.5, None, True], float: ["1", None, True], str: [1, None], bool: [1, "true", None]}
+    for value in wrong[kind]:
+        rejected(name, option.name, value, kind.__name__)
+    if extra["choices"]:
+        rejected(name, option.name, "nothing of the kind", extra["choices"][-1])
+    if kind in (int, float):
+        low, high = extra["min"], extra["max"]
+        for value in (low - 1, high + 1, *([math.nan, math.inf, -math.inf] if kind is float else [])):
+            rejected(name, option.name, kind(value), f"{low}..{high}")
+
+
+@pytest.mark.parametrize(("name", "option"), every_option())
+def test_a_default_fits_its_own_limits_and_says_when_to_change_it(name: str, option: Field) -> None:
+    extra = option.metadata
+    assert option.default is not MISSING and len(extra["tooltip"]) > 15
+    if extra["choices"]:
+        assert option.default in extra["choices"]
+    if type(option.default) in (int, float):
+        assert extra["min"] <= option.default <= extra["max"]
+    assert make(recipes()[name].Config, {}) is not None
+
+
+def test_limits_belong_to_the_range_and_whole_numbers_are_floats() -> None:
+    config = make_config(WAN_LORA, rank=256, learning_rate=0, alpha=1024)
+    assert (config.rank, config.learning_rate, config.alpha) == (256, 0, 1024)
+    assert make_config(WAN_LORA, alpha=2.0).scale == 0.5 and make_config(WAN_LORA).scale == 1
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_an_unknown_option_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown option 'learning_rat': expected one of .*learning_rate"):
+        make(recipes()[name].Config, {"learning_rat": 1.0})
+    with pytest.raises(AttributeError):  # frozen
+        make(recipes()[name].Config, {}).rank = 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"self_conditioning_prob": 0.9}, r"self_conditioning_prob=0.9: expected 0"),
+        ({"set_steps": 0}, r"set_steps=0: expected above 0, or an identity_file"),
+        ({"identity_file": "x.safetensors"}, r"identity_file='x.safetensors': expected none when set_steps=3"),
+        ({"set_steps": 0, "sequence_steps": 0, "identity_file": "x"}, r"sequence_steps=0: expected above 0"),
+    ],
+)
+def test_set_and_sequence_refuses_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(SNS, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ({}, ["set", "sequence"]),
+        ({"sequence_steps": 0}, ["set"]),
+        ({"set_steps": 0, "identity_file": "x.safetensors"}, ["sequence"]),
+    ],
+)
+def test_set_and_sequence_runs_the_stages_that_have_steps(options: dict[str, Any], phases: list[str]) -> None:
+    assert [phase.name for phase in recipes()[SNS].phases(make_config(SNS, **options))] == phases
+
+
+# -- every option does something -------------------------------------------------------------------------------------------
+
+BASE = {WAN_LORA: {"steps": 3}, SNS: {"set_steps": 2, "sequence_steps": 2, "gradient_accumulation": 1}}
+STEPS, WEIGHTS, FILES, DTYPE, METADATA, PLAN, VALIDATIONS, SAVED = (
+    "steps", "weights", "files", "dtype", "metadata", "plan", "validations", "saved",
+)  # fmt: skip
+# option -> (another value, what it changes); None: another test shows its effect
+SHARED: dict[str, tuple[Any, str]] = {
+    "rank": (2, WEIGHTS),
+    "learning_rate": (2e-3, WEIGHTS),
+    "seed": (1, WEIGHTS),
+    "alpha": (1.0, WEIGHTS),
+    "batch_size": (2, WEIGHTS),
+    "gradient_accumulation": (3, WEIGHTS),
+    "optimizer": ("Lion", WEIGHTS),
+    "beta2": (0.6, WEIGHTS),
+    "weight_decay": (5.0, WEIGHTS),
+    "lr_schedule": ("linear", WEIGHTS),
+    "warmup_steps": (2, WEIGHTS),
+    "max_grad_norm": (1e-6, WEIGHTS),
+    "lora_plus_ratio": (3.0, WEIGHTS),
+    "stratified_timesteps": (False, WEIGHTS),
+    "precision": ("bf16", WEIGHTS),
+    "prior_weight": (0.0, WEIGHTS),
+    "checkpointing": ("on", PLAN),
+    "validate_every": (1, VALIDATIONS),
+    "save_every": (1, SAVED),
+    "save_precision": ("fp32", DTYPE),
+    "trigger_words": ("zyx", METADATA),
+}
+OWN: dict[str, dict[str, tuple[Any, str]]] = {
+    WAN_LORA: {
+        "steps": (2, STEPS),
+        "target_layers": ("attention", FILES),
+        "timestep_sampling": ("uniform", WEIGHTS),
+        "shift": (5.0, WEIGHTS),
+    },
+    SNS: {
+        "set_steps": (3, STEPS),
+        "sequence_steps": (3, STEPS),
+        "set_dropout": (0.3, WEIGHTS),
+        "sequence_dropout": (0.3, WEIGHTS),
+        "token_mask_prob": (0.0, WEIGHTS),
+        "set_shift": (5.0, WEIGHTS),
+        "sequence_shift": (5.0, WEIGHTS),
+    },
+}
+ELSEWHERE = {
+    "identity_file": "test_set_and_sequence: an identity file continues to the same bits",
+    "self_conditioning_prob": "above: only 0 is accepted",
+    "pause_when_busy": "read where the queue is known: see the test below",
+}
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_no_option_is_missing_from_the_table(name: str) -> None:
+    options = {option.name for option in fields(recipes()[name].Config)}
+    tabled = {*SHARED, *OWN[name], *ELSEWHERE}
+    assert options <= tabled, "add the new option and what it changes"
+    assert set(OWN[name]) <= options and sorted(BASE) == sorted(RUNS)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Path) -> Any:
+    return load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return write_data(tmp_path_factory.mktemp("data"), "wan", each=2)
+
+
+@pytest.fixture(scope="module")
+def base(model: Any, data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return {name: observed(tmp_path_factory.mktemp(name), model, data, name) for name in RUNS}
+
+
+def observed(folder: Path, model: Any, data: TrainingData, name: str, **options: Any) -> dict[str, Any]:
+    """All that a run shows."""
+    saved: list[bool] = []
+
+    def look(job: Job) -> None:
+        saved.append(job.state_path.is_file() and load_state(job.state_path)[0].step == 1)
+
+    config = make_config(name, **{"validate_every": 0, "save_every": 2, **BASE[name], **options})
+    job = finish(make_job(folder, model, data, config, name, Published().at(2, look)), model)
+    tensors, metadata = load(Path(job.main_file))
+    return {
+        WEIGHTS: state_of(job).recipe,
+        FILES: sorted(tensors),
+        DTYPE: {tensor.dtype for tensor in tensors.values()},
+        METADATA: {k: v for k, v in metadata.items() if k != "kinoloom.config"},
+        PLAN: [event["checkpointing"] for event in events(job, "plan")],
+        STEPS: [event["step"] for event in events(job, "step")],
+        VALIDATIONS: len(events(job, "validation")),
+        SAVED: saved,
+    }
+
+
+def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        pytest.param(name, option, id=f"{name.removeprefix('KinoloomTrain')}-{option}")
+        for name in sorted(recipes())
+        for option in {**SHARED, **OWN[name]}
+    ],
+)
+def test_an_option_changes_what_it_says(
+    name: str, option: str, base: dict[str, dict[str, Any]], model: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    value, changes = {**SHARED, **OWN[name]}[option]
+    before, after = base[name], observed(tmp_path, model, data, name, **{option: value})
+    if changes == WEIGHTS:
+        assert not same_weights(after[WEIGHTS], before[WEIGHTS])
+    else:
+        assert after[changes] != before[changes]
+    if changes in (PLAN, SAVED, METADATA, VALIDATIONS):
+        assert same_weights(after[WEIGHTS], before[WEIGHTS]), "it only changes how the run is watched"
+
+
+@pytest.mark.parametrize(("option", "stage"), [("set_dropout", "set"), ("sequence_dropout", "sequence"),
+                                               ("set_shift", "set"), ("sequence_shift", "sequence")])  # fmt: skip
+def test_an_option_of_one_stage_leaves_the_other_alone(
+    option: str, stage: str, base: dict[str, dict[str, Any]], model: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    """Stage 1 is the identity group; what changes only stage 2 leaves it equal."""
+    after = observed(tmp_path, model, data, SNS, **{option: OWN[SNS][option][0]})[WEIGHTS]
+    same = all(torch.equal(after[key], weight) for key, weight in base[SNS][WEIGHTS].items() if key.startswith("identity"))
+    assert same == (stage == "sequence")

@@ -1,0 +1,117 @@
+"""Imports go one way: nodes -> trainers -> lora_io, and ComfyUI only where the design allows it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).parents[1]
+HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution", "app")
+OWN = ("nodes", "trainers", "lora_io")
+FILES = sorted(path for folder in OWN for path in (PACK / folder).rglob("*.py")) + [PACK / "__init__.py"]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACK).as_posix()
+
+
+def imports(path: Path, source: str | None = None) -> Iterator[tuple[str, bool]]:
+    """(dotted name, relative?) of everything a file imports; inside the pack from its root: trainers.core.noise."""
+    package = list(path.relative_to(PACK).parent.parts)
+    for node in ast.walk(ast.parse(source or path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            inside = [*base, *(node.module.split(".") if node.module else [])]
+            if node.module:
+                yield ".".join(inside), True
+            yield from ((".".join([*inside, alias.name]), True) for alias in node.names if not node.module)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, False
+
+
+def allowed(path: Path, target: str) -> bool:
+    """Whether a file may import a module of the pack."""
+    name = relative(path)
+    own = ".".join(path.relative_to(PACK).with_suffix("").parts)
+    if name == "__init__.py":
+        return target.startswith("nodes")
+    if name.startswith("lora_io/"):
+        return target.startswith("lora_io")
+    if name.startswith("nodes/"):
+        return target.startswith(OWN)
+    if name == "trainers/__init__.py":
+        return target.startswith(("trainers.core", "trainers.backbones"))
+    if name.startswith("trainers/core/"):
+        return target.startswith(("trainers.core", "lora_io")) or target == "trainers.backbones.base"
+    if name.startswith("trainers/backbones/"):
+        return target.startswith(("trainers.core", "trainers.backbones.base"))
+    assert name.startswith("trainers/")
+    return target.startswith(("trainers.core", "trainers.backbones", "lora_io", own))
+
+
+def violations(path: Path, source: str | None = None) -> list[str]:
+    found = []
+    for target, is_relative in imports(path, source):
+        top = target.split(".")[0]
+        if is_relative:
+            if not allowed(path, target):
+                found.append(f"{relative(path)} imports {target}")
+        elif top in ("kinoloom", "trainers", "lora_io") or (top == "nodes" and relative(path) == "__init__.py"):
+            found.append(f"{relative(path)} imports {target} absolutely")
+        elif top in HOST and relative(path).startswith(("trainers/", "lora_io/")):
+            if relative(path) != "trainers/core/host.py":
+                found.append(f"{relative(path)} imports {target}")
+        elif relative(path).startswith("lora_io/") and top not in {*sys.stdlib_module_names, "torch", "safetensors"}:
+            found.append(f"{relative(path)} imports {target}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
+    assert violations(path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("trainers/wan_lora.py", "from .set_and_sequence import SET"),
+        ("trainers/wan_lora.py", "from . import set_and_sequence"),
+        ("trainers/wan_lora.py", "import comfy.sd"),
+        ("trainers/wan_lora.py", "from ..nodes import train"),
+        ("trainers/core/loop.py", "from ..wan_lora import WanLora"),
+        ("trainers/core/loop.py", "from ..backbones.wan import Wan"),
+        ("trainers/core/loop.py", "def f():\n    import folder_paths"),
+        ("trainers/backbones/wan.py", "from ..wan_lora import WanLora"),
+        ("trainers/backbones/wan.py", "from comfy import ops"),
+        ("lora_io/keys.py", "from ..trainers.core import lora"),
+        ("lora_io/keys.py", "import peft"),
+        ("nodes/train.py", "from trainers.core import lora"),
+        ("nodes/train.py", "from kinoloom.trainers.core import lora"),
+        ("__init__.py", "from .trainers import recipes"),
+    ],
+)
+def test_the_rules_catch(path: str, source: str) -> None:
+    assert len(violations(PACK / path, source)) == 1
+
+
+def test_every_file_directly_in_trainers_ends_with_its_recipe() -> None:
+    methods = [path for path in (PACK / "trainers").glob("*.py") if path.name != "__init__.py"]
+    assert len(methods) >= 2
+    for path in methods:
+        last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+        assert isinstance(last, ast.Assign), path
+        assert [ast.unparse(target) for target in last.targets] == ["RECIPE"], path
+
+
+def test_opening_trainers_shows_methods_and_nothing_else() -> None:
+    entries = {path.name for path in (PACK / "trainers").iterdir() if path.name != "__pycache__"}
+    assert {name for name in entries if not name.endswith(".py")} == {"core", "backbones"}
+
+
+def test_no_file_registers_nodes_the_old_way() -> None:
+    for path in FILES:
+        assert "NODE_CLASS_MAPPINGS" not in path.read_text(encoding="utf-8"), path
