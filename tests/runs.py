@@ -20,7 +20,7 @@ from kinoloom.trainers.core.record import Spec
 from torch import Tensor
 
 TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
-SMALL = {"rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
+SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
 # What makes a run of each method small: a new method adds a line, and is then in every test of the matrix.
 RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},

@@ -3,11 +3,14 @@
 import math
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import execution
 import pytest
 import torch
 from kinoloom.lora_io.file import load
+from kinoloom.nodes import jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.checkpoint import load_state
 from kinoloom.trainers.core.config import make
@@ -126,7 +129,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "lora_plus_ratio": (3.0, WEIGHTS),
     "stratified_timesteps": (False, WEIGHTS),
     "precision": ("bf16", WEIGHTS),
-    "prior_weight": (0.0, WEIGHTS),
+    "prior_weight": (0.25, WEIGHTS),
     "checkpointing": ("on", PLAN),
     "validate_every": (1, VALIDATIONS),
     "save_every": (1, SAVED),
@@ -234,5 +237,25 @@ def test_an_option_of_one_stage_leaves_the_other_alone(
 ) -> None:
     """Stage 1 is the identity group; what changes only stage 2 leaves it equal."""
     after = observed(tmp_path, model, data, SNS, **{option: OWN[SNS][option][0]})[WEIGHTS]
-    same = all(torch.equal(after[key], weight) for key, weight in base[SNS][WEIGHTS].items() if key.startswith("identity"))
+    same = all(
+        torch.equal(after[key], weight) for key, weight in base[SNS][WEIGHTS].items() if key.startswith("identity")
+    )
     assert same == (stage == "sequence")
+
+
+def test_a_polite_run_waits_while_the_queue_has_work_that_does_not_wait_for_a_run(
+    model: Any, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
+    monkeypatch.setattr(jobs.PromptServer, "instance", SimpleNamespace(prompt_queue=queue), raising=False)
+    registry = jobs.Registry(tmp_path / "jobs")
+    polite, pushy = (
+        make_job(tmp_path / str(waits), model, data, make_config(WAN_LORA, pause_when_busy=waits), WAN_LORA)
+        for waits in (True, False)
+    )
+    assert not registry.busy(polite)
+    queue.put((0, "id", {}, {}, []))
+    assert registry.busy(polite) and not registry.busy(pushy)
+    with registry.waiting():
+        assert not registry.busy(polite)
+    assert registry.busy(polite)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
 from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.core.optim import make_optimizer, make_schedule
+from kinoloom.trainers.core.optim import make_optimizer
 from torch import Tensor, nn
 
 import tiny
@@ -354,6 +355,26 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         assert not list(tmp_path.rglob("*.part")) and not list(job.folder.glob(".*"))
 
 
+@every_recipe
+def test_a_crash_after_any_step_resumes_to_the_same_bits(
+    name: str, model: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    """The folder as it is at the end of each step, validations and best files ahead of the checkpoint included."""
+    config = make_config(name, save_every=3, validate_every=1)
+    published = Published()
+    for done in range(1, steps_of(name)[-1] + 1):
+        published.at(done, lambda job, done=done: shutil.copytree(job.folder, tmp_path / str(done) / "job"))
+    straight = finish(make_job(tmp_path / "straight", model, data, config, name, published), model)
+    for done in published.actions:
+        job = make_job(tmp_path / str(done), model, data, config, name)
+        assert (job.status, job.done) == ("interrupted", done)
+        assert_same_run(finish(job, model), straight)
+        assert [e["done"] for e in job.history if e["event"] == "step"] == list(range(1, job.total + 1))
+        for kind in ("validation", "saved"):
+            own, others = events(job, kind), events(straight, kind)
+            assert own == others, "nothing that was forgotten and done again is in the history twice"
+
+
 def test_a_torn_last_line_of_the_history_is_dropped(
     model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path
 ) -> None:
@@ -652,6 +673,19 @@ def test_accumulating_four_batches_is_one_batch_of_four(name: str, model: Any, t
 
 
 @every_recipe
+def test_prior_clips_add_their_weight_times_their_own_gradient(
+    name: str, model: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    none, one, some = (
+        first_moments(one_step(tmp_path / str(weight), model, data, name, prior_weight=weight))
+        for weight in (0.0, 1.0, 0.3)
+    )
+    for zero, full, part in zip(none, one, some, strict=True):
+        torch.testing.assert_close(part, zero + 0.3 * (full - zero), rtol=1e-4, atol=1e-6)
+    assert any((full - zero).abs().max() > 1e-3 for zero, full in zip(none, one, strict=True))
+
+
+@every_recipe
 def test_the_gradient_is_clipped_to_its_norm_and_reported_before(
     name: str, model: Any, data: TrainingData, tmp_path: Path
 ) -> None:
@@ -726,16 +760,6 @@ def importable(package: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(package) is not None
-
-
-def test_schedules_are_stepped_once_per_optimizer_step() -> None:
-    optimizer = make_optimizer([{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}], make_config(WAN_LORA))
-    schedule = make_schedule(optimizer, make_config(WAN_LORA, lr_schedule="linear", learning_rate=1.0), 4)
-    rates = []
-    for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        schedule.step()
-    assert rates == [1.0, 0.75, 0.5, 0.25] and optimizer.param_groups[0]["lr"] == 0.0
 
 
 def test_the_fp16_scaler_resumes(model: Any, data: TrainingData, tmp_path: Path) -> None:

@@ -107,7 +107,9 @@ def test_logit_normal_is_the_sigmoid_of_the_normal_quantile() -> None:
     torch.testing.assert_close(logit_normal(u), torch.from_numpy(expit(norm.ppf(u.numpy()))), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("shift", "mean", "above"), [(1, 0.50, 0.03), (3, 0.71, 0.20), (5, 0.79, 0.37), (8, 0.85, 0.55)])
+@pytest.mark.parametrize(
+    ("shift", "mean", "above"), [(1, 0.50, 0.03), (3, 0.71, 0.20), (5, 0.79, 0.37), (8, 0.85, 0.55)]
+)
 def test_shift_moves_the_distribution_as_tabled(shift: float, mean: float, above: float) -> None:
     t = shift_timesteps(logit_normal(U), shift)
     assert t.mean().item() == pytest.approx(mean, abs=0.005)

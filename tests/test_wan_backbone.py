@@ -1,6 +1,7 @@
 """The Wan backbone and its private model: parity with ComfyUI's own path and with diffusers, and nothing shared."""
 
 import gc
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import comfy.model_management
 import comfy.sd
 import comfy.supported_models
 import pytest
-import tiny
 import torch
 from comfy.ldm.wan.model import WanModel
 from diffusers import WanTransformer3DModel
@@ -27,6 +27,7 @@ from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tiny
 from .runs import (
     TEXT_WIDTH,
     Published,
@@ -167,7 +168,9 @@ def test_gradients_are_the_same_when_activations_are_recomputed(model: Any, data
 
 def test_an_image_to_video_model_is_refused(tmp_path: Path) -> None:
     tiny.write_wan(tmp_path / "i2v.safetensors", i2v=True)
-    with pytest.raises(ValueError, match="found a Wan i2v model with 36 input channels, expected Wan 2.1 text-to-video"):
+    with pytest.raises(
+        ValueError, match="found a Wan i2v model with 36 input channels, expected Wan 2.1 text-to-video"
+    ):
         wan.check(load_model(tmp_path / "i2v.safetensors").model)
 
 
@@ -180,8 +183,8 @@ def test_a_wan_of_other_channels_is_refused(tmp_path: Path) -> None:
 def test_another_architecture_is_refused_by_its_name() -> None:
     config = comfy.supported_models.SD15(
         {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1],
-         "channel_mult": [1], "transformer_depth": [0], "transformer_depth_middle": 0, "transformer_depth_output": [0, 0],
-         "num_heads": 2, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None}
+         "channel_mult": [1], "transformer_depth": [1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1],
+         "num_heads": 2, "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None}
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"found BaseModel \(UNetModel\), expected a Wan 2.1 text-to-video model"):
         wan.check(comfy.model_base.BaseModel(config))
@@ -225,7 +228,9 @@ def test_the_private_copy_shares_no_storage_and_needs_no_gradient(model: Any) ->
     own = {p.untyped_storage().data_ptr() for p in private.parameters()}
     assert len(own) == len(shared) == len(again) and not own & shared and not own & again
     assert not any(p.requires_grad or p.is_inference() for p in private.parameters())
-    assert [name for name, _ in private.named_parameters()] == list(dict(model.model.diffusion_model.named_parameters()))
+    assert [name for name, _ in private.named_parameters()] == list(
+        dict(model.model.diffusion_model.named_parameters())
+    )
 
 
 def test_identity_changes_with_content_storage_and_patches(file: Path, model: Any, tmp_path: Path) -> None:
@@ -313,25 +318,29 @@ def test_the_training_flag_is_counted_set_anew_and_always_taken_down() -> None:
 @pytest.mark.parametrize("name", sorted(recipes()))
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_changes_and_leaves_nothing_in_the_process(
-    name: str, fails: bool, model: Any, data: TrainingData, tmp_path: Path
+    name: str, fails: bool, model: Any, data: TrainingData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def explode(job: Any) -> None:
         raise RuntimeError("in the thread")
 
     gc.collect()
     before = {key: weight.clone() for key, weight in model.model.state_dict().items()}
-    models = sum(isinstance(thing, WanModel) for thing in gc.get_objects())
+    models = count_models()
     published = Published().at(1, explode) if fails else Published()
-    job = finish(
-        make_job(tmp_path, model, data, make_config(name), name, published), model, "failed" if fails else "finished"
-    )
+    job = make_job(tmp_path, model, data, make_config(name), name, published)
+    with caplog.at_level(logging.CRITICAL + 1):  # a kept log record would keep the traceback and all that it refers to
+        finish(job, model, "failed" if fails else "finished")
     assert job.error == ("RuntimeError: in the thread" if fails else "")
     assert not comfy.model_management.in_training
     assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
     assert not model.patches and not model.model.diffusion_model.training
     job = None
     gc.collect()
-    assert sum(isinstance(thing, WanModel) for thing in gc.get_objects()) == models, "the private copy is freed"
+    assert count_models() == models, "the private copy is freed"
+
+
+def count_models() -> int:
+    return sum(issubclass(type(thing), WanModel) for thing in gc.get_objects())
 
 
 # -- precision -------------------------------------------------------------------------------------------------------------
@@ -347,7 +356,9 @@ def test_every_precision_and_storage_trains_close_to_fp32(
     backbone = make_backbone(model, dtype)
     assert backbone.module.blocks[0].ffn[0].weight.dtype == (storage or torch.float32)
     seen = []
-    backbone.module.blocks[0].ffn[0].register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    backbone.module.blocks[0].ffn[0].register_forward_hook(
+        lambda module, args, out: seen.append((args[0].dtype, out.dtype))
+    )
     predict(backbone)
     assert seen == [(dtype, dtype)]
 
@@ -358,7 +369,26 @@ def test_every_precision_and_storage_trains_close_to_fp32(
     assert precision == "fp32" or job.losses() != full.losses()
 
 
-def test_automatic_precision_is_fp32_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
-    assert host.compute_dtype("auto", cpu) == torch.float32
+def test_automatic_precision_is_bf16_on_a_cpu_that_multiplies_it() -> None:
+    cpu, has = torch.device("cpu"), torch.cpu.get_capabilities()
+    fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+    assert host.compute_dtype("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
+    assert host.compute_dtype("fp32", cpu) == torch.float32
     assert host.compute_dtype("bf16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_equals_torch_with_gradients(dtype: torch.dtype) -> None:
+    q, k, v = (random(2, tokens, 4 * 16, name=f"attention {tokens}").to(dtype).requires_grad_() for tokens in (7, 5, 5))
+    ours = host.sdpa(None, q, k, v, heads=4)
+    split = [x.float().unflatten(-1, (4, 16)).transpose(1, 2) for x in (q, k, v)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(-2)
+    tolerance = {"rtol": 0.03, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours.float(), theirs, **tolerance)
+    weight = random(2, 7, 64, name="weight")
+    for mine, reference in zip(
+        torch.autograd.grad((ours.float() * weight).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.float(), reference.float(), **tolerance)

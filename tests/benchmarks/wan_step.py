@@ -6,7 +6,7 @@
 COMFYUI_DIR says where ComfyUI is. Everybody trains rank-r LoRA with AdamW on batches of one. Ours and diffusers + PEFT adapt
 the ten linear layers of every block; TrainLoraNode adapts every layer that has a weight (embeddings, head, norms and biases
 too) and cannot be told otherwise. Every variant is a process of its own; on the CPU they take turns, so that a change of the
-machine's load meets all of them alike, and count CPU seconds on one thread. Times are medians, memory is the peak over what
+machine's load meets all of them alike, and count CPU seconds on one thread. Times are medians; memory is the peak over what
 is resident between two steps.
 """
 
@@ -86,7 +86,7 @@ class Done(Exception):
     pass
 
 
-def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, precision: str = "") -> None:
+def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, precision: str = "auto") -> None:
     """The pack as a job runs it: private copy, backbone, recipe, data on disk, loop."""
     import comfy.sd
     from kinoloom.trainers.backbones import wan
@@ -100,7 +100,7 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
         steps=1_000_000,
         rank=shape.rank,
         checkpointing=checkpointing,
-        precision=precision or shape.dtype,
+        precision=precision,
         validate_every=0,
         save_every=100_000,
     )
@@ -211,12 +211,12 @@ VARIANTS: dict[str, Callable] = {
     "diffusers + PEFT": partial(diffusers_peft, checkpointing=False),
     "diffusers + PEFT, checkpointed": partial(diffusers_peft, checkpointing=True),
 }
-# The node defaults to bf16, which some CPUs are slow at and some fast. On a CPU ComfyUI takes its chunked attention, which
-# keeps the softmax for backward; the rows ending in SDPA show it with the attention it takes on CUDA.
+# The node defaults to bf16, as we do where the CPU has instructions for it. On a CPU ComfyUI takes its chunked attention,
+# which keeps the softmax for backward; the rows ending in SDPA show it with the attention it takes on CUDA.
 SDPA = ", SDPA"
 CPU_VARIANTS = {
-    "ours, bf16": partial(ours, checkpointing="off", precision="bf16"),
-    "ours, bf16, checkpointed": partial(ours, checkpointing="on", precision="bf16"),
+    "ours, fp32": partial(ours, checkpointing="off", precision="fp32"),
+    "ours, fp32, checkpointed": partial(ours, checkpointing="on", precision="fp32"),
     CORE + SDPA: core,
     "core, bypass, no checkpointing" + SDPA: fast_core,
     "core, fp32": partial(core, training_dtype="fp32", lora_dtype="fp32"),
@@ -401,7 +401,7 @@ def measure(shape: Shape, variants: list[str], rounds: int, steps: int, take_tur
             results += [runner.result() for runner in runners]
             for runner in runners:
                 if runner.failed == "crashed":
-                    print((Path(folder) / f"{runner.variant}.log").read_text()[-3000:], file=sys.stderr)  # noqa: T201
+                    print((Path(folder) / f"{runner.variant}.log").read_text()[-3000:], file=sys.stderr)
         return results
 
 
@@ -472,10 +472,10 @@ def main() -> None:
     results = []
     for shape in shapes:
         results.append(measure(shape, variants, options.rounds, options.steps, take_turns=not cuda))
-        print(f"\n{shape.name}: dim {shape.dim}, {shape.blocks} blocks, {shape.tokens} tokens, ", end="")  # noqa: T201
-        print(f"rank {shape.rank}, {shape.dtype}, {where}, torch {torch.__version__}\n")  # noqa: T201
-        print(table(results[-1]), flush=True)  # noqa: T201
-    print("\nTrainLoraNode adapts embeddings, head, norms and biases as well; the others the blocks' ten linears.")  # noqa: T201
+        print(f"\n{shape.name}: dim {shape.dim}, {shape.blocks} blocks, {shape.tokens} tokens, ", end="")
+        print(f"rank {shape.rank}, {shape.dtype}, {where}, torch {torch.__version__}\n")
+        print(table(results[-1]), flush=True)
+    print("\nTrainLoraNode adapts embeddings, head, norms and biases as well; the others the blocks' ten linears.")
     if options.json:
         options.json.write_text(json.dumps({"device": where, "torch": torch.__version__, "results": results}, indent=1))
 

@@ -128,7 +128,7 @@ class TrainConfig:
     )
     precision: str = knob(
         "auto",
-        "Arithmetic of the frozen model. Auto is bf16 on a GPU that has it, else fp16 on a GPU "
+        "Arithmetic of the frozen model. Auto is bf16 where the device has it, else fp16 on a GPU "
         "and fp32 on a CPU. The LoRA itself is always fp32.",
         choices=("auto", "bf16", "fp16", "fp32"),
         advanced=True,

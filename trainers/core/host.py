@@ -209,9 +209,18 @@ def sdpa(
     """
     if not skip_reshape:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask) if mask is not None else _attend(q, k, v)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
 
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. On a CPU torch's own kernel takes three times as long in bf16 as two products do."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CPU_ATTENTION_ENTRIES:
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+CPU_ATTENTION_ENTRIES = 1 << 22  # of one head's score matrix, which is kept for backward; longer clips go in pieces
 
 TRANSFORMER_OPTIONS = {"optimized_attention_override": sdpa}
 
@@ -225,8 +234,16 @@ def compute_dtype(precision: str, on: torch.device) -> torch.dtype:
     if precision != "auto":
         return named[precision]
     if on.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(on) else torch.float16
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bf16, which are about twice as fast as fp32; without them it is slower."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.10
+        return False
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def free_memory(on: torch.device) -> int:

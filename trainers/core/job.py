@@ -166,7 +166,8 @@ class Job(Record):
             if why != "checkpoint":
                 for saved in export_files(recipe, phase, self, best=why == "best"):
                     self.write()
-                    self._emit(saved)
+                    if to_json(saved) not in self.history:  # a resumed run may make the same file again
+                        self._emit(saved)
 
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         session = Session(self._emit, self._should_stop, save, plan)

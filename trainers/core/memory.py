@@ -65,7 +65,7 @@ def _measure_block(backbone: Backbone, loss: Callable[[], Tensor]) -> tuple[int,
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output saved as itself would be a reference cycle that is never freed
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         entry.append(x.nbytes)

@@ -79,12 +79,13 @@ class Record:
         """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
         phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in ("step", "validation")))
 
-        def kept(entry: dict) -> bool:
-            if entry["event"] not in ("step", "validation"):
-                return entry["event"] == "saved"
-            return (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
+        def made(entry: dict) -> bool:
+            measured = entry["event"] in ("step", "validation")
+            return measured and (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
 
-        self._set_history([entry for entry in self.history if kept(entry)])
+        done = max((entry["done"] for entry in self.history if entry["event"] == "step" and made(entry)), default=0)
+        saved = [entry for entry in self.history if entry["event"] == "saved" and entry["step"] <= done]
+        self._set_history([entry for entry in self.history if made(entry) or entry in saved])
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _set_history(self, history: list[dict]) -> None:
