@@ -15,6 +15,7 @@ def describe(
     steps: int,
     base_model: str,
     base_model_name: str,
+    backbone: str,
     extra: dict[str, str],
 ) -> dict[str, str]:
     """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for other tools; `step` counts the whole run."""
@@ -29,10 +30,10 @@ def describe(
         "kinoloom.steps": str(steps),
         "kinoloom.base_model": base_model,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "wan2.1/lora",
+        "modelspec.architecture": f"{backbone}/lora",
         "modelspec.title": f"{recipe} {export}",
         "modelspec.trigger_phrase": ", ".join(word for word in words if word),
-        "ss_base_model_version": "wan2.1",
+        "ss_base_model_version": backbone,
         "ss_sd_model_name": base_model_name,
         "ss_network_dim": str(config["rank"]),
         "ss_network_alpha": str(config["alpha"] or config["rank"]),

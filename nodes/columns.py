@@ -67,23 +67,52 @@ class Columns:
         key = (clip_id, caption, variants, TOKEN_MASK_PROB)
         return self.cached("prompt_embeds", key, lambda: encode_prompt(clip, caption, variants))
 
-    def latents(self, vae: Any, vae_id: str, source: Source, indices: list[int], width: int, height: int) -> str:
-        def make() -> dict[str, Tensor]:
-            frames = torch.stack([fit(frame, width, height) for frame in source.frames(indices)])
-            return {"latents": encode_pixels(vae, frames)}
+    def latents(
+        self, vae: Any, vae_id: str, source: Source, windows: list[list[int]], width: int, height: int
+    ) -> list[str]:
+        def make(frames: list[Tensor]) -> dict[str, Tensor]:
+            return {"latents": encode_pixels(vae, torch.stack([fit(frame, width, height) for frame in frames]))}
 
-        return self.cached("latents", (vae_id, source.digest, indices, width, height), make)
+        return self._of_windows("latents", source, windows, (vae_id, source.digest), (width, height), make)
 
-    def mask(
-        self, source: Source, indices: list[int], width: int, height: int, step: int, latent_size: tuple[int, int]
-    ) -> str:
-        def make() -> dict[str, Tensor]:
-            places = [0] * len(indices) if source.count == 1 else indices
+    def masks(
+        self, source: Source, windows: list[list[int]], width: int, height: int, step: int, latent_size: tuple[int, int]
+    ) -> list[str]:
+        def make(frames: list[Tensor]) -> dict[str, Tensor]:
             # the crop is that of frames of `width` x `height`
-            frames = [
-                F.adaptive_avg_pool2d(center_crop(frame[..., :1], width, height), latent_size)[0, 0]
-                for frame in source.frames(places)
-            ]
-            return {"mask": latent_mask(torch.stack(frames), step)}
+            crops = [center_crop(frame[..., :1], width, height) for frame in frames]
+            small = [F.adaptive_avg_pool2d(crop, latent_size)[0, 0] for crop in crops]
+            return {"mask": latent_mask(torch.stack(small), step)}
 
-        return self.cached("mask", (source.digest, indices, width, height, step, latent_size), make)
+        rest = (width, height, step, latent_size)
+        return self._of_windows("mask", source, windows, (source.digest,), rest, make)
+
+    def _of_windows(
+        self,
+        column: str,
+        source: Source,
+        windows: list[list[int]],
+        before: tuple,
+        after: tuple,
+        make: Callable[[list[Tensor]], dict[str, Tensor]],
+    ) -> list[str]:
+        """A file per window of source frames; `before` and `after` stand around the window in its key.
+
+        Single frames are read in one pass over the source, whose every pass begins at its first frame.
+        """
+        missing = [window for window in windows if not self.find(column, *before, window, *after)[1]]
+        if all(len(window) == 1 for window in missing):
+            passes = iter([source.frames(_places(source, [window[0] for window in missing]))] * len(missing))
+        else:
+            passes = (source.frames(_places(source, window)) for window in missing)
+
+        def one(window: list[int]) -> dict[str, Tensor]:
+            frames = next(passes)
+            return make([next(frames) for _ in window])
+
+        return [self.cached(column, (*before, window, *after), lambda w=window: one(w)) for window in windows]
+
+
+def _places(source: Source, indices: list[int]) -> list[int]:
+    """A source of one frame, such as a still mask, serves every moment."""
+    return [0] * len(indices) if source.count == 1 else indices

@@ -95,7 +95,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClipPlan:
     """What is taken from one clip: its size in pixels and the source frames of each window."""
 
     clip: Clip
@@ -105,7 +105,7 @@ class Plan:
     roles: tuple[str, ...] = ()
 
 
-def plan(clip: Clip, options: Options, step: int) -> Plan:
+def plan(clip: Clip, options: Options, step: int) -> ClipPlan:
     """ValueError says why a clip does not fit the options."""
     source = clip.source
     indices = resample(source, options.fps)
@@ -120,7 +120,7 @@ def plan(clip: Clip, options: Options, step: int) -> Plan:
         check_mask(clip.mask, source)
     taken = windows(len(indices), length, options.window_mode, options.window_count, options.window_stride)
     width, height = bucket(source.width, source.height, options.size**2)
-    return Plan(clip, width, height, tuple(tuple(indices[i] for i in window) for window in taken))
+    return ClipPlan(clip, width, height, tuple(tuple(indices[i] for i in window) for window in taken))
 
 
 def check_mask(mask: Source, source: Source) -> None:
@@ -135,7 +135,7 @@ def check_mask(mask: Source, source: Source) -> None:
         )
 
 
-def assign_roles(plans: list[Plan], role: str, hold_out: int) -> list[Plan]:
+def assign_roles(plans: list[ClipPlan], role: str, hold_out: int) -> list[ClipPlan]:
     """Every window gets `role`; the last `hold_out` of all windows are for validation."""
     total = sum(len(planned.windows) for planned in plans)
     if hold_out and role != "train":
@@ -150,7 +150,7 @@ def assign_roles(plans: list[Plan], role: str, hold_out: int) -> list[Plan]:
     ]
 
 
-def frames_by_role(planned: Plan, count: int) -> dict[str, list[int]]:
+def frames_by_role(planned: ClipPlan, count: int) -> dict[str, list[int]]:
     """Up to `count` single frames per role, evenly spread over its windows; a frame trained on validates nothing."""
     taken: set[int] = set()
     chosen = {}
@@ -161,7 +161,7 @@ def frames_by_role(planned: Plan, count: int) -> dict[str, list[int]]:
     return chosen
 
 
-def encode(plans: list[Plan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
+def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
     """Write the columns that are not on disk yet, text first so that the two encoders do not push each other out."""
     plans = assign_roles(plans, role, options.hold_out)
     warn_serves_both(
@@ -172,31 +172,33 @@ def encode(plans: list[Plan], role: str, options: Options, vae: Any, text_encode
         ]
     )
     captions = dict.fromkeys(text for p in plans for text in (p.clip.captions.motion, p.clip.captions.static))
-    samples = [(p, sample) for p in plans for sample in _samples(p, options.single_frames)]
-    masked = sum(1 for p, _ in samples if p.clip.mask)
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(len(captions) + len(samples) + masked))
+    samples = [(planned, _samples(planned, options.single_frames)) for planned in plans]
+    files = sum(len(taken) * (2 if p.clip.mask else 1) for p, groups in samples for _, _, taken in groups)
+    columns = Columns(data_folder(), comfy.utils.ProgressBar(len(captions) + files))
     clip_id, vae_id = identity.of_text_encoder(text_encoder), identity.of_vae(vae)
     prompts = {text: columns.prompt(text_encoder, clip_id, text, options.token_variants) for text in captions}
     rows = []
-    for planned, (split, sample_role, indices) in samples:
-        source, size = planned.clip.source, (planned.width, planned.height)
-        text = planned.clip.captions.motion if split == "clips" else planned.clip.captions.static
-        latents = columns.latents(vae, vae_id, source, indices, *size)
-        shape = columns.shape(latents)
-        named = {"latents": latents, "prompt_embeds": prompts[text]}
-        if planned.clip.mask:
-            named["mask"] = columns.mask(planned.clip.mask, indices, *size, frame_step(vae), shape[-2:])
-        rows.append(Row(_row_name(source, indices), split, sample_role, shape, named))
+    for planned, groups in samples:
+        source, mask, size = planned.clip.source, planned.clip.mask, (planned.width, planned.height)
+        for split, sample_role, taken in groups:
+            text = planned.clip.captions.motion if split == "clips" else planned.clip.captions.static
+            latents = columns.latents(vae, vae_id, source, taken, *size)
+            shape = columns.shape(latents[0])
+            named = [{"latents": stem, "prompt_embeds": prompts[text]} for stem in latents]
+            if mask:
+                masks = columns.masks(mask, taken, *size, frame_step(vae), shape[-2:])
+                named = [{**row, "mask": stem} for row, stem in zip(named, masks, strict=True)]
+            for window, row in zip(taken, named, strict=True):
+                rows.append(Row(_row_name(source, window), split, sample_role, shape, row))
     _log_sizes(plans)
     return TrainingData(str(columns.folder), tuple(rows))
 
 
-def _samples(planned: Plan, single_frames: int) -> list[tuple[str, str, list[int]]]:
-    """(split, role, source frames) of every row of a clip."""
-    clips = [("clips", role, list(window)) for window, role in zip(planned.windows, planned.roles, strict=True)]
-    return clips + [
-        ("frames", role, [index]) for role, chosen in frames_by_role(planned, single_frames).items() for index in chosen
-    ]
+def _samples(planned: ClipPlan, single_frames: int) -> list[tuple[str, str, list[list[int]]]]:
+    """(split, role, windows of source frames) of a clip's rows, of one shape each."""
+    clips = [("clips", role, [list(window)]) for window, role in zip(planned.windows, planned.roles, strict=True)]
+    stills = frames_by_role(planned, single_frames).items()
+    return clips + [("frames", role, [[index] for index in chosen]) for role, chosen in stills if chosen]
 
 
 def _row_name(source: Source, indices: list[int]) -> str:
@@ -206,7 +208,7 @@ def _row_name(source: Source, indices: list[int]) -> str:
     return f"{source.name} {frames}"
 
 
-def _log_sizes(plans: list[Plan]) -> None:
+def _log_sizes(plans: list[ClipPlan]) -> None:
     for planned in plans:
         source = planned.clip.source
         if planned.width > source.width or planned.height > source.height:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .captions import read_captions
 from .clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, images_in, natural_key, open_source
-from .encode import Clip, Options, Plan, plan
+from .encode import Clip, ClipPlan, Options, plan
 
 MASK = ".mask"
 
@@ -34,7 +34,7 @@ def check_links(folder: Path, root: Path) -> None:
         raise ValueError(f"{folder.name} holds links that lead out of the input folder: {names}. Copy the files")
 
 
-def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step: int) -> list[Plan]:
+def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step: int) -> list[ClipPlan]:
     """A plan per clip, in natural order. One ValueError names every clip that cannot be used, and why."""
     folder = resolve_folder(root, name)
     check_links(folder, root)

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,24 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..lora_io.file import load
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.checkpoint import Identity
 from ..trainers.core.config import TrainConfig
 from ..trainers.core.data import TrainingData
-from ..trainers.core.host import ModelSource
+from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
 from .widgets import TrainingJobType
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
+ROOM_SECONDS = 10
+LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
+
+
+def output_folder(run_name: str) -> Path:
+    return Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
 
 
 class Registry:
@@ -42,29 +49,33 @@ class Registry:
         self.jobs: dict[str, Job] = {}
         self.waiters = 0  # nodes in the queue that wait for a run
         self.slot = threading.Semaphore()
+        self.room_wanted = threading.Event()
         for path in sorted(folder.glob("*/job.json")):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                self._add(Spec.from_json(kept["spec"])).restore(kept)
-            except (ValueError, KeyError, TypeError) as error:
+                job = self._job(Spec.from_json(kept["spec"]))
+                job.restore(kept)
+                self.jobs[job.spec.id] = job
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 logging.warning("Kinoloom: %s is of another version or damaged, and not listed (%r)", path, error)
 
-    def _add(self, spec: Spec) -> Job:
+    def _job(self, spec: Spec) -> Job:
         recipe = recipes()[spec.recipe]
-        job = Job(
-            self.folder / spec.id, spec, recipe, backbone_modules()[recipe.backbone], publish, self.busy, self.slot
-        )
-        self.jobs[spec.id] = job
-        return job
+        backbone = backbone_modules()[recipe.backbone]
+        return Job(self.folder / spec.id, spec, recipe, backbone, publish, self.busy, self.slot, self.make_room)
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:
             raise ValueError(f"training job {job_id!r}: not found")
         return self.jobs[job_id]
 
-    def latest(self, run_name: str) -> Job | None:
-        named = [job for job in self.jobs.values() if job.spec.run_name == run_name]
-        return max(named, key=lambda job: job.spec.created, default=None)
+    def newest(self, run_name: str) -> Job | None:
+        """The last job started as `run_name`, which may have been given a number."""
+        named = re.compile(re.escape(run_name) + r"(-\d+)?", re.IGNORECASE)
+        return self._last(job for job in list(self.jobs.values()) if named.fullmatch(job.spec.run_name))
+
+    def _last(self, jobs: Iterable[Job]) -> Job | None:
+        return max(jobs, key=lambda job: job.spec.created, default=None)
 
     def start(
         self, model: Any, recipe: str, config: TrainConfig, data: TrainingData, files: dict[str, str], run_name: str
@@ -73,47 +84,54 @@ class Registry:
 
         ValueError if a run of this name is unfinished and was made of something else, naming what changed.
         """
-        if not re.fullmatch(r"[\w-][\w .-]{0,79}", run_name):
+        if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", run_name) or len(run_name.encode()) > LONGEST_NAME:
             raise ValueError(
-                f"run_name={run_name!r}: expected 1 to 80 letters, digits, spaces, '.', '_' or '-', not "
-                "starting with a dot or space"
+                f"run_name={run_name!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, "
+                f"at most {LONGEST_NAME} bytes"
             )
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:
-            base, number = run_name, 1
-            while (
-                (earlier := self.latest(run_name))
-                and earlier.status == "finished"
-                and identity.changes(earlier.spec.identity)
-            ):
-                number += 1
-                run_name = f"{base}-{number}"  # a finished run is never overwritten
-            if earlier and earlier.status == "finished":
-                return earlier
-            if earlier and not earlier.ended.is_set():
-                identity.require_same(earlier.spec.identity, run_name)
-                return earlier
-            if earlier and earlier.resumable:
-                identity.require_same(earlier.spec.identity, run_name)
-                job = earlier
-            else:
-                output = Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
-                job = self._add(
+            name, job = self._claim(run_name, identity)
+            if job is None:
+                job = self._job(
                     Spec(
                         id=uuid.uuid4().hex[:12],
-                        run_name=run_name,
+                        run_name=name,
                         recipe=recipe,
                         config=vars(config),
                         data=data,
                         source=source,
                         identity=identity,
-                        output=str(output),
+                        output=str(output_folder(name)),
                         created=time.time(),
                     )
                 )
-            job.start(model)
+                self.jobs[job.spec.id] = job
+            job.reconfigure(config)
+            if job.ended.is_set() and job.status != "finished":
+                job.start(model)
         return job
+
+    def _claim(self, run_name: str, identity: Identity) -> tuple[str, Job | None]:
+        """The job to go on with, or None and a name whose files are nobody's: `run_name`, perhaps with a number."""
+        name, number = run_name, 1
+        while True:
+            named = (job for job in self.jobs.values() if job.spec.run_name.casefold() == name.casefold())
+            earlier = self._last(named)
+            if earlier is None:
+                if not output_folder(name).exists():
+                    return name, None
+            elif earlier.status == "finished":
+                if not identity.changes(earlier.spec.identity):
+                    return name, earlier
+            elif earlier.resumable or not earlier.ended.is_set():
+                identity.require_same(earlier.spec.identity, name)
+                return name, earlier
+            elif not earlier.files:
+                return name, None
+            number += 1
+            name = f"{run_name}-{number}"
 
     def resume(self, job: Job) -> None:
         """Go on with a paused job, or with an ended one from its checkpoint."""
@@ -131,6 +149,16 @@ class Registry:
         working = PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
         return job.config.pause_when_busy and working and not self.waiters
 
+    def make_room(self) -> None:
+        """Have the queue's thread, the only one that may, take ComfyUI's models off the card; give up if it is busy."""
+        self.room_wanted.set()
+        if not self.waiters:
+            PromptServer.instance.prompt_queue.set_flag("unload_models", True)
+        deadline = time.monotonic() + ROOM_SECONDS
+        while holds_models() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self.room_wanted.clear()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         with self.lock:
@@ -143,7 +171,7 @@ class Registry:
 
     def shutdown(self) -> None:
         """Stop every running job and give it time to save."""
-        running = [job for job in self.jobs.values() if not job.ended.is_set()]
+        running = [job for job in list(self.jobs.values()) if not job.ended.is_set()]
         for job in running:
             job.stop()
         for job in running:
@@ -174,7 +202,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
     @routes.get("/kinoloom/jobs")
     async def list_jobs(request: web.Request) -> web.Response:
-        jobs = sorted(registry().jobs.values(), key=lambda job: -job.spec.created)
+        jobs = sorted(list(registry().jobs.values()), key=lambda job: -job.spec.created)
         return web.json_response([job.summary() for job in jobs])
 
     @routes.get("/kinoloom/jobs/{id}")
@@ -212,13 +240,13 @@ class TrainingResult(io.ComfyNode):
             inputs=[TrainingJobType.Input("job", tooltip="A job from one of the Train nodes.")],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
-                io.String.Output("lora_name", tooltip="Its name as LoRA loaders list it."),
+                io.String.Output("path", tooltip="Its file. LoRA loaders list it under kinoloom/<run name>."),
                 io.LossMap.Output("loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Int.Output("steps", tooltip="Optimizer steps made."),
                 io.LoraModel.Output(
-                    "all_loras", is_output_list=True, tooltip="Every LoRA of the run, one after the other."
+                    "all_loras", is_output_list=True, tooltip="Every part of the run, one after the other."
                 ),
-                io.String.Output("all_names", is_output_list=True, tooltip="Their names, in the same order."),
+                io.String.Output("all_paths", is_output_list=True, tooltip="Their files, in the same order."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -228,26 +256,16 @@ class TrainingResult(io.ComfyNode):
         found = registry().get(job)
         with registry().waiting():
             _wait(found, cls.hidden.unique_id)
-        if found.status == "failed":
-            raise RuntimeError(f"Training run {found.spec.run_name!r} failed: {found.error}")
-        if found.status != "finished":
-            summary = found.spec.run_name, found.done, found.total
-            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", *summary)
-        exports, main = list(found.files.values()), found.main_file
-        if not main:
-            raise RuntimeError(f"Training run {found.spec.run_name!r} ended before it saved a LoRA")
-        loras = {path: comfy.utils.load_torch_file(path, safe_load=True) for path in exports}
-        names = {path: lora_name(path) for path in exports}
-        text = "\n".join(names.values())
-        return io.NodeOutput(
-            loras[main],
-            names[main],
-            {"loss": found.losses()},
-            found.done,
-            list(loras.values()),
-            list(names.values()),
-            ui={"text": (text,)},
-        )
+        name, status = found.spec.run_name, found.status
+        if status == "failed":
+            raise RuntimeError(f"Training run {name!r} failed: {found.error}")
+        if status != "finished":
+            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
+        if not found.parts:
+            raise RuntimeError(f"Training run {name!r} ended before it saved a LoRA")
+        loras = [load(Path(path))[0] for path in found.parts]
+        outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
+        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),)})
 
 
 def _wait(job: Job, node_id: str) -> None:
@@ -256,24 +274,18 @@ def _wait(job: Job, node_id: str) -> None:
     try:
         while not job.ended.wait(POLL_SECONDS):
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if registry().room_wanted.is_set():
+                make_room()
             if job.total:
                 bar = bar or comfy.utils.ProgressBar(job.total)
                 bar.update_absolute(job.done, job.total)
-            if job.plan is not shown:
-                shown = job.plan
-                PromptServer.instance.send_progress_text(str(shown), node_id)
+            if shown != (text := str(job.plan or job.status)):
+                shown = text
+                PromptServer.instance.send_progress_text(text, node_id)
     except comfy.model_management.InterruptProcessingException:
         job.stop()
         job.ended.wait()
         raise
-
-
-def lora_name(path: str) -> str:
-    """A file's name relative to the loras folder it lies in, as loaders' menus show it."""
-    for folder in folder_paths.get_folder_paths("loras"):
-        if Path(path).is_relative_to(folder):
-            return str(Path(path).relative_to(folder))
-    return path
 
 
 NODES = [TrainingResult]

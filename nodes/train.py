@@ -1,6 +1,7 @@
 """One train node per recipe, built from its Config."""
 
-from dataclasses import Field, fields
+import logging
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from comfy_api.latest import io
 
 from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
-from ..trainers.core.config import make
+from ..trainers.core.config import TrainConfig, make
 from ..trainers.core.data import PhaseData, TrainingData
-from ..trainers.core.host import make_room
+from ..trainers.core.host import device, resolve_precision
 from ..trainers.core.recipe import Recipe
 from .jobs import registry
 from .widgets import NO_FILE, TrainingDataType, TrainingJobType, widget
@@ -48,24 +49,34 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             )
 
         @classmethod
-        def fingerprint_inputs(cls, run_name: str, **_: Any) -> str:
+        def fingerprint_inputs(cls, run_name: str, **_: Any) -> float | str:
             """Unchanged while the run goes on or is finished; a run that ended early is resumed by running again."""
-            job = registry().latest(run_name)
-            return f"{job.spec.id} {job.done}" if job and job.ended.is_set() and job.status != "finished" else ""
+            job = registry().newest(run_name)
+            return float("nan") if job and job.ended.is_set() and job.status != "finished" else ""
 
         @classmethod
         def execute(cls, model: Any, data: TrainingData, run_name: str, **values: Any) -> io.NodeOutput:
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
+            config = replace(config, precision=resolve_precision(config.precision, device()))
             backbone_modules()[recipe.backbone].check(model.model)
-            for phase in recipe.phases(config):
-                PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
-            make_room()
+            check_data(recipe, config, data)
             job = registry().start(model, recipe.name, config, data, files, run_name)
             return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
 
     Train.__name__ = recipe.name
     return Train
+
+
+def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:
+    """ValueError if a phase has nothing to train on; a warning if prior clips are there for some phases only."""
+    phases = {
+        phase.name: PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
+        for phase in recipe.phases(config)
+    }
+    without = [name for name, phase in phases.items() if not phase.prior.rows]
+    if without and len(without) < len(phases):
+        logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))
 
 
 def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from comfy.quant_ops import QuantizedTensor
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import host
 from kinoloom.trainers.core.noise import Rng, derived_generator
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -38,9 +37,8 @@ def gradient(model, data) -> torch.Tensor:
     recipe.start(recipe.phases(config)[0])
     for path, up in recipe.lora.factors("lora", "up").items():
         up.data.normal_(0, 0.1, generator=derived_generator("up", path))
-    with host.training():
-        for _, loss in recipe.losses(make_batch(backbone, data), Rng(0, "test", 0)):
-            loss.backward()
+    for _, loss in recipe.losses(make_batch(backbone, data), Rng(0, "test", 0)):
+        loss.backward()
     return torch.cat([p.grad.flatten() for name in ("down", "up") for p in recipe.lora.factors("lora", name).values()])
 
 

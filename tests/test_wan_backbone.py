@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ from torch import Tensor
 
 import tiny
 from .runs import (
+    TEXT_LENGTH,
     TEXT_WIDTH,
+    TOKENS,
     Published,
     finish,
     load_model,
@@ -63,8 +64,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 
 
 def predict(backbone: Any, x: Tensor = X, t: Tensor = T, context: Tensor = CONTEXT) -> Tensor:
-    with host.training(), torch.no_grad():
-        return backbone.predict(x, t, {"prompt_embeds": context})
+    with torch.no_grad():
+        lengths = torch.full((len(x),), context.shape[1])
+        return backbone.predict(x, t, {"prompt_embeds": context, "prompt_length": lengths})
 
 
 def lora_file(strength: float = 1.0) -> dict[str, Tensor]:
@@ -133,11 +135,11 @@ def test_a_mask_weighs_the_squared_error(model: Any, tmp_path: Path) -> None:
     recipe.start(recipe.phases(recipe.config)[0])
     batch = make_batch(backbone, TrainingData(str(tmp_path), (row,)))
     rng = Rng(0, "clips", 0)
-    with host.training():
-        [(_, loss)] = recipe.losses(batch, rng)
+    [(_, loss)] = recipe.losses(batch, rng)
     t = torch.sigmoid(torch.distributions.Normal(0, 1).icdf(rng.uniform(1)))
     noise = rng.noise_like(batch["latents"])
-    pred = predict(backbone, (1 - t) * batch["latents"] + t * noise, t, batch["prompt_embeds"][:, 0])
+    context = torch.nn.functional.pad(batch["prompt_embeds"][:, 0], (0, 0, 0, TEXT_LENGTH - TOKENS))
+    pred = predict(backbone, (1 - t) * batch["latents"] + t * noise, t, context)
     error = (pred - (noise - batch["latents"])).square()
     assert loss.item() == pytest.approx((error * mask).sum().item() / error.numel(), rel=1e-4)
     assert abs(error.mean().item() / loss.item() - 1) > 0.1
@@ -156,9 +158,8 @@ def test_gradients_are_the_same_when_activations_are_recomputed(model: Any, data
     assert len(parameters) == 40
     grads = []
     for backbone.checkpointing in (False, True):
-        with host.training():
-            loss = flow_matching_loss(backbone, batch, Rng(0, "p", 0), torch.tensor([0.4]))
-            grads.append(torch.autograd.grad(loss, parameters))
+        loss = flow_matching_loss(backbone, batch, Rng(0, "p", 0), torch.tensor([0.4]))
+        grads.append(torch.autograd.grad(loss, parameters))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert all(g.abs().max() > 0 for g in grads[0])
 
@@ -282,37 +283,15 @@ def test_the_interrupt_flag_is_neither_consumed_nor_obeyed(model: Any, data: Tra
         comfy.model_management.interrupt_current_processing(False)
 
 
-def test_the_training_flag_is_counted_set_anew_and_always_taken_down() -> None:
-    def flag() -> bool:
-        return comfy.model_management.in_training
-
-    assert not flag()
-    with host.training():
-        comfy.model_management.in_training = False  # as core's own trainer leaves it
-        with host.training():
-            assert flag()
-        assert flag(), "the other job still trains"
-    assert not flag()
-    with pytest.raises(KeyError), host.training():
-        raise KeyError
-    assert not flag()
-    inside, leave, seen = threading.Event(), threading.Event(), []
-
-    def other_job() -> None:
-        with host.training():
-            inside.set()
-            leave.wait()
-            seen.append(flag())
-
-    thread = threading.Thread(target=other_job)
-    thread.start()
-    inside.wait()
-    with host.training():
-        pass
-    assert flag()
-    leave.set()
-    thread.join()
-    assert seen == [True] and not flag()
+def test_rotary_embedding_is_the_samplers_own_and_has_the_gradient_of_the_formula() -> None:
+    freqs = comfy.ldm.flux.math.rope(torch.arange(6.0)[None], 8, 10000).movedim(1, 1).unsqueeze(2)  # B L 1 d/2 2 2
+    x = random(2, 6, 3, 8, name="rope").requires_grad_()
+    ours, theirs = host.Rope.apply(x, freqs), comfy.ldm.flux.math._apply_rope1(x, freqs)
+    assert torch.equal(ours, comfy.quant_ops.ck.apply_rope1(x.detach(), freqs))
+    weight = random(2, 6, 3, 8, name="weight")
+    (mine,), (reference,) = (torch.autograd.grad((out * weight).sum(), x) for out in (ours, theirs))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(mine, reference)
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))

@@ -78,7 +78,9 @@ def test_front_end_opens_it_whole_and_submits_what_we_submit(page: Page, client:
     page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", (FOLDER / f"{name}.json").read_text())
     known = "() => app.graph.nodes.filter(n => LiteGraph.registered_node_types[n.type]).map(n => n.type)"
     assert sorted(node["type"] for node in load(name)["nodes"]) == sorted(page.evaluate(known))
-    assert len(load(name)["links"]) == page.evaluate("() => app.graph.links.size ?? Object.keys(app.graph.links).length")
+    assert len(load(name)["links"]) == page.evaluate(
+        "() => app.graph.links.size ?? Object.keys(app.graph.links).length"
+    )
     submitted = page.evaluate("async () => (await app.graphToPrompt()).output")
     ours = to_prompt(load(name), client.object_info())
     assert {key: (n["class_type"], n["inputs"]) for key, n in submitted.items()} == {

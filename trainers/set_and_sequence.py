@@ -4,6 +4,7 @@ Notation of the paper on our names, per layer: A1 = lora_down, B1 = identity lor
 W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lora_io.file import load, sha256
+from ..lora_io.file import load
 from ..lora_io.keys import from_comfy
 from .backbones.wan import Wan
 from .core.config import TrainConfig, knob
 from .core.lora import LoraGroups
-from .core.losses import flow_matching_loss, sample_timesteps
+from .core.losses import concept_and_prior, flow_matching_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -145,7 +146,6 @@ class SetAndSequence:
         self.lora = LoraGroups(backbone.module, config.seed)
         self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
         self.dropout, self.shift = config.set_dropout, config.set_shift
-        self.identity_sha256 = ""
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
@@ -178,7 +178,6 @@ class SetAndSequence:
         """Freeze A1 and B1 as the identity file holds them, rounding included, and add a zero B2 on A1."""
         if self.config.identity_file:
             tensors, _ = load(Path(self.config.identity_file))
-            self.identity_sha256 = sha256(Path(self.config.identity_file))
             self.lora.load_group(IDENTITY, {k: v for k, v in from_comfy(tensors).items() if not k.endswith(".alpha")})
             self._require_alpha({float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")})
         elif self.config.save_precision == "fp16":
@@ -209,9 +208,7 @@ class SetAndSequence:
         return self.lora.param_groups(group, self.config.learning_rate, self.config.lora_plus_ratio)
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        yield "concept", self._loss(batch, rng)
-        if "prior" in batch and self.config.prior_weight:
-            yield "prior", self.config.prior_weight * self._loss(batch["prior"], rng.fork("prior"))
+        return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)
 
     def _loss(self, batch: Batch, rng: Rng) -> Tensor:
         c = self.config
@@ -244,13 +241,20 @@ class SetAndSequence:
         }
 
     def metadata(self, name: str) -> dict[str, str]:
-        """`sns.stage`: which part the file is; `sns.basis_side`: A is the down factor."""
+        """`sns.stage`: which part; `sns.basis_side`: A is the down factor; files of one identity have one hash."""
         return {
             "sns.version": "1",
             "sns.stage": name,
             "sns.basis_side": "down",
-            "sns.identity_sha256": self.identity_sha256,
+            "sns.identity_sha256": self._identity_hash(),
         }
+
+    def _identity_hash(self) -> str:
+        dtype = torch.float16 if self.config.save_precision == "fp16" else torch.float32
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.lora.tensors(IDENTITY).items()):
+            digest.update(key.encode() + tensor.to(dtype).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:

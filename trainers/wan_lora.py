@@ -9,7 +9,7 @@ from torch import Tensor
 from .backbones.wan import Wan
 from .core.config import TrainConfig, knob
 from .core.lora import LoraGroups
-from .core.losses import flow_matching_loss, sample_timesteps
+from .core.losses import concept_and_prior, flow_matching_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -78,9 +78,7 @@ class WanLora:
         return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        yield "concept", self._loss(batch, rng)
-        if "prior" in batch and self.config.prior_weight:
-            yield "prior", self.config.prior_weight * self._loss(batch["prior"], rng.fork("prior"))
+        return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)
 
     def _loss(self, batch: Batch, rng: Rng) -> Tensor:
         c = self.config

@@ -43,22 +43,23 @@ class Wan:
         self.checkpointing = False
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns to the device; raw VAE latents to the normalised space that the model was trained in."""
-        moved = {name: value.to(self.device) for name, value in batch.items()}
-        return {**moved, "latents": self.process_latent_in(moved["latents"].float())}
+        """Latents and mask to the device, latents from the VAE's space to the model's; prompts stay on the CPU."""
+        moved = {name: batch[name].to(self.device) for name in ("latents", "mask") if name in batch}
+        return {**batch, **moved, "latents": self.process_latent_in(moved["latents"].float())}
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
-        text_dim = self.module.text_dim
-        prompt_embeds = batch["prompt_embeds"]
-        if prompt_embeds.shape[-1] != text_dim:
+        """`batch` holds prompt_embeds [B, n, D] and, where the text encoder pads with zeros, prompt_length [B]."""
+        prompt_embeds = batch["prompt_embeds"].to(self.device, self.dtype)
+        if prompt_embeds.shape[-1] != self.module.text_dim:
             raise ValueError(
-                f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {text_dim}. Was the data encoded "
-                "with another model's text encoder?"
+                f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {self.module.text_dim}. Was the data "
+                "encoded with another model's text encoder?"
             )
+        padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
         return self.module(
             noisy_latents.to(self.dtype),
             FlowMatch.multiplier * t,
-            context=prompt_embeds.to(self.dtype),
+            context=nn.functional.pad(prompt_embeds, (0, 0, 0, padding)),
             transformer_options=dict(self.transformer_options),
         )
 

@@ -97,7 +97,7 @@ class TrainConfig:
     lr_schedule: str = knob(
         "constant",
         "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
-        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        choices=("constant", "linear", "cosine"),
         advanced=True,
     )
     warmup_steps: int = knob(
@@ -141,7 +141,7 @@ class TrainConfig:
         advanced=True,
     )
     validate_every: int = knob(
-        50,
+        100,
         "Steps between measurements of the loss on fixed noise, which pick the best checkpoint. 0 turns them off.",
         min=0,
         max=100_000,
@@ -165,10 +165,6 @@ class TrainConfig:
         for option in fields(self):
             check(option, getattr(self, option.name))
 
-    @property
-    def scale(self) -> float:
-        return (self.alpha or self.rank) / self.rank
-
 
 def check(option: Field, value: Any) -> None:
     """Raise ValueError if `value` does not fit the knob: type, finite, range, choices."""
@@ -185,7 +181,7 @@ def check(option: Field, value: Any) -> None:
 
 
 # What only says when to look at the run or how to share the machine; a resumed run may change it.
-NOT_TRAJECTORY = ("save_every", "save_precision", "pause_when_busy", "checkpointing", "validate_every", "trigger_words")
+NOT_TRAJECTORY = ("save_every", "pause_when_busy", "checkpointing", "validate_every", "trigger_words")
 
 
 def make(config_class: type[TrainConfig], values: dict[str, Any]) -> TrainConfig:

@@ -97,8 +97,8 @@ class Batches:
                         "inputs that make it"
                     )
             self.buckets.setdefault(row.shape, []).append(index)
-        self._cache: dict[int, Batch] = {}
-        self._cacheable = sum(path.stat().st_size for path in self._paths()) <= CACHE_BYTES if self.rows else True
+        self._cache: dict[Path, Batch] = {}
+        self._cacheable = sum(path.stat().st_size for path in self._paths()) <= CACHE_BYTES
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -133,24 +133,31 @@ class Batches:
         return [chunks[i] for i in order]
 
     def _paths(self) -> set[Path]:
-        return {
-            column_path(self.data.folder, row.columns[column], column) for row in self.rows for column in self.columns
-        }
+        paths = {path: row for row in self.rows for path in self._files(row)}
+        for path, row in paths.items():
+            if not path.is_file():
+                raise ValueError(
+                    f"training data row {row.name!r}: {path} is gone. Change an input of the node that encoded "
+                    "it, so that it runs again"
+                )
+        return set(paths)
+
+    def _files(self, row: Row) -> list[Path]:
+        columns = [*self.columns, *(["mask"] if "mask" in row.columns else [])]
+        return [column_path(self.data.folder, row.columns[column], column) for column in columns]
 
     def _row(self, index: int) -> Batch:
-        if index in self._cache:
-            return self._cache[index]
-        row = self.rows[index]
         values: Batch = {}
-        for column in (*self.columns, *(["mask"] if "mask" in row.columns else [])):
-            values |= load(column_path(self.data.folder, row.columns[column], column))[0]
-        if self._cacheable:
-            self._cache[index] = values
+        for path in self._files(self.rows[index]):
+            tensors = self._cache.get(path) or load(path)[0]
+            if self._cacheable:
+                self._cache[path] = tensors
+            values |= tensors
         return values
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Stack samples; prompt encodings [1 + K, n, D] are zero-padded to their encoder's length and repeat to one K.
+    """Stack samples; prompt encodings [1 + K, n, D] get one n and one K.
 
     A sample without a mask among samples with one counts as fully visible.
     """
@@ -160,7 +167,7 @@ def collate(samples: list[Batch]) -> Batch:
         if name == "mask":
             values = [s["mask"] if "mask" in s else torch.ones_like(s["latents"][:1]) for s in samples]
         elif name == "prompt_embeds":
-            values = pad_prompts([s[name] for s in samples], max(int(s["prompt_length"]) for s in samples))
+            values = pad_prompts([s[name] for s in samples])
         elif name == "prompt_tokens":
             values = repeat_variants([s[name] for s in samples])
         else:
@@ -169,14 +176,17 @@ def collate(samples: list[Batch]) -> Batch:
     return batch
 
 
-def pad_prompts(prompts: list[Tensor], length: int) -> list[Tensor]:
-    padded = [torch.nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[1])) for prompt in prompts]
-    return repeat_variants(padded)
+def pad_prompts(prompts: list[Tensor]) -> list[Tensor]:
+    """Zero-padded to the longest of them; the backbone pads on to `prompt_length`, only what it needs."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    return repeat_variants([torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])
 
 
 def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
     """[1 + K, ...] each, to the largest K: the clean one stays first, and is repeated only where there is no other."""
     count = max(len(prompt) for prompt in prompts)
+    if all(len(prompt) == count for prompt in prompts):
+        return prompts
     first = [min(1, len(prompt) - 1) for prompt in prompts]
     places = [torch.arange(count - 1) % max(len(prompt) - 1, 1) for prompt in prompts]
     return [torch.cat([p[:1], p[start + place]]) for p, start, place in zip(prompts, first, places, strict=True)]
@@ -218,7 +228,7 @@ class PhaseData:
         return {**batch, "prior": self.prior[index]} if self.prior.rows else batch
 
     def largest(self) -> Batch:
-        """The micro-batch that needs most memory."""
+        """The micro-batches that need most memory, of the concept and of the prior."""
         batch = self.train.largest()
         return {**batch, "prior": self.prior.largest()} if self.prior.rows else batch
 

@@ -1,7 +1,10 @@
 """A recipe's trained factors as LoRA files."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from ...lora_io import keys
 from ...lora_io.file import save
 from ...lora_io.metadata import describe
+from .config import TrainConfig
 from .events import Saved
 from .recipe import Phase, Recipe
 from .record import Record
@@ -30,19 +34,30 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         metadata = describe(
             recipe=spec.recipe,
             export=name,
-            config=spec.config,
+            config=public_config(config),
             step=record.done,
             steps=record.total,
             base_model=spec.source.identity,
             base_model_name=Path(spec.source.path).name,
+            backbone=type(recipe).backbone,
             extra=recipe.metadata(name),
         )
         tensors = keys.FORMATS[export.keys](recipe.export(name))
         save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
         earlier, record.files[label] = record.files.get(label), str(path)
         if best and earlier and earlier != str(path):
-            Path(earlier).unlink(missing_ok=True)
+            with suppress(OSError):  # gone already, or held open by a loader
+                Path(earlier).unlink()
         yield Saved(name, str(path), record.done, best)
+
+
+def public_config(config: TrainConfig) -> dict[str, Any]:
+    """The options as they may be shared: of chosen files the name alone."""
+    return {
+        option.name: Path(value).name if option.metadata["lora_file"] else value
+        for option in fields(config)
+        for value in [getattr(config, option.name)]
+    }
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

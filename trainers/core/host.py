@@ -1,46 +1,23 @@
-"""The seam to ComfyUI, and the only file here that imports it: private model copies, training flag, memory."""
+"""The seam to ComfyUI, and the only file here that imports it: private model copies and memory."""
 
 import gc
 import hashlib
 import logging
-import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
+import comfy.quant_ops
 import comfy.sd
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint
-
-_training_lock = threading.Lock()
-_training_count = 0
-
-
-@contextmanager
-def training() -> Iterator[None]:
-    """Keep ComfyUI's process-wide training flag up through forward, backward and recompute.
-
-    Without it some operators take a path that has no gradient. Counted, so that jobs may overlap; the flag is set anew
-    at every entry because core's own trainer clears it.
-    """
-    global _training_count
-    with _training_lock:
-        _training_count += 1
-        comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        with _training_lock:
-            _training_count -= 1
-            comfy.model_management.in_training = _training_count > 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +47,12 @@ class ModelSource:
             raise ValueError(
                 f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node"
             )
+        inside = [key for key in model.object_patches if key.startswith("diffusion_model")]
+        if inside or model.weight_wrapper_patches:
+            raise ValueError(
+                f"model: a {kind} patched inside ({', '.join(inside[:3]) or 'weight wrappers'}), for example by a "
+                "compile or attention node. Connect the model before those nodes to the train node"
+            )
         path = str(arguments[0])
         options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
@@ -83,6 +66,8 @@ class ModelSource:
             raise ValueError(
                 "this run was started on a model with LoRAs applied: run its Train node again to resume it"
             )
+        if self.loader not in ("load_diffusion_model", "load_checkpoint_guess_config"):
+            raise ValueError(f"this run's model came from {self.loader}: run its Train node again to resume it")
         if not Path(self.path).is_file():
             raise ValueError(f"base model {self.path}: not found")
 
@@ -130,34 +115,72 @@ def load_private(model: Any, device: torch.device) -> Any:
         private = model.reload()
     else:
         private = model.clone(disable_dynamic=True, force_deepcopy=True)
-    private.patch_model(device_to=device)
     module = private.model.diffusion_model
+    for child in module.modules():
+        _cast_stored(child)
+    private.patch_model(device_to=device)
     module.requires_grad_(False)
     for child in module.modules():
         if isinstance(child, comfy.ops.CastWeightBiasOp):
             child.comfy_cast_weights = True
-            child.__class__ = _quiet(type(child))
+        child.__class__ = _private_class(type(child))
     assert not any(p.is_inference() for p in module.parameters())
     logging.info("Kinoloom: private copy of %s on %s", type(private.model).__name__, device)
     return private.model
 
 
-_quiet_classes: dict[type, type] = {}
+def _cast_stored(layer: nn.Module) -> None:
+    """Give weights the storage type that the loader chose; with dynamic VRAM only ComfyUI's own patcher would do it."""
+    for name in ("weight", "bias"):
+        dtype, parameter = layer.__dict__.get(f"{name}_comfy_model_dtype"), layer._parameters.get(name)
+        if dtype is not None and parameter is not None and not isinstance(parameter, QuantizedTensor):
+            parameter.data = parameter.data.to(dtype)
 
 
-def _quiet(cls: type) -> type:
-    """A subclass of one of ComfyUI's layers that does not poll its interrupt flag, which belongs to the queue.
+class Rope(torch.autograd.Function):
+    """ComfyUI's fused rotary embedding of x [B, L, n, d], which has no gradient of its own: the inverse rotation."""
 
-    A job polling it would swallow a Cancel meant for a prompt, and die of it.
-    """
-    if cls not in _quiet_classes:
-        host = cls.forward
-        silent = {**host.__globals__, "run_every_op": lambda: None}
-        forward = types.FunctionType(host.__code__, silent, host.__name__, host.__defaults__, host.__closure__)
-        if issubclass(cls, nn.Linear) or cls.__name__ == "Linear":  # quantised ones are no nn.Linear
-            forward = _frozen_linear(forward)
-        _quiet_classes[cls] = type(cls.__name__, (cls,), {"forward": forward})
-    return _quiet_classes[cls]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, freqs: Tensor) -> Tensor:
+        ctx.freqs = freqs
+        return comfy.quant_ops.ck.apply_rope1(x, freqs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        inverse = ctx.freqs.transpose(-1, -2).contiguous()
+        return comfy.quant_ops.ck.apply_rope1(grad.contiguous(), inverse), None
+
+
+# What layers of a private model call instead of the global of that name. A job that polled the interrupt flag would
+# swallow a Cancel meant for a prompt, and die of it; ComfyUI's own way to a gradient through the rotary embedding is a
+# process-wide flag, which other prompts would see.
+PRIVATE_GLOBALS = {"run_every_op": lambda: None, "apply_rope1": Rope.apply}
+
+_private_classes: dict[type, type] = {}
+
+
+def _private_class(cls: type) -> type:
+    """`cls`, or a subclass whose forward uses PRIVATE_GLOBALS where `cls` uses the globals of those names."""
+    if cls not in _private_classes:
+        forward = cls.forward
+        private = cls
+        if _names(forward.__code__) & PRIVATE_GLOBALS.keys():
+            scope = {**forward.__globals__, **PRIVATE_GLOBALS}
+            own = types.FunctionType(
+                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+            )
+            own.__kwdefaults__ = forward.__kwdefaults__
+            if issubclass(cls, nn.Linear) or cls.__name__ == "Linear":  # quantised ones are no nn.Linear
+                own = _frozen_linear(own)
+            private = type(cls.__name__, (cls,), {"forward": own})
+        _private_classes[cls] = private
+    return _private_classes[cls]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Globals that a function and the functions defined in it refer to."""
+    inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:
@@ -229,13 +252,20 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def compute_dtype(precision: str, on: torch.device) -> torch.dtype:
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_precision(precision: str, on: torch.device) -> str:
+    """The key of DTYPES that "auto" means on a device."""
     if precision != "auto":
-        return named[precision]
+        return precision
     if on.type == "cpu":
-        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
-    return torch.bfloat16 if comfy.model_management.should_use_bf16(on) else torch.float16
+        return "bf16" if _cpu_multiplies_bf16() else "fp32"
+    return "bf16" if comfy.model_management.should_use_bf16(on) else "fp16"
+
+
+def compute_dtype(precision: str, on: torch.device) -> torch.dtype:
+    return DTYPES[resolve_precision(precision, on)]
 
 
 def _cpu_multiplies_bf16() -> bool:
@@ -252,9 +282,17 @@ def free_memory(on: torch.device) -> int:
 
 
 def make_room() -> None:
-    """Take ComfyUI's own models off the card, so that the shared and the private copy never need to fit at once."""
+    """Take ComfyUI's own models off the card, so that the shared and the private copy need not fit at once.
+
+    For the queue's thread alone: no other may touch the model manager.
+    """
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
+
+
+def holds_models() -> bool:
+    """Whether ComfyUI's model manager has anything loaded."""
+    return bool(comfy.model_management.current_loaded_models)
 
 
 def release() -> None:

@@ -29,7 +29,7 @@ class Job(Record):
     """status: "waiting" for its turn, "loading", "running", "paused", then one of record.ENDED.
 
     `publish(job, event)` is called for every change; `busy(job)` says whether the run should wait because the queue has
-    work; of the jobs that share a `slot` one runs at a time.
+    work; of the jobs that share a `slot` one runs at a time, after `make_room()` took other models off the card.
     """
 
     def __init__(
@@ -41,24 +41,32 @@ class Job(Record):
         publish: Callable[["Job", dict], None],
         busy: Callable[["Job"], bool],
         slot: threading.Semaphore | None = None,
+        make_room: Callable[[], None] = host.release,
     ) -> None:
         super().__init__(folder, spec)
         self.recipe_class, self.backbone = recipe, backbone
         self.publish, self.busy, self.slot = publish, busy, slot or threading.Semaphore()
+        self.make_room = make_room
         self.config: TrainConfig = recipe.Config(**spec.config)
         self.plan: Plan | None = None
         self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._resume.set()
+        self.ended.set()
         self._warm_up: list[float] = []
 
     def start(self, model: Any | None) -> None:
         """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read."""
         self._stop.clear()
         self._resume.set()
-        self.ended.clear()
         self.error = ""
+        self._model = model or self.spec.source
         self._set_status("waiting")
-        threading.Thread(target=self._run, args=(model,), name=f"kinoloom {self.spec.run_name}", daemon=True).start()
+        self.ended.clear()
+        threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
+
+    def reconfigure(self, config: TrainConfig) -> None:
+        """Take over options that do not change what is learned: politeness at once, the others at the next start."""
+        self.config, self.spec = config, replace(self.spec, config=vars(config))
 
     def stop(self) -> None:
         """End after the current step, keeping a usable LoRA and a resumable state."""
@@ -71,20 +79,16 @@ class Job(Record):
     def resume(self) -> None:
         self._resume.set()
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        super().restore(kept)
-        self.ended.set()
-
     @property
-    def main_file(self) -> str:
-        """The last of the recipe's exports that exists: the whole result, or what a stopped run got to."""
-        made = [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
-        return made[-1] if made else ""
+    def parts(self) -> list[str]:
+        """The files of the recipe's exports that exist, the last of which is the whole result so far."""
+        return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
 
     def summary(self) -> dict[str, Any]:
         names = ("status", "error", "done", "total", "files", "resumable")
         spec = {name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")}
-        return {**spec, **{name: getattr(self, name) for name in names}, "pause_requested": not self._resume.is_set()}
+        values = {**spec, **{name: getattr(self, name) for name in names}, "files": dict(self.files)}
+        return {**values, "pause_requested": not self._resume.is_set()}
 
     def _set_status(self, status: str) -> None:
         if status != self.status:
@@ -100,19 +104,22 @@ class Job(Record):
         if isinstance(event, Step):
             self._time(event)
 
-    def _run(self, model: Any | None) -> None:
+    def _run(self) -> None:
         taken = self._take_slot()
         try:
-            finished = taken and self._train(model)
+            finished = taken and self._train()
             status, event = ("finished" if finished else "stopped"), Finished(not finished, self.done)
         except BaseException as error:  # the thread boundary: what happened belongs on the job, not in a lost traceback
             logging.exception("Kinoloom: run %s failed", self.spec.run_name)
-            self.error = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+            self.error = _explain(error)
             status, event = "failed", Failed(self.error)
-        if taken:
-            host.release()
-            self.slot.release()
-        self._end(status, event)
+        try:
+            if taken:
+                host.release()
+        finally:
+            if taken:
+                self.slot.release()
+            self._end(status, event)
 
     def _end(self, status: str, event: Event) -> None:
         """Publish last: whoever hears of the end may start the job again at once."""
@@ -134,10 +141,14 @@ class Job(Record):
                 return False
         return True
 
-    def _train(self, model: Any | None) -> bool:
+    def _train(self) -> bool:
+        if self._should_stop():
+            return False
         self._set_status("loading")
+        self.make_room()
         device = host.device()
-        private = host.load_private(model or self.spec.source, device)
+        private = host.load_private(self._model, device)
+        self._model = None  # the MODEL of other workflows may go from memory now
         dtype = host.compute_dtype(self.config.precision, device)
         backbone = self.backbone.load(private, device, dtype, host.TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
@@ -151,12 +162,11 @@ class Job(Record):
             return PhaseData(self.spec.data, phase.split, recipe.columns, c.batch_size, c.seed, backbone.prepare)
 
         def plan(phase: Phase, batches: PhaseData) -> None:
-            def one_loss() -> Any:
-                return next(recipe.losses(batches.largest(), Rng(self.config.seed, f"{phase.name}/plan", 0)))
-
+            rng = Rng(self.config.seed, f"{phase.name}/plan", 0)
             trainable, free = count_trainable(backbone.module), host.free_memory(device)
-            with host.training():
-                self.plan = make_plan(backbone, self.config.checkpointing, one_loss, trainable, free)
+            self.plan = make_plan(
+                backbone, self.config.checkpointing, lambda: recipe.losses(batches.largest(), rng), trainable, free
+            )
             self._warm_up = []
             self._show(self.plan)
 
@@ -201,3 +211,12 @@ class Job(Record):
         self.plan = plan
         logging.info("Kinoloom: %s: %s", self.spec.run_name, plan)
         self._emit(plan)
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory. Set checkpointing to on, lower size or frames_per_clip where the clips are encoded, or "
+            f"load the model in fp8 ({error})"
+        )
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

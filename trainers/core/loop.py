@@ -13,7 +13,6 @@ from .checkpoint import State
 from .config import TrainConfig
 from .data import PhaseData
 from .events import Event, Step, Validation
-from .host import training
 from .noise import Rng
 from .optim import make_optimizer, make_schedule
 from .recipe import Batch, Phase, Recipe
@@ -107,10 +106,9 @@ class PhaseRun:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
         for micro in range(first, first + count):
             rng = Rng(self.config.seed, self.phase.name, micro * self.config.batch_size)
-            with training():
-                for name, loss in self.recipe.losses(self.batches[micro], rng):
-                    self.scaler.scale(loss / count).backward()
-                    sums[name] += loss.detach() / count
+            for name, loss in self.recipe.losses(self.batches[micro], rng):
+                self.scaler.scale(loss / count).backward()
+                sums[name] += loss.detach() / count
         self.scaler.unscale_(self.optimizer)
         norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         losses = {name: float(value) for name, value in sums.items()}

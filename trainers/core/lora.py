@@ -160,9 +160,18 @@ class LoraGroups:
         return {**self.tensors(group), **alphas}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every group, frozen ones included, so that a checkpoint stands alone: `<group>/<module path>.<factor>`."""
-        groups = sorted({group for layer in self.layers.values() for group in layer.lora_B})
-        return {f"{group}/{key}": tensor for group in groups for key, tensor in self.tensors(group).items()}
+        """Every group, frozen ones included, so that a checkpoint stands alone: `<group>/<module path>.<factor>`.
+
+        A down factor that groups share is in the first of them.
+        """
+        state, seen = {}, set()
+        for group in dict.fromkeys(group for layer in self.layers.values() for group in layer.lora_B):
+            for name in ("down", "up"):
+                for path, parameter in self.factors(group, name).items():
+                    if parameter not in seen:
+                        seen.add(parameter)
+                        state[f"{group}/{path}.lora_{name}.weight"] = parameter.detach().to("cpu", copy=True)
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError names keys that are missing or do not belong."""
@@ -183,11 +192,8 @@ class LoraGroups:
     @torch.no_grad()
     def _assign(self, group: str, key: str, tensor: Tensor) -> None:
         path, factor, _ = key.rsplit(".", 2)
-        parameter = self.factors_of(path, group, factor)
+        layer = self.layers[path]
+        parameter = (layer.lora_A if factor == "lora_down" else layer.lora_B)[group].weight
         if parameter.shape != tensor.shape:
             raise ValueError(f"LoRA {key}: shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(tensor)
-
-    def factors_of(self, path: str, group: str, factor: str) -> nn.Parameter:
-        layer = self.layers[path]
-        return (layer.lora_A if factor == "lora_down" else layer.lora_B)[group].weight

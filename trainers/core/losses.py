@@ -1,5 +1,7 @@
 """Training objectives as pure functions."""
 
+from collections.abc import Callable, Iterator
+
 from torch import Tensor
 
 from ..backbones.base import Backbone
@@ -27,3 +29,12 @@ def flow_matching_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) ->
     noisy_latents = backbone.schedule.add_noise(latents, noise, t)
     pred = backbone.predict(noisy_latents, t, batch)
     return masked_mse(pred, backbone.schedule.target(latents, noise), batch.get("mask"))
+
+
+def concept_and_prior(
+    loss: Callable[[Batch, Rng], Tensor], batch: Batch, rng: Rng, prior_weight: float
+) -> Iterator[tuple[str, Tensor]]:
+    """L_concept, then prior_weight * L_prior where the batch holds a prior one (DreamBooth, arXiv 2208.12242)."""
+    yield "concept", loss(batch, rng)
+    if "prior" in batch and prior_weight:
+        yield "prior", prior_weight * loss(batch["prior"], rng.fork("prior"))

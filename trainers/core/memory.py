@@ -1,6 +1,6 @@
 """Gradient checkpointing per block, and the choice whether a run needs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ def _recomputing(forward: Callable, backbone: Backbone) -> Callable:
     return run
 
 
-def make_plan(backbone: Backbone, choice: str, loss: Callable[[], Tensor], trainable: int, available: int) -> Plan:
-    """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's loss is `loss()`.
+def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], trainable: int, available: int) -> Plan:
+    """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's losses are `losses()`.
 
     One forward pass with everything checkpointed but the last block tells what a block keeps for backward.
     `trainable` is the number of trained values, `available` the free memory in bytes with the model loaded.
     """
     backbone.checkpointing = True
-    kept, entry = _measure_block(backbone, loss)
+    kept, entry = _measure_block(backbone, losses)
     count = len(backbone.blocks)
     states = trainable * 4 * 3  # gradient and two moments in fp32
     full = int(states + WORKSPACE * kept * count)
@@ -56,31 +56,34 @@ def make_plan(backbone: Backbone, choice: str, loss: Callable[[], Tensor], train
     return Plan(backbone.checkpointing, needed, available, None, None, f"checkpointing: {reason}")
 
 
-def _measure_block(backbone: Backbone, loss: Callable[[], Tensor]) -> tuple[int, int]:
-    """Bytes that the last block keeps for backward, and bytes of its input."""
-    block, kept, entry = backbone.blocks[-1], {}, []
+def _measure_block(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[int, int]:
+    """Bytes that the last block keeps for backward, and bytes of its input, of the forward that keeps most."""
+    block, sizes = backbone.blocks[-1], []
     parameters = {p.untyped_storage().data_ptr() for p in backbone.module.parameters()}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output saved as itself would be a reference cycle that is never freed
-
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        entry.append(x.nbytes)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # an output saved as itself would be a reference cycle that is never freed
+
         backbone.checkpointing = False
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = run(x, *args, **kwargs)
         backbone.checkpointing = True
+        sizes.append((sum(kept.values()), x.nbytes))
         return result
 
     run, block.forward = block.forward, forward
     try:
-        loss()
+        for _ in losses():
+            pass
     finally:
         block.forward = run
-    return sum(kept.values()), entry[0]
+    return max(sizes)
 
 
 def count_trainable(module: nn.Module) -> int:
