@@ -3,8 +3,7 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-bash "$root/scripts/setup.sh"
-bash "$root/scripts/setup.sh" --browser || echo "test: the browser tests will be skipped" >&2
+bash "$root/scripts/setup.sh" --browser
 
 export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from more, and servers run beside the tests

@@ -107,7 +107,7 @@ def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((found for found in map(shutil.which, names) if found), None)
     if path is None:
-        pytest.skip("no Chromium: run `bash scripts/setup.sh --browser`")
+        pytest.fail("no Chromium: run `bash scripts/setup.sh --browser`")
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
 

@@ -117,7 +117,15 @@ def make_job(
         )
     method = recipes()[recipe]
     publish = Published() if published is None else published
-    job = Job(folder / "job", spec, method, backbone_modules()[method.backbone], publish, lambda job: False)
+    job = Job(
+        folder / "job",
+        spec,
+        method,
+        backbone_modules()[method.backbone],
+        publish,
+        lambda job: False,
+        make_room=lambda: None,
+    )
     if kept.is_file():
         job.restore(json.loads(kept.read_text()))
     return job

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 from kinoloom.lora_io.file import load
+from kinoloom.nodes import clips, identity
 from kinoloom.nodes import data as data_nodes
-from kinoloom.nodes import identity
-from kinoloom.nodes.columns import encode_pixels
+from kinoloom.nodes.columns import Columns, encode_pixels
 from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
 from PIL import Image
@@ -565,3 +566,21 @@ def test_every_input_has_a_tooltip(node: Any) -> None:
     schema = node.GET_SCHEMA()
     assert schema.category == "Kinoloom/data" and schema.node_id.startswith("Kinoloom")
     assert all(given.tooltip for given in schema.inputs)
+
+
+def test_single_frames_are_read_in_one_pass(vae: Any, tmp_path: Path) -> None:
+    """A video is decoded from its beginning at every pass."""
+    passes: list[list[int]] = []
+    whole = clips.from_tensor("counted", pixels(9), 16.0)
+
+    def counted(indices: Iterable[int]) -> Iterator[torch.Tensor]:
+        passes.append(list(indices))
+        return whole.frames(passes[-1])
+
+    columns = Columns(tmp_path, comfy.utils.ProgressBar(10))
+    first = columns.latents(vae, "vae", replace(whole, frames=counted), [[1], [4], [8]], 64, 64)
+    assert passes == [[1, 4, 8]]
+    again = columns.latents(vae, "vae", replace(whole, frames=counted), [[1], [3], [4], [6]], 64, 64)
+    assert passes == [[1, 4, 8], [3, 6]] and (again[0], again[2]) == (first[0], first[1])
+    alone = encode_pixels(vae, pixels(9)[6:7])
+    assert torch.equal(load(column_path(tmp_path, again[3], "latents"))[0]["latents"], alone)

@@ -178,6 +178,25 @@ def test_resume_with_changed_options_or_data_is_refused_by_name(server: Server, 
     other["data"]["inputs"]["single_frames"] = 2
     with pytest.raises(PromptError, match="training data"):
         on.run(other)
+    on.run(train(on, WAN, "strict", wait=False, steps=5000, save_every=7, checkpointing="on"))
+    before = jobs(on, "strict")[0]["done"]
+    job_event(on, "strict", step_reached(before + 2))
+    job = on.get(f"/kinoloom/jobs/{jobs(on, 'strict')[0]['id']}")
+    on.post(f"/kinoloom/jobs/{job['id']}/stop")
+    assert (job["config"]["save_every"], job["config"]["checkpointing"]) == (7, "on")
+    assert [e["checkpointing"] for e in job["history"] if e["event"] == "plan"][-1]
+
+
+def test_a_finished_run_is_never_overwritten(server: Server, on: Client) -> None:
+    on.run(train(on, WAN, "kept", steps=2))
+    first = jobs(on, "kept")[0]["files"]["lora"]
+    content = Path(first).read_bytes()
+    on.run(train(on, WAN, "kept", steps=2, learning_rate=1e-3))
+    second = jobs(on, "kept-2")[0]["files"]["lora"]
+    assert first != second and Path(first).read_bytes() == content != Path(second).read_bytes()
+    (server.base / "models" / "loras" / "kinoloom" / "orphan").mkdir()  # files whose job was deleted
+    on.run(train(on, WAN, "orphan", steps=2))
+    assert not jobs(on, "orphan") and "orphan-2" in jobs(on, "orphan-2")[0]["files"]["lora"]
 
 
 def test_bad_inputs_give_one_clear_error(server: Server, on: Client) -> None:
@@ -188,7 +207,6 @@ def test_bad_inputs_give_one_clear_error(server: Server, on: Client) -> None:
     for options, message in (
         ({"unet": "tiny_i2v.safetensors"}, "i2v model with 36 input channels"),
         ({"run_name": "../escape"}, "run_name="),
-        ({"optimizer": "AdamW8bit"}, "bitsandbytes"),
     ):
         values = {"run_name": "bad", "steps": 2, **options}
         with pytest.raises(PromptError, match=message):

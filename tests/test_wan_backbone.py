@@ -5,11 +5,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+import comfy.memory_management
 import comfy.model_base
 import comfy.model_management
+import comfy.quant_ops
 import comfy.sd
 import comfy.supported_models
+import comfy.utils
 import pytest
 import torch
 from comfy.ldm.wan.model import WanModel
@@ -371,3 +375,36 @@ def test_attention_equals_torch_with_gradients(dtype: torch.dtype) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine.float(), reference.float(), **tolerance)
+
+
+def test_storage_type_chosen_in_the_loader_holds_under_dynamic_vram(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There ComfyUI leaves weights in the file's type and casts them in a patcher that a private copy does not use."""
+    path = tiny_models / "diffusion_models" / "tiny_wan.safetensors"
+    model = load_model(path, dtype=torch.float8_e4m3fn)
+    usual = make_backbone(model).module
+    weights, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+
+    def load_again(path: str, options: dict[str, Any], disable_dynamic: bool) -> Any:
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)  # its own file reader needs a GPU
+        return comfy.sd.load_diffusion_model_state_dict(
+            dict(weights), options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
+
+    model.cached_patcher_init = (load_again, model.cached_patcher_init[1])
+    dynamic = make_backbone(model).module
+    expected = {name: (p.dtype, p.float()) for name, p in usual.named_parameters()}
+    assert expected["blocks.0.ffn.0.weight"][0] == torch.float8_e4m3fn
+    for name, parameter in dynamic.named_parameters():
+        assert parameter.dtype == expected[name][0] and torch.equal(parameter.float(), expected[name][1]), name
+
+
+def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None:
+    patched = model.clone()
+    patched.add_object_patch("diffusion_model.blocks.1", patched.model.diffusion_model.blocks[0])
+    with pytest.raises(ValueError, match=r"patched inside \(diffusion_model\.blocks\.1\)"):
+        host.ModelSource.of(patched)
+    schedule = model.clone()
+    schedule.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
+    assert host.ModelSource.of(schedule).identity == host.ModelSource.of(model).identity
