@@ -20,8 +20,8 @@ class Options:
     """How clips are cut, sized and encoded."""
 
     frames_per_clip: int = knob(
-        81,
-        "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Lower it if memory "
+        33,
+        "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Raise it for slow motion, lower it if memory "
         "runs out or the videos are short.",
         min=1,
         max=1025,
