@@ -108,9 +108,10 @@ class Registry:
                     )
                 )
                 self.jobs[job.spec.id] = job
-            job.reconfigure(config)
-            if job.ended.is_set() and job.status != "finished":
-                job.start(model)
+            if job.status != "finished":
+                job.reconfigure(config)
+                if job.ended.is_set():
+                    job.start(model)
         return job
 
     def _claim(self, run_name: str, identity: Identity) -> tuple[str, Job | None]:
@@ -202,7 +203,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
     @routes.get("/kinoloom/jobs")
     async def list_jobs(request: web.Request) -> web.Response:
-        jobs = sorted(list(registry().jobs.values()), key=lambda job: -job.spec.created)
+        jobs = sorted(registry().jobs.copy().values(), key=lambda job: -job.spec.created)
         return web.json_response([job.summary() for job in jobs])
 
     @routes.get("/kinoloom/jobs/{id}")

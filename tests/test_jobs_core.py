@@ -23,7 +23,7 @@ import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load, save, write_text
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import host
-from kinoloom.trainers.core.checkpoint import Identity, State, save_state
+from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.job import Job
@@ -761,6 +761,17 @@ def test_the_fp16_scaler_resumes(model: Any, data: TrainingData, tmp_path: Path)
     assert scaler["_growth_tracker"] > 0 or scaler["scale"] != 65536.0, "there is something to restore"
     finish(make_job(tmp_path / "b", model, data, config, WAN_LORA, Published().at(4, Job.stop)), model, "stopped")
     assert_same_run(finish(make_job(tmp_path / "b", model, data, config, WAN_LORA), model), straight)
+
+
+def test_fp16_gradients_that_never_stop_overflowing_end_the_run(model: Any, data: TrainingData, tmp_path: Path) -> None:
+    config = make_config(WAN_LORA, precision="fp16", validate_every=0)
+    job = make_job(tmp_path, model, data, config, WAN_LORA, Published().at(3, Job.stop))
+    finish(job, model, "stopped")
+    state, identity = load_state(job.state_path)
+    state.scaler["scale"] = 1e-6  # after thirty-odd overflows in a row
+    save_state(job.state_path, state, identity)
+    finish(job, model, "failed")
+    assert job.error.startswith("gradient became inf in step 4") and job.done == 3
 
 
 def test_the_best_file_holds_the_weights_of_the_lowest_validation(

@@ -41,7 +41,7 @@ class Job(Record):
         publish: Callable[["Job", dict], None],
         busy: Callable[["Job"], bool],
         slot: threading.Semaphore | None = None,
-        make_room: Callable[[], None] = host.release,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(folder, spec)
         self.recipe_class, self.backbone = recipe, backbone

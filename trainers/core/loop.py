@@ -19,6 +19,7 @@ from .recipe import Batch, Phase, Recipe
 
 QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution; validation averages over them
 VALIDATION_BATCHES = 4
+SMALLEST_SCALE = 1e-4  # of an fp16 loss; it begins at 65536 and halves with every overflow
 
 
 class Diverged(ValueError):
@@ -112,7 +113,7 @@ class PhaseRun:
         self.scaler.unscale_(self.optimizer)
         norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         losses = {name: float(value) for name, value in sums.items()}
-        self._require_finite({**losses, "gradient": 0.0 if self.scaler.is_enabled() else norm})
+        self._require_finite({**losses, "gradient": self._judged(norm)})
         rate = self.optimizer.param_groups[0]["lr"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -121,14 +122,20 @@ class PhaseRun:
         self.state.step += 1
         return losses, norm, rate
 
+    def _judged(self, norm: float) -> float:
+        """In fp16 a gradient may overflow now and then, which the scaler mends; when it cannot, it is infinite."""
+        if not self.scaler.is_enabled():
+            return norm
+        return 0.0 if self.scaler.get_scale() >= SMALLEST_SCALE else math.inf
+
     def _require_finite(self, values: dict[str, float]) -> None:
-        """An overflowing fp16 gradient is the scaler's business, anything else ends the run before the step is made."""
+        """Anything that is no number ends the run before the step is made."""
         for name, value in values.items():
             if not math.isfinite(value):
                 self.snapshot("diverged")
                 raise Diverged(
-                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. The LoRA up to "
-                    "there was saved. Try a lower learning_rate, or precision bf16 or fp32."
+                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. The LoRA from "
+                    "before that step was saved. Try a lower learning_rate, or precision bf16 or fp32."
                 )
 
     def validate(self) -> None:
