@@ -2,23 +2,19 @@
 
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
+
+from .media import write_frames
 
 FAST = {"learning_rate": 5e-3, "rank": 4, "validate_every": 0, "pause_when_busy": False}
 
 
-def write_video(path: Path, frames: int = 9, size: int = 32, fps: int = 16) -> Path:
-    """A bright square that moves right over a gradient."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = imageio_ffmpeg.write_frames(str(path), (size, size), fps=fps, quality=9, macro_block_size=1)
-    writer.send(None)
-    for i in range(frames):
-        frame = np.tile(np.linspace(0, 120, size, dtype=np.uint8)[:, None, None], (1, size, 3))
+def write_video(path: Path, count: int = 9, size: int = 32) -> Path:
+    """A bright square that moves right over a gradient, 16 frames per second."""
+    frames = np.tile(np.linspace(0, 120, size, dtype=np.uint8)[None, :, None, None], (count, 1, size, 3))
+    for i, frame in enumerate(frames):
         frame[8:20, i : i + 12] = (250, 200, 40)
-        writer.send(frame.tobytes())
-    writer.close()
-    return path
+    return write_frames(path, list(frames), 16)
 
 
 def write_clips(base: Path) -> None:

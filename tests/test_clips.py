@@ -10,29 +10,7 @@ import torch
 from kinoloom.nodes import captions, clips, framing
 from PIL import Image
 
-
-def write_video(path: Path, count: int, *, fps: int = 16, size: tuple[int, int] = (64, 48)) -> Path:
-    """Frame i is grey 4 * i."""
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        size,
-        fps=fps,
-        codec="libx264",
-        macro_block_size=1,
-        quality=None,
-        output_params=["-crf", "0", "-preset", "ultrafast"],
-    )
-    writer.send(None)
-    for i in range(count):
-        writer.send(np.full((size[1], size[0], 3), 4 * i, np.uint8).tobytes())
-    writer.close()
-    return path
-
-
-def write_image(path: Path, grey: int, size: tuple[int, int] = (64, 48)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
-    return path
+from .media import write_image, write_video
 
 
 def greys(source: clips.Source, indices: list[int]) -> list[int]:

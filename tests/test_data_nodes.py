@@ -11,8 +11,6 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
-import imageio_ffmpeg
-import numpy as np
 import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
@@ -22,7 +20,8 @@ from kinoloom.nodes import data as data_nodes
 from kinoloom.nodes.columns import Columns, encode_pixels
 from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
-from PIL import Image
+
+from .media import write_image, write_video
 
 OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "token_variants": 0, "source_fps": 16.0}
 
@@ -93,29 +92,6 @@ def column(data: TrainingData, row: Row, name: str) -> dict[str, torch.Tensor]:
 
 def files(data: TrainingData) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(data.folder).iterdir()}
-
-
-def write_video(path: Path, count: int, *, fps: int = 16, size: tuple[int, int] = (64, 48)) -> Path:
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        size,
-        fps=fps,
-        codec="libx264",
-        macro_block_size=1,
-        quality=None,
-        output_params=["-crf", "0", "-preset", "ultrafast"],
-    )
-    writer.send(None)
-    for i in range(count):
-        writer.send(np.full((size[1], size[0], 3), 4 * i, np.uint8).tobytes())
-    writer.close()
-    return path
-
-
-def write_image(path: Path, grey: int, size: tuple[int, int] = (64, 48)) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
-    return path
 
 
 def write_clip(folder: Path, name: str, frames: int = 9, caption: str | None = "a cat", **options: Any) -> Path:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy.ldm.wan.model import WanModel
+from comfy.ops import disable_weight_init
 from kinoloom.lora_io.keys import from_comfy, to_comfy
+from kinoloom.trainers.backbones.wan import Wan
 from kinoloom.trainers.core.lora import LoraGroups
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
@@ -469,3 +472,24 @@ def test_gradient_on_a_compressed_model_is_that_of_the_dequantised_one(dtype: to
     for small, full in zip(*grads, strict=True):
         assert full.abs().max() > 0
         torch.testing.assert_close(small, full, rtol=1e-4, atol=1e-6 * float(full.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("dim", "ffn", "heads", "blocks", "layers", "per_rank"),
+    [(1536, 8960, 12, 30, 300, 1_367_040), (5120, 13824, 40, 40, 400, 4_792_320)],
+    ids=["1.3B", "14B"],
+)
+def test_layers_and_parameters_of_the_published_sizes(
+    dim: int, ffn: int, heads: int, blocks: int, layers: int, per_rank: int
+) -> None:
+    """Without storage: the modules that get a LoRA, and its size at rank r, half of it up factors."""
+    module = WanModel(
+        dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=blocks, operations=disable_weight_init, device="meta"
+    )
+    lora = LoraGroups(module, seed=0)
+    lora.add_group("lora", Wan.lora_targets["all"], 2, 2)
+    parts = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+    assert set(lora.layers) == {f"blocks.{i}.{part}" for i in range(blocks) for part in parts}
+    assert len(lora.layers) == layers
+    sizes = {name: sum(p.numel() for p in lora.factors("lora", name).values()) for name in ("down", "up")}
+    assert sizes["down"] == sizes["up"] == per_rank  # rank 2: half of 2 * per_rank each

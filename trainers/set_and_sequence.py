@@ -92,14 +92,6 @@ class SetAndSequence:
             step=0.05,
             advanced=True,
         )
-        prior_weight: float = knob(
-            1.0,
-            "Weight of the prior clips' loss, where the data has any.",
-            min=0.0,
-            max=100.0,
-            step=0.05,
-            advanced=True,
-        )
         self_conditioning_prob: float = knob(
             0.0,
             "Must stay 0: Wan has no input for it. Kept for configurations of the paper.",

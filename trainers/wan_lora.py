@@ -48,14 +48,6 @@ class WanLora:
             step=0.1,
             advanced=True,
         )
-        prior_weight: float = knob(
-            1.0,
-            "Weight of the prior clips' loss, where the data has any.",
-            min=0.0,
-            max=100.0,
-            step=0.05,
-            advanced=True,
-        )
 
     def __init__(self, backbone: Wan, config: Any) -> None:
         self.backbone, self.config = backbone, config

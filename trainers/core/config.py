@@ -140,6 +140,14 @@ class TrainConfig:
         choices=("auto", "on", "off"),
         advanced=True,
     )
+    prior_weight: float = knob(
+        1.0,
+        "Weight of the prior clips' loss, where the data has any. Raise it if other subjects start to look alike.",
+        min=0.0,
+        max=100.0,
+        step=0.05,
+        advanced=True,
+    )
     validate_every: int = knob(
         100,
         "Steps between measurements of the loss on fixed noise, which pick the best checkpoint. 0 turns them off.",
