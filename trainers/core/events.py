@@ -17,11 +17,12 @@ class Plan:
     reason: str
 
     def __str__(self) -> str:
-        needed, available = self.memory_needed / 2**30, self.memory_available / 2**30
-        text = f"needs about {needed:.1f} of {available:.1f} GiB free memory, {self.reason}"
+        time = ""
         if self.seconds_per_step is not None and self.seconds_total is not None:
-            text += f", {self.seconds_per_step:.2f} s per step, {self.seconds_total / 60:.0f} min for this phase"
-        return text
+            time = f"{self.seconds_per_step:.2f} s per step, {self.seconds_total / 60:.0f} min for this phase. "
+        needed, available = self.memory_needed / 2**30, self.memory_available / 2**30
+        state = "on" if self.checkpointing else "off"
+        return f"{time}Memory {needed:.1f} of {available:.1f} GiB free. Checkpointing {state}: {self.reason}."
 
 
 @dataclass(frozen=True)

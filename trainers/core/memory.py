@@ -53,7 +53,7 @@ def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], t
     )
     if needed > HEADROOM * available:
         reason += "; may run out of memory: use a smaller size, fewer frames or a smaller batch"
-    return Plan(backbone.checkpointing, needed, available, None, None, f"checkpointing: {reason}")
+    return Plan(backbone.checkpointing, needed, available, None, None, reason)
 
 
 def _measure_block(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[int, int]:
