@@ -408,3 +408,23 @@ def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None
     schedule = model.clone()
     schedule.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
     assert host.ModelSource.of(schedule).identity == host.ModelSource.of(model).identity
+
+
+def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: Any, data: TrainingData) -> None:
+    gradients = []
+    for narrowed in (False, True):
+        private = host.load_private(model, torch.device("cpu"))
+        if narrowed:
+            host.narrow(private, torch.bfloat16)
+        module = private.diffusion_model
+        assert module.blocks[0].ffn[0].weight.dtype == (torch.bfloat16 if narrowed else torch.float32)
+        assert module.patch_embedding.weight.dtype == torch.float32, "computed in fp32 by the model"
+        backbone = wan.load(private, torch.device("cpu"), torch.bfloat16, host.TRANSFORMER_OPTIONS)
+        recipe = WanLora(backbone, WanLora.Config(rank=4))
+        recipe.start(recipe.phases(recipe.config)[0])
+        for path, up in recipe.lora.factors("lora", "up").items():
+            up.data.copy_(random(*up.shape, name=path) * 0.1)
+        for _, loss in recipe.losses(make_batch(backbone, data), Rng(0, "test", 0)):
+            loss.backward()
+        gradients.append([p.grad for name in ("down", "up") for p in recipe.lora.factors("lora", name).values()])
+    assert all(torch.equal(cast, stored) for cast, stored in zip(*gradients, strict=True))

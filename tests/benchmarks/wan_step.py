@@ -105,9 +105,9 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
         save_every=100_000,
     )
     device = host.device()
-    backbone = wan.load(
-        host.load_private(model, device), device, host.compute_dtype(config.precision, device), host.TRANSFORMER_OPTIONS
-    )
+    private, dtype = host.load_private(model, device), host.compute_dtype(config.precision, device)
+    host.narrow(private, dtype)
+    backbone = wan.load(private, device, dtype, host.TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.checkpointing = checkpointing == "on"
     folder = model_path.parent / f"data-{os.getpid()}"

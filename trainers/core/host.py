@@ -137,6 +137,15 @@ def _cast_stored(layer: nn.Module) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def narrow(private: Any, dtype: torch.dtype) -> None:
+    """Store matrices that are wider than the arithmetic in its type: the same numbers, cast once instead of per use."""
+    for layer in private.diffusion_model.modules():
+        weight = layer._parameters.get("weight")
+        plain = weight is not None and weight.ndim == 2 and not isinstance(weight, QuantizedTensor)
+        if plain and weight.dtype.itemsize > dtype.itemsize:
+            weight.data = weight.data.to(dtype)
+
+
 class Rope(torch.autograd.Function):
     """ComfyUI's fused rotary embedding of x [B, L, n, d], which has no gradient of its own: the inverse rotation."""
 

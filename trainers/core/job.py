@@ -150,6 +150,7 @@ class Job(Record):
         private = host.load_private(self._model, device)
         self._model = None  # the MODEL of other workflows may go from memory now
         dtype = host.compute_dtype(self.config.precision, device)
+        host.narrow(private, dtype)
         backbone = self.backbone.load(private, device, dtype, host.TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
         recipe = self.recipe_class(backbone, self.config)
