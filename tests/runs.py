@@ -26,7 +26,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},
     "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
 }
-MODELS = {"wan": "diffusion_models/tiny_wan.safetensors"}
 SHAPES = {"wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)}}
 
 

@@ -11,7 +11,6 @@ from .server_prompts import node, sample, train, write_clips
 from comfy_client import Client, PromptError, Server, make_base
 
 WAN, SNS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
-UNCHANGED = {"session": None}
 
 
 @pytest.fixture(scope="session")
