@@ -143,13 +143,17 @@ class LoraGroups:
             elif group in layer.lora_B:
                 layer.masks[group] = make(layer.lora_B[group].weight.detach())
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """`<module path>.lora_down.weight` and `.lora_up.weight` of one group, fp32 copies on the CPU."""
+    def named(self, group: str) -> dict[str, nn.Parameter]:
+        """`<module path>.lora_down.weight` and `.lora_up.weight` of one group."""
         return {
-            f"{path}.lora_{name}.weight": parameter.detach().to("cpu", copy=True)
+            f"{path}.lora_{name}.weight": parameter
             for name in ("down", "up")
             for path, parameter in self.factors(group, name).items()
         }
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The group's factors under those names, fp32 copies on the CPU."""
+        return {key: _copy(parameter) for key, parameter in self.named(group).items()}
 
     def export(self, group: str) -> dict[str, Tensor]:
         """The group as a file: its tensors, and `<module path>.alpha` where the scale alpha / rank is not 1."""
@@ -164,36 +168,34 @@ class LoraGroups:
 
         A down factor that groups share is in the first of them.
         """
-        state, seen = {}, set()
+        return {key: _copy(parameter) for key, parameter in self._state().items()}
+
+    def _state(self) -> dict[str, nn.Parameter]:
+        state: dict[nn.Parameter, str] = {}
         for group in dict.fromkeys(group for layer in self.layers.values() for group in layer.lora_B):
-            for name in ("down", "up"):
-                for path, parameter in self.factors(group, name).items():
-                    if parameter not in seen:
-                        seen.add(parameter)
-                        state[f"{group}/{path}.lora_{name}.weight"] = parameter.detach().to("cpu", copy=True)
-        return state
+            for key, parameter in self.named(group).items():
+                state.setdefault(parameter, f"{group}/{key}")
+        return {key: parameter for parameter, key in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError names keys that are missing or do not belong."""
-        if (own := self.state_dict().keys()) != state.keys():
-            raise ValueError(f"LoRA state: keys do not match, for example {sorted(own ^ state.keys())[:3]}")
-        for key, tensor in state.items():
-            self._assign(*key.split("/", 1), tensor)
+        _fill(self._state(), state, "LoRA state: keys do not match")
 
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
         """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
-        if (own := self.tensors(group).keys()) != tensors.keys():
-            raise ValueError(
-                f"LoRA file: layers do not match this model, for example {sorted(own ^ tensors.keys())[:3]}"
-            )
-        for key, tensor in tensors.items():
-            self._assign(group, key, tensor)
+        _fill(self.named(group), tensors, "LoRA file: layers do not match this model")
 
-    @torch.no_grad()
-    def _assign(self, group: str, key: str, tensor: Tensor) -> None:
-        path, factor, _ = key.rsplit(".", 2)
-        layer = self.layers[path]
-        parameter = (layer.lora_A if factor == "lora_down" else layer.lora_B)[group].weight
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"LoRA {key}: shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], mismatch: str) -> None:
+    if different := parameters.keys() ^ tensors.keys():
+        raise ValueError(f"{mismatch}, for example {sorted(different)[:3]}")
+    for key, tensor in tensors.items():
+        if parameters[key].shape != tensor.shape:
+            expected = tuple(parameters[key].shape)
+            raise ValueError(f"LoRA {key}: shape {tuple(tensor.shape)}, expected {expected}")
+        parameters[key].copy_(tensor)
