@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.write_all(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Path) -> Any:
+    """The tiny Wan as a MODEL."""
+    from .runs import load_model  # which imports ComfyUI, as only a configured pytest can
+
+    return load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Synthetic training data for it, prior rows included."""
+    from .runs import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"), "wan")
 
 
 @pytest.fixture(scope="session")

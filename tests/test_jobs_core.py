@@ -62,16 +62,6 @@ def test_every_method_is_in_the_matrix() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_models: Path) -> Any:
-    return load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return write_data(tmp_path_factory.mktemp("data"), "wan")
-
-
-@pytest.fixture(scope="module")
 def whole(model: Any, data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Job]:
     """The uninterrupted run of a method, made once."""
     made: dict[str, Job] = {}

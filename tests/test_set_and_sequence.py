@@ -21,7 +21,6 @@ from .runs import (
     TOKENS,
     finish,
     leaves,
-    load_model,
     make_backbone,
     make_batch,
     make_config,
@@ -40,16 +39,6 @@ LINEARS = [
     for linear in (*(f"{a}.{n}" for a in ("self_attn", "cross_attn") for n in "qkvo"), "ffn.0", "ffn.2")
 ]
 SPLITS = {"set": "frames", "sequence": "clips"}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_models: Path) -> Any:
-    return load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return write_data(tmp_path_factory.mktemp("data"), "wan")
 
 
 @pytest.fixture(scope="module")
