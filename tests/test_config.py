@@ -17,7 +17,7 @@ from kinoloom.trainers.core.config import make
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.job import Job
 
-from .runs import RUNS, Published, events, finish, make_config, make_job, state_of, write_data
+from .runs import RUNS, Published, events, finish, make_config, make_job, state_of
 
 SNS, WAN_LORA = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora"
 
@@ -165,11 +165,6 @@ def test_no_option_is_missing_from_the_table(name: str) -> None:
     tabled = {*SHARED, *OWN[name], *ELSEWHERE}
     assert options <= tabled, "add the new option and what it changes"
     assert set(OWN[name]) <= options and sorted(BASE) == sorted(RUNS)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return write_data(tmp_path_factory.mktemp("data"), "wan", each=2)
 
 
 @pytest.fixture(scope="module")

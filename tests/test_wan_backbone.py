@@ -43,7 +43,6 @@ from .runs import (
     make_config,
     make_job,
     random,
-    write_data,
     write_row,
 )
 
@@ -60,11 +59,6 @@ def file(tiny_models: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(file: Path) -> Any:
     return load_model(file)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return write_data(tmp_path_factory.mktemp("data"), "wan")
 
 
 def predict(backbone: Any, x: Tensor = X, t: Tensor = T, context: Tensor = CONTEXT) -> Tensor:
