@@ -1,0 +1,34 @@
+"""A node pack of its own for the toy world's models; Kinoloom does not register it."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import text_encoder
+
+
+class ToyWorldTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        import folder_paths
+
+        return io.Schema(
+            node_id="ToyWorldTextEncoder",
+            display_name="Load Toy World Text Encoder",
+            category="toy world",
+            inputs=[io.Combo.Input("clip_name", options=folder_paths.get_filename_list("text_encoders"))],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, clip_name: str) -> io.NodeOutput:
+        import folder_paths
+
+        return io.NodeOutput(text_encoder.load(folder_paths.get_full_path_or_raise("text_encoders", clip_name)))
+
+
+class _Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ToyWorldTextEncoder]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    return _Extension()

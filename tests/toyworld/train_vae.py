@@ -1,0 +1,143 @@
+"""Trains the toy world's video VAE, in ComfyUI's own Wan architecture: single frames first, then short and whole clips."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.latent_formats import Wan21
+from comfy.ldm.wan.vae import WanVAE
+from numpy.random import Generator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import world
+from .start import device, log
+
+DIM = 16
+CHANNELS = 16
+KL_WEIGHT = 3e-5
+STAGES = ((1, 24, 0.36), (5, 6, 0.3), (17, 2, 0.34))  # frames, batch size, share of the time
+
+
+def main(target: Path, minutes: float) -> None:
+    """Train for this long and write the VAE, its latents scaled to the mean and spread that ComfyUI expects of Wan's."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    vae = build().to(device())
+    average = {name: value.clone() for name, value in vae.state_dict().items()}
+    started = time.monotonic()
+    for stage, (frames, batch, share) in enumerate(STAGES):
+        optimizer = Optimizer(vae)
+        begun, step, recent = time.monotonic(), 0, []
+        while (spent := (time.monotonic() - begun) / (60 * minutes * share)) < 1:
+            last = stage == len(STAGES) - 1
+            rate = (2e-3, 1.5e-3, 1e-3)[stage] * min(1, step / 50) * min(1, 0.02 + (2 if last else 5) * (1 - spent))
+            clips = video_batch(rng, frames, batch).to(device())
+            with torch.autocast(device().type, torch.bfloat16):
+                mean, log_var = encode(vae, clips)
+                latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+                decoded = vae.decode(latents).float()
+            error = F.mse_loss(decoded, clips)
+            kl = 0.5 * (mean.float() ** 2 + log_var.float().exp() - 1 - log_var.float()).mean()
+            loss = error + 0.02 * F.l1_loss(decoded, clips) + KL_WEIGHT * kl
+            loss.backward()
+            optimizer.step(rate)
+            for name, value in vae.state_dict().items():
+                average[name].lerp_(value, 1 - min(0.99, step / (step + 10)))
+            step += 1
+            recent.append(error.item())
+            if step % 50 == 0:
+                psnr = 10 * math.log10(4 / np.mean(recent[-50:]))
+                log(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}")
+        log(f"{time.monotonic() - started:.0f} s")
+        vae.load_state_dict(average)
+        save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
+    match_wan_statistics(vae, rng)
+    save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
+
+
+class Optimizer:
+    """Muon for the convolutions, each taken as a matrix, and AdamW for norms and biases."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.convolutions = [p for p in module.parameters() if p.ndim >= 4 and p.shape[1] > 1]
+        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.convolutions]  # the same memory
+        others = [p for p in module.parameters() if all(p is not c for c in self.convolutions)]
+        self.muon = torch.optim.Muon(self.matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, rate: float) -> None:
+        for matrix, convolution in zip(self.matrices, self.convolutions, strict=True):
+            matrix.grad = None if convolution.grad is None else convolution.grad.view_as(matrix)
+            convolution.grad = None
+        for optimizer in (self.muon, self.adam):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def build() -> nn.Module:
+    vae = WanVAE(DIM, CHANNELS, temperal_downsample=[False, True, True])
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Conv3d) and module.kernel_size == (3, 3, 3):
+                module.weight.data[:, :, :2] = 0  # frames by themselves at first
+    for name, module in vae.named_modules():
+        if name.endswith("residual.6") or name.endswith(".proj"):
+            nn.init.zeros_(module.weight)
+        if name.endswith("time_conv"):  # hand on the last frame at first
+            nn.init.zeros_(module.weight)
+            width = module.weight.shape[1]
+            for start in range(0, module.weight.shape[0], width):
+                module.weight.data[start : start + width, :, -1, 0, 0] = torch.eye(width)
+    return vae
+
+
+def video_batch(rng: Generator, frames: int, batch: int) -> Tensor:
+    """B 3 T 64 64 in -1..1 of scenes whose textures have any second colour."""
+    per_clip = 3 if frames == 1 else 1
+    videos = []
+    for _ in range(batch // per_clip):
+        scene = world.choose(rng)
+        second = str(rng.choice(list(world.COLOURS))) if rng.random() < 0.5 else None
+        video = world.draw(replace(scene, second=second), rng).video
+        for start in rng.integers(0, world.FRAMES - frames + 1, per_clip):
+            videos.append(video[start : start + frames])
+    return torch.from_numpy(np.stack(videos)).movedim(-1, 1).float() / 127.5 - 1
+
+
+def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log variance; core's own encode drops the variance."""
+    taken: list[Tensor] = []
+    hook: Callable = lambda module, inputs, output: taken.append(output)  # noqa: E731
+    handle = vae.conv1.register_forward_hook(hook)
+    try:
+        vae.encode(clips)
+    finally:
+        handle.remove()
+    mean, log_var = taken[0].chunk(2, dim=1)
+    return mean, log_var.clamp(-30, 10)
+
+
+@torch.no_grad()
+def match_wan_statistics(vae: nn.Module, rng: Generator) -> None:
+    """Scale the latents, channel by channel, to what ComfyUI's Wan21 format normalises, inside the 1x1 convolutions."""
+    wan = Wan21()
+    latents = torch.cat([vae.encode(video_batch(rng, 17, 8).to(device())) for _ in range(16)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    wanted_mean, wanted_std = (value.flatten().to(device()) for value in (wan.latents_mean, wan.latents_std))
+    scale = wanted_std / std
+    shift = wanted_mean - mean * scale
+    first, last = vae.conv1, vae.conv2
+    first.weight[:CHANNELS] *= scale.view(-1, 1, 1, 1, 1)
+    first.bias[:CHANNELS] = first.bias[:CHANNELS] * scale + shift
+    weight = last.weight / scale.view(1, -1, 1, 1, 1)
+    last.bias -= (weight.flatten(1) * shift).sum(1)
+    last.weight.copy_(weight)
