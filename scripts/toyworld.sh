@@ -7,4 +7,5 @@ bash "$root/scripts/setup.sh"
 
 export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
 cd "$root/tests"
+export PYTHONPATH="$root/scripts"
 "$root/.runtime/venv/bin/python" -m toyworld.train "$@"

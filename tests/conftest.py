@@ -1,23 +1,18 @@
 """Puts the real ComfyUI (in CPU mode without CUDA) and the pack, as the package `kinoloom`, in front of every test."""
 
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import tiny
 from comfy_client import Client, Server, make_base
-
-PACK = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()
+from comfy_library import COMFYUI, PACK, register_pack, start_comfyui
 
 
 class _RootIsNoPackage:
@@ -33,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(f"no ComfyUI in {COMFYUI}: run `bash scripts/setup.sh`, or set COMFYUI_DIR", returncode=4)
     config.stash[_BASE] = Path(tempfile.mkdtemp(prefix="kinoloom-tests-"))
     make_base(config.stash[_BASE], PACK)
-    _start_comfyui(config.stash[_BASE])
-    _register_pack()
+    start_comfyui(config.stash[_BASE])
+    register_pack()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -43,29 +38,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _BASE = pytest.StashKey[Path]()
-
-
-def _start_comfyui(base: Path) -> None:
-    """Make ComfyUI importable, its options parsed as for `main.py --cpu --base-directory base`."""
-    shadowing = {str(PACK), ""}  # the pack's folder `nodes` must not pass for ComfyUI's module `nodes`
-    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if entry not in shadowing)]
-    arguments = sys.argv
-    sys.argv = [arguments[0], "--base-directory", str(base), *([] if torch.cuda.is_available() else ["--cpu"])]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401
-    finally:
-        sys.argv = arguments
-
-
-def _register_pack() -> None:
-    """Name the repository's root `kinoloom` without running its __init__.py, which needs a server."""
-    spec = importlib.util.spec_from_file_location(
-        "kinoloom", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    sys.modules["kinoloom"] = importlib.util.module_from_spec(spec)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,10 @@ is not, so another machine makes other weights of the same kind. tests/test_toyw
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
-from .start import start_comfyui
+from comfy_library import start_comfyui
 
 
 def main() -> None:
@@ -16,7 +18,7 @@ def main() -> None:
     parser.add_argument("--base-minutes", type=float, default=45)
     parser.add_argument("--clips", type=int, default=8000, help="clips that the base model is trained on")
     options = parser.parse_args()
-    start_comfyui()
+    start_comfyui(Path(tempfile.mkdtemp()))
     from . import train_base, train_vae
     from .studio import MODELS, TEXT, VAE, WAN
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import world
 from .pack.text_encoder import WIDTH, ToyEncoder, tokenize
-from .start import device, log
+from .train_vae import DEVICE
 
 DIM, BLOCKS, FFN, HEADS = 256, 5, 768, 4
 BATCH = 32
@@ -51,7 +51,7 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
         captions = [
             "" if rng.random() < UNCONDITIONAL else world.describe(scenes[i], rng, moving=not still) for i in chosen
         ]
-        batch = (frames if still else latents)[torch.from_numpy(chosen)].to(device()).float()
+        batch = (frames if still else latents)[torch.from_numpy(chosen)].to(DEVICE).float()
         with torch.autograd.graph.allow_mutation_on_saved_tensors():  # UMT5's residuals are added in place
             loss = flow_loss(model, batch, encode_text(text, captions), rng)
             loss.backward()
@@ -65,7 +65,7 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
         if not still:
             recent.append(loss.item())
         if step % 100 == 0:
-            log(f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}")
+            print(f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}")
         if step % 500 == 0:
             write(average, model_path, text_path)
     write(average, model_path, text_path)
@@ -88,23 +88,23 @@ def encode_clips(vae_path: Path, count: int, rng: Generator) -> tuple[list[world
     weights = load_torch_file(str(vae_path))
     vae = WanVAE(weights["decoder.head.0.gamma"].shape[0], 16, temperal_downsample=[False, True, True])
     vae.load_state_dict(weights)
-    vae.to(device())
+    vae.to(DEVICE)
     process_in, scenes, latents, frames = Wan21().process_in, [], [], []
     started = time.monotonic()
     while len(scenes) < count:
         clips = [world.sample(rng) for _ in range(16)]
         video = np.stack([clip.video for clip in clips])
         picked = video[np.arange(16), rng.integers(0, world.FRAMES, 16)][:, None]
-        with torch.autocast(device().type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             encoded = [
-                process_in(vae.encode(torch.from_numpy(x).to(device()).movedim(-1, 1).float() / 127.5 - 1).float())
+                process_in(vae.encode(torch.from_numpy(x).to(DEVICE).movedim(-1, 1).float() / 127.5 - 1).float())
                 for x in (video, picked)
             ]
         latents.append(encoded[0].half().cpu())
         frames.append(encoded[1].half().cpu())
         scenes += [clip.scene for clip in clips]
         if len(scenes) % 800 == 0:
-            log(f"{len(scenes)} clips encoded, {time.monotonic() - started:.0f} s")
+            print(f"{len(scenes)} clips encoded, {time.monotonic() - started:.0f} s")
     return scenes, torch.cat(latents), torch.cat(frames)
 
 
@@ -112,7 +112,7 @@ def build_model() -> nn.Module:
     comfy.model_management.in_training = True  # without it Wan's rotary embedding has no gradient
     model = WanModel(
         dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=BLOCKS, text_dim=WIDTH, dtype=torch.float32,
-        device=device(), operations=comfy.ops.disable_weight_init,
+        device=DEVICE, operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
     initialise(model)
     for block in model.blocks:
@@ -126,7 +126,7 @@ def build_model() -> nn.Module:
 
 
 def build_text_encoder() -> nn.Module:
-    text = ToyEncoder(device=device(), dtype=torch.float32)
+    text = ToyEncoder(device=DEVICE, dtype=torch.float32)
     initialise(text.transformer)
     nn.init.normal_(text.transformer.shared.weight, std=1.0)
     return text.transformer.requires_grad_(True)
@@ -149,18 +149,18 @@ def initialise(module: nn.Module) -> None:
 
 def encode_text(text: nn.Module, captions: list[str]) -> Tensor:
     """B 24 128: what the pack's CLIP gives for these captions, with a gradient."""
-    tokens, mask = (torch.tensor(rows, device=device()) for rows in tokenize(captions))
+    tokens, mask = (torch.tensor(rows, device=DEVICE) for rows in tokenize(captions))
     encoded = text(tokens, mask)[0]
     return encoded * mask.unsqueeze(-1)
 
 
 def flow_loss(model: nn.Module, latents: Tensor, context: Tensor, rng: Generator) -> Tensor:
     """Flow matching, with the noise levels of ComfyUI's schedule at shifts 1 to 8."""
-    sigma = torch.from_numpy(rng.random(len(latents))).float().to(device())
-    shift = torch.from_numpy(rng.choice([1.0, 3.0, 8.0], len(latents))).float().to(device())
+    sigma = torch.from_numpy(rng.random(len(latents))).float().to(DEVICE)
+    shift = torch.from_numpy(rng.choice([1.0, 3.0, 8.0], len(latents))).float().to(DEVICE)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    noise = torch.from_numpy(rng.standard_normal(latents.shape)).float().to(device())
+    noise = torch.from_numpy(rng.standard_normal(latents.shape)).float().to(DEVICE)
     mixed = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
-    with torch.autocast(device().type, torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         velocity = model(mixed, sigma * 1000, context)
     return F.mse_loss(velocity.float(), noise - latents)

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import world
-from .start import device, log
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIM = 16
 CHANNELS = 16
 KL_WEIGHT = 3e-5
@@ -28,7 +28,7 @@ def main(target: Path, minutes: float) -> None:
     """Train for this long and write the VAE, its latents scaled to the mean and spread that ComfyUI expects of Wan's."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    vae = build().to(device())
+    vae = build().to(DEVICE)
     average = {name: value.clone() for name, value in vae.state_dict().items()}
     started = time.monotonic()
     for stage, (frames, batch, share) in enumerate(STAGES):
@@ -37,8 +37,8 @@ def main(target: Path, minutes: float) -> None:
         while (spent := (time.monotonic() - begun) / (60 * minutes * share)) < 1:
             last = stage == len(STAGES) - 1
             rate = (2e-3, 1.5e-3, 1e-3)[stage] * min(1, step / 50) * min(1, 0.02 + (2 if last else 5) * (1 - spent))
-            clips = video_batch(rng, frames, batch).to(device())
-            with torch.autocast(device().type, torch.bfloat16):
+            clips = video_batch(rng, frames, batch).to(DEVICE)
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 mean, log_var = encode(vae, clips)
                 latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
                 decoded = vae.decode(latents).float()
@@ -53,8 +53,8 @@ def main(target: Path, minutes: float) -> None:
             recent.append(error.item())
             if step % 50 == 0:
                 psnr = 10 * math.log10(4 / np.mean(recent[-50:]))
-                log(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}")
-        log(f"{time.monotonic() - started:.0f} s")
+                print(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}")
+        print(f"{time.monotonic() - started:.0f} s")
         vae.load_state_dict(average)
         save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
     match_wan_statistics(vae, rng)
@@ -130,9 +130,9 @@ def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 def match_wan_statistics(vae: nn.Module, rng: Generator) -> None:
     """Scale the latents, channel by channel, to what ComfyUI's Wan21 format normalises, inside the 1x1 convolutions."""
     wan = Wan21()
-    latents = torch.cat([vae.encode(video_batch(rng, 17, 8).to(device())) for _ in range(16)])
+    latents = torch.cat([vae.encode(video_batch(rng, 17, 8).to(DEVICE)) for _ in range(16)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    wanted_mean, wanted_std = (value.flatten().to(device()) for value in (wan.latents_mean, wan.latents_std))
+    wanted_mean, wanted_std = (value.flatten().to(DEVICE) for value in (wan.latents_mean, wan.latents_std))
     scale = wanted_std / std
     shift = wanted_mean - mean * scale
     first, last = vae.conv1, vae.conv2

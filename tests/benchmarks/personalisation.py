@@ -1,0 +1,184 @@
+"""How well a LoRA learns one subject and its motion from one clip: a score sheet on the toy world, for every method.
+
+    python tests/benchmarks/personalisation.py [--seeds 3] [--concepts star heart moon] [--variants ...] [--output FOLDER]
+
+COMFYUI_DIR says where ComfyUI is. Every variant is trained on every concept with every seed, with the same rank, learning
+rate, samples per step and number of steps, and its videos come from ComfyUI's sampler at the same prompts and seeds. What
+the scores mean is said in tests/toyworld/score.py. Results stay in FOLDER, one file per LoRA; a second run makes only those
+that are missing, then writes table.md and one contact sheet per concept. The hyperparameters below were chosen on the
+concept `arrow`, which is not reported.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
+
+from comfy_client import make_base  # noqa: E402
+from comfy_library import PACK, register_pack, start_comfyui  # noqa: E402
+
+PLAIN, TWO_STAGES = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
+SET_STEPS, SEQUENCE_STEPS = 200, 300
+SHARED = {"rank": 32, "learning_rate": 2e-3, "gradient_accumulation": 1, "batch_size": 4, "validate_every": 0}
+NO_REGULARISERS = {"set_dropout": 0.0, "sequence_dropout": 0.0, "token_mask_prob": 0.0, "prior_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    title: str
+    recipe: str
+    options: dict[str, Any]
+
+
+def two_stages(title: str, **options: Any) -> Variant:
+    steps = {"set_steps": SET_STEPS, "sequence_steps": SEQUENCE_STEPS}
+    return Variant(title, TWO_STAGES, {**SHARED, **steps, **options})
+
+
+VARIANTS: dict[str, Variant | None] = {
+    "base": None,
+    "plain": Variant(
+        "Wan LoRA on the clip", PLAIN, {**SHARED, "steps": SET_STEPS + SEQUENCE_STEPS, "prior_weight": 0.0}
+    ),
+    "two-stages": two_stages("Set-and-Sequence, no regularisers", **NO_REGULARISERS),
+    "paper": two_stages("Set-and-Sequence"),
+    "no-dropout": two_stages("… without up-factor dropout", set_dropout=0.0, sequence_dropout=0.0),
+    "no-masking": two_stages("… without token masking", token_mask_prob=0.0),
+    "no-prior": two_stages("… without prior clips", prior_weight=0.0),
+}
+EVALUATION_SEEDS = (101, 102)  # of every prompt, on top of the training seed's thousands
+SHOWN = ("training", "background", "known motion", "known sprite")
+
+
+@dataclass(frozen=True)
+class Run:
+    variant: str
+    concept: str
+    seed: int
+
+    def name(self) -> str:
+        return f"{self.variant}-{self.concept}-{self.seed}"
+
+
+def main() -> None:
+    options = parse_arguments()
+    options.output.mkdir(parents=True, exist_ok=True)
+    runs = [Run(v, c, s) for s in range(options.seeds) for c in options.concepts for v in options.variants]
+    missing = [run for run in runs if not (options.output / f"{run.name()}.json").is_file()]
+    base = make_base(options.output / "comfyui", PACK)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, initializer=start, initargs=(base,)) as pool:
+        for run, scores in zip(missing, pool.map(measure, missing, [options.output] * len(missing)), strict=True):
+            print(run.name(), {name: round(value, 3) for name, value in scores.items()}, flush=True)
+    text = table(options.output, runs)
+    (options.output / "table.md").write_text(text)
+    print(text)
+    for concept in options.concepts:
+        contact_sheet(options.output, concept, options.variants).save(options.output / f"sheet-{concept}.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--concepts", nargs="+", default=["star", "heart", "moon"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--processes", type=int, default=2, help="LoRAs trained at the same time, on one thread each")
+    parser.add_argument("--output", type=Path, default=Path("personalisation"))
+    options = parser.parse_args()
+    options.variants = list(dict.fromkeys(["base", *options.variants]))
+    return options
+
+
+def start(base: Path) -> None:
+    """In every process: ComfyUI and the pack, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    start_comfyui(base)
+    register_pack()
+
+
+@cache
+def studio() -> Any:
+    from toyworld.studio import Studio
+
+    return Studio()
+
+
+@cache
+def base_videos(concept: str, seed: int) -> Any:
+    from toyworld import score, world
+
+    return score.generate(studio(), studio().model, world.CONCEPTS[concept], evaluation_seeds(seed))
+
+
+def evaluation_seeds(seed: int) -> list[int]:
+    return [1000 * seed + number for number in EVALUATION_SEEDS]
+
+
+def measure(run: Run, output: Path) -> dict[str, float]:
+    """Train and score one LoRA, and keep scores and videos."""
+    import numpy as np
+    from toyworld import personalise, score, world
+
+    scene, variant = world.CONCEPTS[run.concept], VARIANTS[run.variant]
+    before = videos = base_videos(run.concept, run.seed)
+    if variant:
+        data = personalise.training_data(studio(), run.concept)
+        with tempfile.TemporaryDirectory() as folder:
+            options = {**variant.options, "seed": run.seed}
+            file = personalise.train(studio(), data, variant.recipe, options, Path(folder))
+            videos = score.generate(studio(), studio().with_loras(file), scene, evaluation_seeds(run.seed))
+    scores = asdict(score.score(scene, videos, before))
+    shown = [next(prompt.text for prompt in score.prompts(scene) if prompt.kind == kind) for kind in SHOWN]
+    np.savez_compressed(output / f"{run.name()}.npz", *(videos[text][0] for text in shown))
+    (output / f"{run.name()}.json").write_text(json.dumps(scores))
+    return scores
+
+
+def table(output: Path, runs: Iterable[Run]) -> str:
+    """Markdown: mean ± standard deviation over concepts and seeds."""
+    from toyworld.score import Scores
+
+    names = [field.name for field in fields(Scores)]
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---|" + "---|" * len(names)]
+    for key in dict.fromkeys(run.variant for run in runs):
+        rows = [json.loads((output / f"{run.name()}.json").read_text()) for run in runs if run.variant == key]
+        variant = VARIANTS[key]
+        cells = [cell([row[name] for row in rows]) for name in names]
+        lines.append(f"| {variant.title if variant else 'base model, no LoRA'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float]) -> str:
+    digits = 2 if statistics.mean(values) < 2 else 1
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def contact_sheet(output: Path, concept: str, variants: Iterable[str]) -> Any:
+    """First seed: a row for each variant, a column for each kind of prompt; the clip itself on top."""
+    import numpy as np
+    from toyworld import score, world
+
+    rows = {"the clip": [world.concept_clip(concept).video]}
+    for key in variants:
+        variant = VARIANTS[key]
+        with np.load(output / f"{Run(key, concept, 0).name()}.npz") as videos:
+            rows[variant.title if variant else "base model"] = list(videos.values())
+    return score.contact_sheet(rows, SHOWN)
+
+
+if __name__ == "__main__":
+    main()
