@@ -1,128 +1,114 @@
-"""Trains a LoRA on a generated clip through a real ComfyUI server, and shows what it learned, in demo_output/."""
+"""Trains a LoRA on a toy clip through a real ComfyUI server, and shows what it learned, in demo_output/."""
 
 import argparse
 import json
-import os
 import shutil
+import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
-from PIL import Image, ImageDraw
 
-import tiny
 from comfy_client import Client, Server, make_base
+from comfy_library import COMFYUI, PACK
 from comfy_workflow import Json, find_node, set_widget, upstream
+
+sys.path.append(str(PACK / "tests"))
+from toyworld import oracle, world
+from toyworld.sheet import contact_sheet
 
 matplotlib.use("Agg")
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "demo_output"
-BASE = ROOT / ".runtime" / "base"
-COMFYUI = Path(os.environ.get("COMFYUI_DIR") or ROOT / ".runtime" / "ComfyUI").resolve()
+OUTPUT = PACK / "demo_output"
+BASE = PACK / ".runtime" / "base"
+TOYWORLD = PACK / "tests" / "toyworld"
 
-SIZE, FRAMES, FPS = 96, 17, 16
-CLIP = "demo_swing.mp4"
-LOOK = "A [v] chequered square on a blue sky above green grass."
-MOTION = f"{LOOK} It [u] swings from left to right."
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of the run; the defaults take a few minutes on two cores."""
-
-    set_steps: int
-    sequence_steps: int
-    sampler_steps: int = 20
-    learning_rate: float = 3e-3
-    rank: int = 64
+CONCEPT = "star"
+SCENE = world.CONCEPTS[CONCEPT]
+LOOK = "a [v] thing on a meadow."
+MOTION = f"{LOOK} it is [u] moving."
+EDITED = "a [v] thing at night. it is [u] moving."
 
 
 def main() -> None:
-    settings = parse_arguments()
+    options = parse_arguments()
     OUTPUT.mkdir(exist_ok=True)
-    make_base(BASE, ROOT)
-    tiny.write_all(BASE / "models")
-    clip = write_clip(BASE / "input" / CLIP)
-    shutil.copy(clip, OUTPUT / "clip.mp4")
+    make_base(BASE, PACK)
+    link(TOYWORLD / "pack", BASE / "custom_nodes" / "toyworld")
+    for kind, name in (("diffusion_models", "wan"), ("vae", "wan_vae"), ("text_encoders", "text_encoder")):
+        link(TOYWORLD / "models" / f"toy_{name}.safetensors", BASE / "models" / kind / f"toy_{name}.safetensors")
+    clip = world.concept_clip(CONCEPT).video
+    write_video(clip, BASE / "input" / "demo.mp4")
+    shutil.copy(BASE / "input" / "demo.mp4", OUTPUT / "clip.mp4")
 
     with Server(COMFYUI, BASE, log=OUTPUT / "server.log") as server, server.client() as client:
-        job = train(client, settings)
-        videos = {
-            "base": generate(client, settings, job["files"], 0.0, OUTPUT / "base.mp4"),
-            "LoRA": generate(client, settings, job["files"], 1.0, OUTPUT / "lora.mp4"),
+        job = train(client, options)
+        rows = {
+            "the clip": clip,
+            "base model": generate(client, job["files"], 0.0, MOTION, OUTPUT / "base.mp4"),
+            "with the LoRA": generate(client, job["files"], 1.0, MOTION, OUTPUT / "lora.mp4"),
+            "... and “at night”": generate(client, job["files"], 1.0, EDITED, OUTPUT / "edited.mp4"),
         }
     plot_loss(job["history"], OUTPUT / "loss.png")
-    rows = {"clip": read_video(clip)} | {name: read_video(path) for name, path in videos.items()}
-    side_by_side(rows, OUTPUT / "side_by_side.png")
-    report(rows, job["files"])
+    contact_sheet({name: [video] for name, video in rows.items()}, frames=6, scale=2).save(OUTPUT / "side_by_side.png")
+    for name, video in rows.items():
+        motion = oracle.path_correlation(oracle.read(video).track, SCENE.motion)
+        print(f"{name:20} look {oracle.identity(video, SCENE):.2f}, motion {motion:.2f} of 1")
+    for path in [*sorted(OUTPUT.iterdir()), *job["files"].values()]:
+        print(path)
 
 
-def parse_arguments() -> Settings:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--set-steps", type=int, default=300, help="steps on single frames (default 300)")
+    parser.add_argument("--set-steps", type=int, default=200, help="steps on single frames (default 200)")
     parser.add_argument("--sequence-steps", type=int, default=300, help="steps on the whole clip (default 300)")
-    return Settings(**vars(parser.parse_args()))
+    return parser.parse_args()
 
 
-def write_clip(path: Path) -> Path:
-    """A chequered square that swings over a landscape."""
+def link(file: Path, target: Path) -> None:
+    if not target.is_symlink():
+        target.symlink_to(file.resolve())
+
+
+def write_video(video: np.ndarray, path: Path) -> None:
+    """T H W C, 8 bits, without loss but for the colours' resolution."""
     writer = imageio_ffmpeg.write_frames(
-        str(path), (SIZE, SIZE), fps=FPS, codec="libx264", quality=9, macro_block_size=8, ffmpeg_log_level="error"
-    )
+        str(path), (world.SIZE, world.SIZE), fps=world.FPS, codec="libx264", quality=10, macro_block_size=8,
+        ffmpeg_log_level="error",
+    )  # fmt: skip
     writer.send(None)
-    for frame in draw_clip():
+    for frame in video:
         writer.send(np.ascontiguousarray(frame))
     writer.close()
-    return path
 
 
-def draw_clip() -> np.ndarray:
-    """T H W C, 8 bits."""
-    frames = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
-    frames[:, : SIZE * 2 // 3] = np.linspace((40, 90, 200), (150, 190, 250), SIZE * 2 // 3)[:, None]
-    frames[:, SIZE * 2 // 3 :] = (50, 140, 60)
-    cells = np.indices((4, 4)).sum(0) % 2
-    square = np.where(cells[..., None], (230, 60, 30), (250, 210, 60)).repeat(8, 0).repeat(8, 1)
-    side = len(square)
-    for t in range(FRAMES):
-        phase = 2 * np.pi * t / (FRAMES - 1)
-        left = round((SIZE - side) / 2 * (1 - np.cos(phase)))
-        top = round(SIZE * 0.28 - 12 * np.sin(phase))
-        frames[t, top : top + side, left : left + side] = square
-    return frames
-
-
-def train(client: Client, settings: Settings) -> Json:
+def train(client: Client, options: argparse.Namespace) -> Json:
     """Run the shipped training workflow; returns the finished job as the pack's own route shows it."""
     workflow, info = load("set_and_sequence_train.json"), client.object_info()
     choose_models(workflow, info)
     run_name = time.strftime("demo-%Y%m%d-%H%M%S")
-    data = {
-        "caption": LOOK,
-        "motion_caption": MOTION,
-        "frames_per_clip": FRAMES,
-        "fps": FPS,
-        "size": SIZE,
-        "single_frames": FRAMES,
+    widgets = {
+        "LoadVideo": {"file": "demo.mp4"},
+        "KinoloomEncodeClips": {
+            "caption": LOOK,
+            "motion_caption": MOTION,
+            "frames_per_clip": world.FRAMES,
+            "fps": world.FPS,
+            "size": world.SIZE,
+            "single_frames": world.FRAMES,
+        },
+        "KinoloomTrainSetAndSequence": {
+            "run_name": run_name,
+            "set_steps": options.set_steps,
+            "sequence_steps": options.sequence_steps,
+            "learning_rate": 2e-3,
+            "batch_size": 4,
+            "gradient_accumulation": 1,
+        },
     }
-    options = {
-        "run_name": run_name,
-        "set_steps": settings.set_steps,
-        "sequence_steps": settings.sequence_steps,
-        "rank": settings.rank,
-        "learning_rate": settings.learning_rate,
-        "set_dropout": 0.1,
-        "sequence_dropout": 0.1,
-        "gradient_accumulation": 1,
-        "batch_size": 1,
-        "max_grad_norm": 1.0,
-    }
-    widgets = {"LoadVideo": {"file": CLIP}, "KinoloomEncodeClips": data, "KinoloomTrainSetAndSequence": options}
     for node, values in widgets.items():
         for name, value in values.items():
             set_widget(workflow, info, node, name, value)
@@ -134,7 +120,7 @@ def train(client: Client, settings: Settings) -> Json:
     return client.get(f"/kinoloom/jobs/{next(job['id'] for job in jobs if job['run_name'] == run_name)}")
 
 
-def generate(client: Client, settings: Settings, loras: dict[str, str], strength: float, target: Path) -> Path:
+def generate(client: Client, loras: dict[str, str], strength: float, prompt: str, target: Path) -> np.ndarray:
     """Run the shipped generation workflow with both LoRAs at this strength and keep its video."""
     workflow, info = load("set_and_sequence_generate.json"), client.object_info()
     choose_models(workflow, info)
@@ -143,24 +129,27 @@ def generate(client: Client, settings: Settings, loras: dict[str, str], strength
         set_widget(workflow, info, f"Load LoRA: {export}", "lora_name", str(name))
         set_widget(workflow, info, f"Load LoRA: {export}", "strength_model", strength)
     sampler = find_node(workflow, "KSampler")
-    for name, value in {"steps": settings.sampler_steps, "cfg": 1.0, "seed": 1}.items():
+    for name, value in {"steps": 20, "cfg": 4.0, "seed": 1, "sampler_name": "euler"}.items():
         set_widget(workflow, info, sampler, name, value)
-    set_widget(workflow, info, upstream(workflow, sampler, "positive"), "text", MOTION)
-    for name, value in {"width": SIZE, "height": SIZE, "length": FRAMES}.items():
+    set_widget(workflow, info, "ModelSamplingSD3", "shift", 3.0)
+    set_widget(workflow, info, upstream(workflow, sampler, "positive"), "text", prompt)
+    set_widget(workflow, info, upstream(workflow, sampler, "negative"), "text", "")
+    for name, value in {"width": world.SIZE, "height": world.SIZE, "length": world.FRAMES}.items():
         set_widget(workflow, info, upstream(workflow, sampler, "latent_image"), name, value)
     (video,) = client.files(client.run_workflow(workflow, timeout=600))
     shutil.copy(BASE / video, target)
-    return target
+    return read_video(target)
 
 
 def load(name: str) -> Json:
-    return json.loads((ROOT / "workflows" / name).read_text())
+    return json.loads((PACK / "workflows" / name).read_text())
 
 
 def choose_models(workflow: Json, info: Json) -> None:
-    set_widget(workflow, info, "UNETLoader", "unet_name", "tiny_wan.safetensors")
-    set_widget(workflow, info, "VAELoader", "vae_name", "tiny_wan_vae.safetensors")
-    set_widget(workflow, info, "CLIPLoader", "clip_name", "tiny_clip.safetensors")
+    set_widget(workflow, info, "UNETLoader", "unet_name", "toy_wan.safetensors")
+    set_widget(workflow, info, "VAELoader", "vae_name", "toy_wan_vae.safetensors")
+    loader = find_node(workflow, "CLIPLoader")  # the toy's text encoder has a loader of its own
+    loader |= {"type": "ToyWorldTextEncoder", "inputs": [], "widgets_values": ["toy_text_encoder.safetensors"]}
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -188,31 +177,6 @@ def running_mean(values: np.ndarray, width: int = 25) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return (padded[ends] - padded[starts]) / (ends - starts)
-
-
-def side_by_side(rows: dict[str, np.ndarray], target: Path, columns: int = 6, scale: int = 2) -> None:
-    """One labelled row per video, evenly spaced frames as columns."""
-    cell, margin, header = SIZE * scale, 60, 20
-    sheet = Image.new("RGB", (margin + columns * (cell + 4), header + len(rows) * (cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    picks = np.linspace(0, FRAMES - 1, columns).round().astype(int)
-    for column, frame in enumerate(picks):
-        draw.text((margin + column * (cell + 4) + cell // 2 - 20, 4), f"frame {frame}", fill="black")
-    for row, (name, video) in enumerate(rows.items()):
-        top = header + row * (cell + 4)
-        draw.text((8, top + cell // 2), name, fill="black", font_size=16)
-        for column, frame in enumerate(picks):
-            picture = Image.fromarray(video[frame]).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + column * (cell + 4), top))
-    sheet.save(target)
-
-
-def report(rows: dict[str, np.ndarray], loras: dict[str, str]) -> None:
-    clip = rows["clip"].astype(float)
-    for name in ("base", "LoRA"):
-        print(f"mean difference from the clip, {name}: {np.abs(rows[name] - clip).mean():.1f} of 255")
-    for path in [*sorted(OUTPUT.iterdir()), *loras.values()]:
-        print(path)
 
 
 if __name__ == "__main__":

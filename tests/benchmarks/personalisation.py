@@ -170,14 +170,14 @@ def cell(values: list[float]) -> str:
 def contact_sheet(output: Path, concept: str, variants: Iterable[str]) -> Any:
     """First seed: a row for each variant, a column for each kind of prompt; the clip itself on top."""
     import numpy as np
-    from toyworld import score, world
+    from toyworld import sheet, world
 
     rows = {"the clip": [world.concept_clip(concept).video]}
     for key in variants:
         variant = VARIANTS[key]
         with np.load(output / f"{Run(key, concept, 0).name()}.npz") as videos:
             rows[variant.title if variant else "base model"] = list(videos.values())
-    return score.contact_sheet(rows, SHOWN)
+    return sheet.contact_sheet(rows, SHOWN)
 
 
 if __name__ == "__main__":

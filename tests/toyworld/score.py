@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import oracle, world
+from . import oracle
 from .studio import Studio
 from .world import BACKGROUNDS, MOTIONS, Scene
 
@@ -115,23 +115,3 @@ def score(scene: Scene, videos: dict[str, list[Video]], base: dict[str, list[Vid
 
 def _difference(one: Video, other: Video) -> float:
     return float(np.abs(one.astype(np.float32) - other).mean())
-
-
-def contact_sheet(rows: dict[str, Sequence[Video]], columns: Sequence[str], *, frames: int = 4, scale: int = 1) -> Any:
-    """A picture: one labelled row for each entry, in it `frames` frames of each video, under the columns' names."""
-    from PIL import Image, ImageDraw
-
-    cell, margin, header, gap = world.SIZE * scale, 150, 22, 10
-    width = frames * cell + gap
-    sheet = Image.new("RGB", (margin + len(columns) * width, header + len(rows) * (cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
-        draw.text((margin + i * width, 4), name, fill="black", font_size=13)
-    picks = np.linspace(0, world.FRAMES - 1, frames).round().astype(int)
-    for row, (name, videos) in enumerate(rows.items()):
-        top = header + row * (cell + 4)
-        draw.text((4, top + cell // 2 - 8), name, fill="black", font_size=13)
-        for i, video in enumerate(videos):
-            strip = Image.fromarray(np.concatenate(video[picks], 1)).resize((frames * cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(strip, (margin + i * width, top))
-    return sheet

@@ -227,7 +227,7 @@ def distance(shape: str, u: Array, v: Array) -> Array:
         case "square":
             return np.maximum(across, along) - 0.8
         case "triangle":
-            return np.maximum(0.87 * across - 0.5 * (v + 0.2), v + 0.2 - 0.35) - 0.42
+            return np.maximum(0.87 * across - 0.5 * (v + 0.2), v - 0.15) - 0.38
         case "cross":
             return np.minimum(np.maximum(across - 0.95, along - 0.33), np.maximum(across - 0.33, along - 0.95))
         case "ring":

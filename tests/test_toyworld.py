@@ -1,0 +1,141 @@
+"""The toy world draws what it says, the oracle reads it back, and the base models have learned it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from toyworld import oracle, score, studio, world
+from toyworld.pack import text_encoder
+
+import nodes
+
+CAPTIONS = 40
+
+
+@pytest.fixture(scope="module")
+def base() -> studio.Studio:
+    return studio.Studio()
+
+
+def scenes(count: int, seed: int) -> Iterator[tuple[world.Scene, np.random.Generator]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield world.choose(rng), rng
+
+
+def test_a_seed_draws_one_clip() -> None:
+    first, again, other = (world.sample(np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert first.scene == again.scene and np.array_equal(first.video, again.video)
+    assert first.scene != other.scene and not np.array_equal(first.video, other.video)
+
+
+def test_base_training_sees_nothing_that_is_held_out() -> None:
+    seen = {name for scene, rng in scenes(3000, 0) for name in (scene.shape, scene.texture, scene.motion)}
+    assert seen == {*world.SHAPES, *world.TEXTURES, *world.MOTIONS}
+    pairs = {pair for scene, _ in scenes(3000, 0) for pair in ((scene.shape, scene.motion), (scene.shape, scene.colour))}
+    assert not pairs & world.NEW_COMBINATIONS
+    captions = " ".join(world.describe(scene, rng) for scene, rng in scenes(3000, 1))
+    assert "[w]" in captions and "[u]" not in captions and "[v]" not in captions
+    assert all(concept.is_held_out for concept in world.CONCEPTS.values())
+
+
+@pytest.mark.parametrize("motion", [*world.MOTIONS, *world.NEW_MOTIONS])
+@pytest.mark.parametrize("shape", [*world.SHAPES, *world.NEW_SHAPES])
+def test_the_whole_sprite_stays_in_the_picture(shape: str, motion: str) -> None:
+    scene = world.Scene(shape, "red", "plain", "big", motion, "night")
+    mask = world.draw(scene, np.random.default_rng(0)).mask
+    edges = (mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1])
+    assert mask.sum((1, 2)).min() > 30 and max(edge.max() for edge in edges) == 0
+
+
+def test_oracle_reads_drawn_clips() -> None:
+    for scene, rng in scenes(200, 5):
+        clip = world.draw(scene, rng)
+        reading = oracle.read(clip.video)
+        assert (reading.shape, reading.colour, reading.motion, reading.background) == (
+            scene.shape, scene.colour, scene.motion, scene.background
+        ), scene  # fmt: skip
+        assert np.abs(reading.track - clip.track).max() < 1.5 and reading.visible == 1
+
+
+@pytest.mark.parametrize("name", world.CONCEPTS)
+def test_identity_and_path_tell_the_concepts_apart(name: str) -> None:
+    scene = world.CONCEPTS[name]
+    for other in world.CONCEPTS:
+        video = world.concept_clip(other).video
+        track = oracle.read(video).track
+        assert (oracle.identity(video, scene) > 0.85) == (other == name)
+        assert (oracle.path_correlation(track, scene.motion) > 0.98) == (other == name)
+        assert (oracle.path_error(track, scene.motion) < 1) == (other == name)
+    repainted = replace(scene, colour=scene.second, second=scene.colour)
+    assert oracle.identity(world.draw(repainted, np.random.default_rng(1)).video, scene) < 0.5
+
+
+def test_score_sheet_of_the_concept_itself_and_of_a_still_sprite() -> None:
+    scene = world.CONCEPTS["star"]
+    clip = world.concept_clip("star").video
+    still = world.sprite(scene).video
+    black = np.zeros_like(clip)
+    sheets = {}
+    for name, video in (("clip", clip), ("still", still), ("black", black)):
+        videos = {prompt.text: [video, video] for prompt in score.prompts(scene)}
+        sheets[name] = score.score(scene, videos, {text: [clip, clip] for text in videos})
+    assert sheets["clip"].identity > 0.95 and sheets["clip"].motion > 0.99 and sheets["clip"].motion_error < 0.5
+    assert sheets["clip"].leak == sheets["clip"].diversity == 0
+    assert sheets["clip"].adherence == 0  # the same video whatever the prompt asks
+    assert sheets["still"].identity > 0.95 and sheets["still"].motion == 0 and sheets["still"].motion_error > 5
+    assert sheets["black"].identity == sheets["black"].motion == 0 and sheets["black"].leak > 50
+
+
+def test_models_fit_in_20_megabytes() -> None:
+    assert sum(path.stat().st_size for path in studio.MODELS.glob("*.safetensors")) < 20e6
+
+
+@torch.inference_mode()
+def test_vae_reconstructs_at_30_db(base: studio.Studio) -> None:
+    videos = np.stack([world.sample(np.random.default_rng(seed)).video for seed in range(1000, 1016)])
+    errors = []
+    for video in torch.from_numpy(videos).float() / 255:
+        latents = base.vae.encode(video)
+        assert latents.shape == (1, 16, 5, 8, 8)
+        errors.append((base.vae.decode(latents)[0].cpu() - video).square().mean())
+    assert 10 * torch.log10(1 / torch.stack(errors).mean()) > 30
+
+
+@torch.inference_mode()
+def test_text_encoder_pads_with_zeros_and_knows_the_tokens(base: studio.Studio) -> None:
+    texts = ("a [v] thing on a meadow. it is [u] moving.", "a thing on a meadow. it is moving.", "a xylophone.")
+    tokens = [base.clip.tokenize(text)["toyworld"][0] for text in texts]
+    numbers = [[token for token, _ in row] for row in tokens]
+    assert numbers == text_encoder.tokenize(list(texts))[0]
+    assert numbers[0][1] == text_encoder.VOCABULARY["[v]"] and numbers[2][1] == text_encoder.UNKNOWN
+    encoded = base.clip.encode_from_tokens(base.clip.tokenize(texts[2]))
+    assert encoded.shape == (1, text_encoder.LENGTH, text_encoder.WIDTH)
+    assert (encoded[0, 4:] == 0).all() and (encoded[0, :4] != 0).any(-1).all()
+
+
+def test_base_follows_captions(base: studio.Studio) -> None:
+    asked = [scene for scene, _ in scenes(CAPTIONS, 77)]
+    videos = base.generate(base.model, [scene.caption for scene in asked], range(CAPTIONS))
+    read = [oracle.read(video) for video in videos]
+    right = {
+        name: np.mean([getattr(r, name) == getattr(s, name) for r, s in zip(read, asked, strict=True)])
+        for name in ("shape", "colour", "motion", "background")
+    }
+    assert min(right.values()) >= 0.85, right
+
+
+@torch.inference_mode()
+def test_generate_is_the_ksampler_node(base: studio.Studio) -> None:
+    prompts, seeds = ["a big red square at night. it moves up.", "a small cyan disc in the snow. it spins."], [3, 4]
+    ours = base.generate(base.model, prompts, seeds)
+    for video, prompt, seed in zip(ours, prompts, seeds, strict=True):
+        positive, negative = (nodes.CLIPTextEncode().encode(base.clip, text)[0] for text in (prompt, studio.NEGATIVE))
+        empty = {"samples": torch.zeros(1, 16, 5, 8, 8)}
+        (latent,) = nodes.KSampler().sample(
+            base.model, seed, studio.STEPS, studio.CFG, "euler", "simple", positive, negative, empty
+        )
+        theirs = nodes.VAEDecode().decode(base.vae, latent)[0].mul(255)
+        assert np.abs(video - theirs.cpu().numpy()).max() < 3
