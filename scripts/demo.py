@@ -18,13 +18,13 @@ from comfy_workflow import Json, find_node, set_widget, upstream
 
 sys.path.append(str(PACK / "tests"))
 from toyworld import oracle, world
+from toyworld.install import TEXT_ENCODER, VAE, WAN, install
 from toyworld.sheet import contact_sheet
 
 matplotlib.use("Agg")
 
 OUTPUT = PACK / "demo_output"
 BASE = PACK / ".runtime" / "base"
-TOYWORLD = PACK / "tests" / "toyworld"
 
 CONCEPT = "star"
 SCENE = world.CONCEPTS[CONCEPT]
@@ -37,9 +37,7 @@ def main() -> None:
     options = parse_arguments()
     OUTPUT.mkdir(exist_ok=True)
     make_base(BASE, PACK)
-    link(TOYWORLD / "pack", BASE / "custom_nodes" / "toyworld")
-    for kind, name in (("diffusion_models", "wan"), ("vae", "wan_vae"), ("text_encoders", "text_encoder")):
-        link(TOYWORLD / "models" / f"toy_{name}.safetensors", BASE / "models" / kind / f"toy_{name}.safetensors")
+    install(BASE)
     clip = world.concept_clip(CONCEPT).video
     write_video(clip, BASE / "input" / "demo.mp4")
     shutil.copy(BASE / "input" / "demo.mp4", OUTPUT / "clip.mp4")
@@ -66,11 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set-steps", type=int, default=200, help="steps on single frames (default 200)")
     parser.add_argument("--sequence-steps", type=int, default=300, help="steps on the whole clip (default 300)")
     return parser.parse_args()
-
-
-def link(file: Path, target: Path) -> None:
-    if not target.is_symlink():
-        target.symlink_to(file.resolve())
 
 
 def write_video(video: np.ndarray, path: Path) -> None:
@@ -146,10 +139,10 @@ def load(name: str) -> Json:
 
 
 def choose_models(workflow: Json, info: Json) -> None:
-    set_widget(workflow, info, "UNETLoader", "unet_name", "toy_wan.safetensors")
-    set_widget(workflow, info, "VAELoader", "vae_name", "toy_wan_vae.safetensors")
+    set_widget(workflow, info, "UNETLoader", "unet_name", WAN)
+    set_widget(workflow, info, "VAELoader", "vae_name", VAE)
     loader = find_node(workflow, "CLIPLoader")  # the toy's text encoder has a loader of its own
-    loader |= {"type": "ToyWorldTextEncoder", "inputs": [], "widgets_values": ["toy_text_encoder.safetensors"]}
+    loader |= {"type": "ToyWorldTextEncoder", "inputs": [], "widgets_values": [TEXT_ENCODER]}
 
 
 def read_video(path: Path) -> np.ndarray:

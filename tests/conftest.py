@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from toyworld.install import install
 
 import tiny
 from comfy_client import Client, Server, make_base
@@ -72,8 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI on a base directory of its own (server.base), with the pack and the tiny models in it."""
+    """A running ComfyUI on a base directory of its own (server.base), with the pack, the tiny and the toy models in it."""
     base = make_base(tmp_path_factory.mktemp("base"), PACK)
+    install(base)
     for model in tiny_models.glob("*/*.safetensors"):
         os.link(model, base / "models" / model.relative_to(tiny_models))
     settings = base / "user" / "default" / "comfy.settings.json"

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toyworld import oracle, score, studio, world
+from toyworld.install import MODELS, TEXT_ENCODER, VAE, WAN
 from toyworld.pack import text_encoder
 
 import nodes
+
+from comfy_client import Client, Server
 
 CAPTIONS = 40
 
@@ -90,7 +95,7 @@ def test_score_sheet_of_the_concept_itself_and_of_a_still_sprite() -> None:
 
 
 def test_models_fit_in_20_megabytes() -> None:
-    assert sum(path.stat().st_size for path in studio.MODELS.glob("*.safetensors")) < 20e6
+    assert sum(path.stat().st_size for path in MODELS.glob("*.safetensors")) < 20e6
 
 
 @torch.inference_mode()
@@ -139,3 +144,28 @@ def test_generate_is_the_ksampler_node(base: studio.Studio) -> None:
         )
         theirs = nodes.VAEDecode().decode(base.vae, latent)[0].mul(255)
         assert np.abs(video - theirs.cpu().numpy()).max() < 3
+
+
+def test_a_server_generates_with_the_toy_models(server: Server, client: Client) -> None:
+    prompt = {
+        "model": node("UNETLoader", unet_name=WAN, weight_dtype="default"),
+        "shifted": node("ModelSamplingSD3", model=["model", 0], shift=studio.SHIFT),
+        "vae": node("VAELoader", vae_name=VAE),
+        "clip": node("ToyWorldTextEncoder", clip_name=TEXT_ENCODER),
+        "positive": node("CLIPTextEncode", clip=["clip", 0], text="a big red square at night. it moves down."),
+        "negative": node("CLIPTextEncode", clip=["clip", 0], text=studio.NEGATIVE),
+        "empty": node("EmptyHunyuanLatentVideo", width=world.SIZE, height=world.SIZE, length=world.FRAMES, batch_size=1),
+        "latent": node(
+            "KSampler", model=["shifted", 0], positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0],
+            seed=1, steps=studio.STEPS, cfg=studio.CFG, sampler_name="euler", scheduler="simple", denoise=1.0,
+        ),
+        "frames": node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
+        "saved": node("SaveImage", images=["frames", 0], filename_prefix="toy"),
+    }  # fmt: skip
+    frames = [np.asarray(Image.open(server.base / file)) for file in client.files(client.run(prompt))]
+    reading = oracle.read(np.stack(frames))
+    assert (reading.shape, reading.colour, reading.motion, reading.background) == ("square", "red", "down", "night")
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}

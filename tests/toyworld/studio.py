@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import world
+from .install import MODELS, TEXT_ENCODER, VAE, WAN
 from .pack import text_encoder
 
-MODELS = Path(__file__).with_name("models")
-WAN, VAE, TEXT = (MODELS / f"toy_{name}.safetensors" for name in ("wan", "wan_vae", "text_encoder"))
 SHIFT, STEPS, CFG = 3.0, 20, 4.0
 NEGATIVE = ""
 
@@ -26,22 +25,19 @@ NEGATIVE = ""
 class Studio:
     """The base models, loaded when first asked for."""
 
-    def __init__(self, folder: Path = MODELS) -> None:
-        self.wan, self.vae_file, self.text = (folder / path.name for path in (WAN, VAE, TEXT))
-
     @cached_property
     def model(self) -> Any:
         """A MODEL, its noise schedule shifted as the base was trained."""
-        (model,) = ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(self.wan)), SHIFT)
+        (model,) = ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(MODELS / WAN)), SHIFT)
         return model
 
     @cached_property
     def vae(self) -> Any:
-        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(self.vae_file)))
+        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / VAE)))
 
     @cached_property
     def clip(self) -> Any:
-        return text_encoder.load(self.text)
+        return text_encoder.load(MODELS / TEXT_ENCODER)
 
     def with_loras(self, *files: Path | str) -> Any:
         """The model with LoRAs at strength 1, as Load LoRA (Model Only) makes it."""

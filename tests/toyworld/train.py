@@ -8,7 +8,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from comfy_library import start_comfyui
+from .install import MODELS, TEXT_ENCODER, VAE, WAN
+from comfy_library import register_pack, start_comfyui
 
 
 def main() -> None:
@@ -19,14 +20,16 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8000, help="clips that the base model is trained on")
     options = parser.parse_args()
     start_comfyui(Path(tempfile.mkdtemp()))
+    register_pack()
     from . import train_base, train_vae
-    from .studio import MODELS, TEXT, VAE, WAN
 
     MODELS.mkdir(exist_ok=True)
     if options.only != "base":
-        train_vae.main(VAE, options.vae_minutes)
+        train_vae.main(MODELS / VAE, options.vae_minutes)
     if options.only != "vae":
-        train_base.main(VAE, WAN, TEXT, clips=options.clips, minutes=options.base_minutes)
+        train_base.main(
+            MODELS / VAE, MODELS / WAN, MODELS / TEXT_ENCODER, clips=options.clips, minutes=options.base_minutes
+        )
 
 
 if __name__ == "__main__":

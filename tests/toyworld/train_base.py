@@ -14,6 +14,7 @@ from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel
 from comfy.ldm.wan.vae import WanVAE
 from comfy.utils import load_torch_file
+from kinoloom.trainers.core.host import TRANSFORMER_OPTIONS
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -162,5 +163,5 @@ def flow_loss(model: nn.Module, latents: Tensor, context: Tensor, rng: Generator
     noise = torch.from_numpy(rng.standard_normal(latents.shape)).float().to(DEVICE)
     mixed = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        velocity = model(mixed, sigma * 1000, context)
+        velocity = model(mixed, sigma * 1000, context, transformer_options=dict(TRANSFORMER_OPTIONS))
     return F.mse_loss(velocity.float(), noise - latents)

@@ -1,0 +1,17 @@
+"""Puts the toy world into a ComfyUI base directory."""
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODELS = HERE / "models"
+WAN, VAE, TEXT_ENCODER = "toy_wan.safetensors", "toy_wan_vae.safetensors", "toy_text_encoder.safetensors"
+
+
+def install(base: Path) -> None:
+    """Link the models, and the node pack that loads the text encoder, into `base`."""
+    links = {"custom_nodes/toyworld": HERE / "pack"}
+    for folder, name in (("diffusion_models", WAN), ("vae", VAE), ("text_encoders", TEXT_ENCODER)):
+        links[f"models/{folder}/{name}"] = MODELS / name
+    for name, target in links.items():
+        if not (base / name).is_symlink():
+            (base / name).symlink_to(target)
