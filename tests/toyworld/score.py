@@ -109,7 +109,9 @@ def score(scene: Scene, videos: dict[str, list[Video]], base: dict[str, list[Vid
             first, *others = videos[prompt.text]
             values["diversity"] += [_difference(first, other) for other in others]
     means = {name: float(np.mean(numbers)) for name, numbers in values.items()}
-    kinds = {kind.replace(" ", "_"): float(np.mean(right[kind])) for kind in ("background", "known motion", "known sprite")}
+    kinds = {
+        kind.replace(" ", "_"): float(np.mean(right[kind])) for kind in ("background", "known motion", "known sprite")
+    }
     return Scores(**means, **kinds, adherence=float(np.mean(list(kinds.values()))))
 
 

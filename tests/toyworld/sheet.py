@@ -24,6 +24,8 @@ def contact_sheet(
         top = header + row * (cell + 4)
         draw.text((4, top + cell // 2 - 8), name, fill="black", font_size=13)
         for i, video in enumerate(videos):
-            strip = Image.fromarray(np.concatenate(video[picks], 1)).resize((frames * cell, cell), Image.Resampling.NEAREST)
+            strip = Image.fromarray(np.concatenate(video[picks], 1)).resize(
+                (frames * cell, cell), Image.Resampling.NEAREST
+            )
             sheet.paste(strip, (margin + i * width, top))
     return sheet

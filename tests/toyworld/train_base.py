@@ -66,7 +66,7 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
         if not still:
             recent.append(loss.item())
         if step % 100 == 0:
-            print(f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}")
+            print(f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}", flush=True)
         if step % 500 == 0:
             write(average, model_path, text_path)
     write(average, model_path, text_path)
@@ -105,7 +105,7 @@ def encode_clips(vae_path: Path, count: int, rng: Generator) -> tuple[list[world
         frames.append(encoded[1].half().cpu())
         scenes += [clip.scene for clip in clips]
         if len(scenes) % 800 == 0:
-            print(f"{len(scenes)} clips encoded, {time.monotonic() - started:.0f} s")
+            print(f"{len(scenes)} clips encoded, {time.monotonic() - started:.0f} s", flush=True)
     return scenes, torch.cat(latents), torch.cat(frames)
 
 

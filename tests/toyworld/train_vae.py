@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from . import world
 
+Draw = Callable[[Generator], np.ndarray]  # a clip, T H W 3, 8 bits
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIM = 16
 CHANNELS = 16
 KL_WEIGHT = 3e-5
-STAGES = ((1, 24, 0.36), (5, 6, 0.3), (17, 2, 0.34))  # frames, batch size, share of the time
 
 
 def main(target: Path, minutes: float) -> None:
@@ -29,36 +30,45 @@ def main(target: Path, minutes: float) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     vae = build().to(DEVICE)
-    average = {name: value.clone() for name, value in vae.state_dict().items()}
-    started = time.monotonic()
-    for stage, (frames, batch, share) in enumerate(STAGES):
-        optimizer = Optimizer(vae)
-        begun, step, recent = time.monotonic(), 0, []
-        while (spent := (time.monotonic() - begun) / (60 * minutes * share)) < 1:
-            last = stage == len(STAGES) - 1
-            rate = (2e-3, 1.5e-3, 1e-3)[stage] * min(1, step / 50) * min(1, 0.02 + (2 if last else 5) * (1 - spent))
-            clips = video_batch(rng, frames, batch).to(DEVICE)
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                mean, log_var = encode(vae, clips)
-                latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-                decoded = vae.decode(latents).float()
-            error = F.mse_loss(decoded, clips)
-            kl = 0.5 * (mean.float() ** 2 + log_var.float().exp() - 1 - log_var.float()).mean()
-            loss = error + 0.02 * F.l1_loss(decoded, clips) + KL_WEIGHT * kl
-            loss.backward()
-            optimizer.step(rate)
-            for name, value in vae.state_dict().items():
-                average[name].lerp_(value, 1 - min(0.99, step / (step + 10)))
-            step += 1
-            recent.append(error.item())
-            if step % 50 == 0:
-                psnr = 10 * math.log10(4 / np.mean(recent[-50:]))
-                print(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}")
-        print(f"{time.monotonic() - started:.0f} s")
-        vae.load_state_dict(average)
-        save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
+    stages = (  # frames, batch size, share of the time, learning rate, clips
+        (1, 24, 0.25, 2e-3, base_clip),
+        (5, 6, 0.21, 1.5e-3, base_clip),
+        (17, 2, 0.24, 1e-3, base_clip),
+        (17, 2, 0.30, 1e-3, any_clip),
+    )
+    for frames, batch, share, rate, draw in stages:
+        train(vae, rng, frames, batch, 60 * minutes * share, rate, draw)
     match_wan_statistics(vae, rng)
+    save(vae, target)
+
+
+def save(vae: nn.Module, target: Path) -> None:
     save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
+
+
+def train(vae: nn.Module, rng: Generator, frames: int, batch: int, seconds: float, rate: float, draw: Draw) -> None:
+    """One stage; leaves the averaged weights in `vae`."""
+    average = {name: value.clone() for name, value in vae.state_dict().items()}
+    optimizer = Optimizer(vae)
+    started, step, recent = time.monotonic(), 0, []
+    while (spent := (time.monotonic() - started) / seconds) < 1:
+        clips = video_batch(rng, frames, batch, draw).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            mean, log_var = encode(vae, clips)
+            latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+            decoded = vae.decode(latents).float()
+        error = F.mse_loss(decoded, clips)
+        kl = 0.5 * (mean.float() ** 2 + log_var.float().exp() - 1 - log_var.float()).mean()
+        (error + 0.02 * F.l1_loss(decoded, clips) + KL_WEIGHT * kl).backward()
+        optimizer.step(rate * min(1, step / 50) * min(1, 0.02 + 3 * (1 - spent)))
+        for name, value in vae.state_dict().items():
+            average[name].lerp_(value, 1 - min(0.99, step / (step + 10)))
+        step += 1
+        recent.append(error.item())
+        if step % 50 == 0:
+            psnr = 10 * math.log10(4 / np.mean(recent[-50:]))
+            print(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}", flush=True)
+    vae.load_state_dict(average)
 
 
 class Optimizer:
@@ -100,17 +110,51 @@ def build() -> nn.Module:
     return vae
 
 
-def video_batch(rng: Generator, frames: int, batch: int) -> Tensor:
-    """B 3 T 64 64 in -1..1 of scenes whose textures have any second colour."""
+def video_batch(rng: Generator, frames: int, batch: int, draw: Draw) -> Tensor:
+    """B 3 T 64 64 in -1..1, from clips as `draw` makes them."""
     per_clip = 3 if frames == 1 else 1
     videos = []
     for _ in range(batch // per_clip):
-        scene = world.choose(rng)
-        second = str(rng.choice(list(world.COLOURS))) if rng.random() < 0.5 else None
-        video = world.draw(replace(scene, second=second), rng).video
-        for start in rng.integers(0, world.FRAMES - frames + 1, per_clip):
-            videos.append(video[start : start + frames])
+        video = draw(rng)
+        videos += [video[start : start + frames] for start in rng.integers(0, world.FRAMES - frames + 1, per_clip)]
     return torch.from_numpy(np.stack(videos)).movedim(-1, 1).float() / 127.5 - 1
+
+
+def base_clip(rng: Generator) -> np.ndarray:
+    """A clip of base training, half of the textures with any second colour."""
+    second = str(rng.choice(list(world.COLOURS))) if rng.random() < 0.5 else None
+    return world.draw(replace(world.choose(rng), second=second), rng).video
+
+
+def any_clip(rng: Generator) -> np.ndarray:
+    """A blob with random stripes in random colours on a random path: for a codec of more than the base's clips."""
+    if rng.random() < 0.3:
+        return base_clip(rng)
+    radius = rng.uniform(8, 14)
+    waves = [(rng.uniform(0, 0.3 / order), order, rng.uniform(0, 2 * np.pi)) for order in range(1, 7)]
+    turn, period = rng.uniform(0, np.pi), rng.uniform(0.6, 4)
+
+    def edge(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        place = np.arctan2(v, u)
+        return np.hypot(u, v) - 0.75 - sum(size * np.cos(order * place + phase) for size, order, phase in waves)
+
+    def stripes(u: np.ndarray, v: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return np.sin(2 * np.pi * (np.cos(turn) * u + np.sin(turn) * v) / period + turn) * period / (2 * np.pi)
+
+    colours = rng.permutation(np.array(list(world.COLOURS.values()), np.float32))[:2]
+    background = world.background(str(rng.choice(list(world.BACKGROUNDS))), rng)
+    angle = np.linspace(0, rng.choice([0, 0, np.pi]), world.FRAMES, dtype=np.float32)
+    x, y = random_path(rng), random_path(rng)
+    return world.render(x, y, angle, np.full_like(x, radius), edge, stripes, (colours[0], colours[1]), background)[0]
+
+
+def random_path(rng: Generator) -> np.ndarray:
+    """One coordinate through up to four corners, at most six pixels a frame."""
+    corners = np.linspace(0, world.FRAMES - 1, int(rng.integers(2, 5)))
+    steps = rng.uniform(-6, 6, len(corners) - 1) * rng.random() * np.diff(corners)
+    places = np.concatenate([[0], np.cumsum(steps)])
+    path = np.interp(np.arange(world.FRAMES), corners, places - places.mean())
+    return (world.SIZE / 2 + np.clip(path, -20, 20) + rng.uniform(-5, 5)).astype(np.float32)
 
 
 def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +174,7 @@ def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 def match_wan_statistics(vae: nn.Module, rng: Generator) -> None:
     """Scale the latents, channel by channel, to what ComfyUI's Wan21 format normalises, inside the 1x1 convolutions."""
     wan = Wan21()
-    latents = torch.cat([vae.encode(video_batch(rng, 17, 8).to(DEVICE)) for _ in range(16)])
+    latents = torch.cat([vae.encode(video_batch(rng, 17, 8, base_clip).to(DEVICE)) for _ in range(16)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     wanted_mean, wanted_std = (value.flatten().to(DEVICE) for value in (wan.latents_mean, wan.latents_std))
     scale = wanted_std / std

@@ -4,7 +4,9 @@ Everything is a function of a numpy generator, so the same seed draws the same c
 combinations are held out of the base models' training; they are the concepts that personalisation has to learn.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.random import Generator
@@ -138,19 +140,38 @@ def draw(scene: Scene, rng: Generator) -> Clip:
     """The scene with random position, phase-free motion, horizon and light."""
     radius = SIZES[scene.size] * rng.uniform(0.92, 1.08)
     x, y, angle, scale = _path(scene.motion, radius, rng)
-    rows, columns = (np.indices((SIZE, SIZE), np.float32) + 0.5)[:, None]
-    dx, dy = columns - x[:, None, None], rows - y[:, None, None]
-    cos, sin, unit = (value[:, None, None] for value in (np.cos(angle), np.sin(angle), radius * scale))
-    u, v = (cos * dx + sin * dy) / unit, (cos * dy - sin * dx) / unit
-    edge = distance(scene.shape, u, v)
-    mask = np.clip(0.5 - edge * unit, 0, 1)
-    mix = np.clip(0.5 + _texture(scene.texture, u, v, edge) * unit, 0, 1)[..., None]
     first = np.array(COLOURS[scene.colour], np.float32)
     second = np.array(COLOURS[scene.second], np.float32) if scene.second else first * 0.5
-    paint = second * mix + first * (1 - mix)
-    video = mask[..., None] * paint + (1 - mask[..., None]) * _background(scene.background, rng)
-    track = np.stack([x, y], 1).astype(np.float32)
-    return Clip(scene, np.rint(video).clip(0, 255).astype(np.uint8), mask.astype(np.float32), track)
+    edge, texture = partial(distance, scene.shape), partial(_texture, scene.texture)
+    video, mask = render(x, y, angle, radius * scale, edge, texture, (first, second), background(scene.background, rng))
+    return Clip(scene, video, mask, np.stack([x, y], 1).astype(np.float32))
+
+
+def render(
+    x: Array,
+    y: Array,
+    angle: Array,
+    radius: Array,
+    edge: Callable[[Array, Array], Array],
+    texture: Callable[[Array, Array, Array], Array],
+    colours: tuple[Array, Array],
+    scene: Array,
+) -> tuple[NDArray[np.uint8], Array]:
+    """Video and mask of a sprite with this path (one value per frame) over a background, H W 3.
+
+    `edge`: signed distance at (u, v) in units of the radius, negative inside; `texture`: positive where the second
+    colour shows, given (u, v, edge).
+    """
+    rows, columns = (np.indices((SIZE, SIZE), np.float32) + 0.5)[:, None]
+    dx, dy = columns - x[:, None, None], rows - y[:, None, None]
+    cos, sin, unit = (value[:, None, None] for value in (np.cos(angle), np.sin(angle), radius))
+    u, v = (cos * dx + sin * dy) / unit, (cos * dy - sin * dx) / unit
+    outside = edge(u, v)
+    mask = np.clip(0.5 - outside * unit, 0, 1)
+    mix = np.clip(0.5 + texture(u, v, outside) * unit, 0, 1)[..., None]
+    first, second = colours
+    video = mask[..., None] * (second * mix + first * (1 - mix)) + (1 - mask[..., None]) * scene
+    return np.rint(video).clip(0, 255).astype(np.uint8), mask.astype(np.float32)
 
 
 def sample(rng: Generator) -> Clip:
@@ -168,7 +189,7 @@ def sprite(scene: Scene) -> Clip:
     return draw(replace(scene, motion="still"), np.random.default_rng(1))
 
 
-def _background(name: str, rng: Generator) -> Array:
+def background(name: str, rng: Generator) -> Array:
     _, sky, ground = BACKGROUNDS[name]
     horizon, light = rng.uniform(0.55, 0.75) * SIZE, rng.uniform(-10, 10)
     y = np.arange(SIZE, dtype=np.float32)[:, None, None] + 0.5
@@ -203,10 +224,10 @@ def path(motion: str) -> tuple[Array, Array]:
         "circle": (13 * np.sin(turn), -13 * np.cos(turn)),
         "spin": (zero, zero),
         "grow": (zero, zero),
-        "zigzag": (30 * t - 15, 10 * wave),
-        "bounce": (24 * t - 12, 12 - 24 * np.abs(np.sin(turn))),
-        "swing": (15 * np.cos(turn), zero),
-        "eight": (15 * np.sin(turn), 10 * np.sin(2 * turn)),
+        "zigzag": (30 * t - 15, 8 * wave),
+        "bounce": (24 * t - 12, 7 - 14 * np.abs(np.sin(turn))),
+        "swing": (13 * np.cos(turn), zero),
+        "eight": (12 * np.sin(turn), 7 * np.sin(2 * turn)),
     }[motion]
 
 
