@@ -39,7 +39,9 @@ def test_a_seed_draws_one_clip() -> None:
 def test_base_training_sees_nothing_that_is_held_out() -> None:
     seen = {name for scene, rng in scenes(3000, 0) for name in (scene.shape, scene.texture, scene.motion)}
     assert seen == {*world.SHAPES, *world.TEXTURES, *world.MOTIONS}
-    pairs = {pair for scene, _ in scenes(3000, 0) for pair in ((scene.shape, scene.motion), (scene.shape, scene.colour))}
+    pairs = {
+        pair for scene, _ in scenes(3000, 0) for pair in ((scene.shape, scene.motion), (scene.shape, scene.colour))
+    }
     assert not pairs & world.NEW_COMBINATIONS
     captions = " ".join(world.describe(scene, rng) for scene, rng in scenes(3000, 1))
     assert "[w]" in captions and "[u]" not in captions and "[v]" not in captions

@@ -30,7 +30,10 @@ from comfy_library import PACK, register_pack, start_comfyui  # noqa: E402
 
 PLAIN, TWO_STAGES = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
 SET_STEPS, SEQUENCE_STEPS = 200, 300
-SHARED = {"rank": 32, "learning_rate": 2e-3, "gradient_accumulation": 1, "batch_size": 4, "validate_every": 0}
+SHARED = {
+    "rank": 32, "learning_rate": 2e-3, "batch_size": 4, "gradient_accumulation": 1, "beta2": 0.99, "max_grad_norm": 0.05,
+    "validate_every": 0,
+}  # fmt: skip
 NO_REGULARISERS = {"set_dropout": 0.0, "sequence_dropout": 0.0, "token_mask_prob": 0.0, "prior_weight": 0.0}
 
 
@@ -49,7 +52,9 @@ def two_stages(title: str, **options: Any) -> Variant:
 VARIANTS: dict[str, Variant | None] = {
     "base": None,
     "plain": Variant(
-        "Wan LoRA on the clip", PLAIN, {**SHARED, "steps": SET_STEPS + SEQUENCE_STEPS, "prior_weight": 0.0}
+        "Wan LoRA on the clip",
+        PLAIN,
+        {**SHARED, "steps": SET_STEPS + SEQUENCE_STEPS, "shift": 3.0, "prior_weight": 0.0},
     ),
     "two-stages": two_stages("Set-and-Sequence, no regularisers", **NO_REGULARISERS),
     "paper": two_stages("Set-and-Sequence"),

@@ -66,7 +66,10 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
         if not still:
             recent.append(loss.item())
         if step % 100 == 0:
-            print(f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}", flush=True)
+            print(
+                f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}",
+                flush=True,
+            )
         if step % 500 == 0:
             write(average, model_path, text_path)
     write(average, model_path, text_path)
