@@ -149,8 +149,8 @@ def add_priors(
     """`data` and its prior rows. What was generated before is taken from disk."""
     shapes = clip_shapes(data, sampler.model)
     frames = options.single_frames if data.select("frames", "train") else 0
-    places = [(prompt, options.seed + i) for prompt in prompts for i in range(options.seeds_per_prompt)]
-    clips = [PriorClip(*place, shapes[i % len(shapes)]) for i, place in enumerate(places)]
+    wanted = [prompt for prompt in prompts for _ in range(options.seeds_per_prompt)]
+    clips = [PriorClip(prompt, options.seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(wanted)]
     bar = comfy.utils.ProgressBar(2 * len(prompts) + len(clips) * (options.steps + 1 + frames))
     columns = Columns(data_folder(), bar)
     clip_id = identity.of_text_encoder(sampler.text_encoder)

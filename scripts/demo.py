@@ -28,9 +28,7 @@ BASE = PACK / ".runtime" / "base"
 
 CONCEPT = "star"
 SCENE = world.CONCEPTS[CONCEPT]
-LOOK = "a [v] thing on a meadow."
-MOTION = f"{LOOK} it is [u] moving."
-EDITED = "a [v] thing at night. it is [u] moving."
+EDITED = f"{world.SUBJECT} at night. {world.UNKNOWN_MOTION}"
 
 
 def main() -> None:
@@ -46,8 +44,8 @@ def main() -> None:
         job = train(client, options)
         rows = {
             "the clip": clip,
-            "base model": generate(client, job["files"], 0.0, MOTION, OUTPUT / "base.mp4"),
-            "with the LoRA": generate(client, job["files"], 1.0, MOTION, OUTPUT / "lora.mp4"),
+            "base model": generate(client, job["files"], 0.0, SCENE.concept_caption, OUTPUT / "base.mp4"),
+            "with the LoRA": generate(client, job["files"], 1.0, SCENE.concept_caption, OUTPUT / "lora.mp4"),
             "... and “at night”": generate(client, job["files"], 1.0, EDITED, OUTPUT / "edited.mp4"),
         }
     plot_loss(job["history"], OUTPUT / "loss.png")
@@ -86,8 +84,8 @@ def train(client: Client, options: argparse.Namespace) -> Json:
     widgets = {
         "LoadVideo": {"file": "demo.mp4"},
         "KinoloomEncodeClips": {
-            "caption": LOOK,
-            "motion_caption": MOTION,
+            "caption": SCENE.concept_look,
+            "motion_caption": SCENE.concept_caption,
             "frames_per_clip": world.FRAMES,
             "fps": world.FPS,
             "size": world.SIZE,

@@ -3,20 +3,21 @@
     python tests/benchmarks/personalisation.py [--seeds 3] [--concepts star heart moon] [--variants ...] [--output FOLDER]
 
 COMFYUI_DIR says where ComfyUI is. Every variant is trained on every concept with every seed, with the same rank, learning
-rate, samples per step and number of steps, and its videos come from ComfyUI's sampler at the same prompts and seeds. What
-the scores mean is said in tests/toyworld/score.py. Results stay in FOLDER, one file per LoRA; a second run makes only those
-that are missing, then writes table.md and one contact sheet per concept. The hyperparameters below were chosen on the
-concept `arrow`, which is not reported.
+rate, number of steps and samples of the concept per step (prior clips come on top), and its videos come from ComfyUI's
+sampler at the same prompts and seeds. What the scores mean is said in tests/toyworld/score.py. Results stay in FOLDER, one
+file per LoRA; a second run makes only what is missing or was made otherwise, then writes table.md and one contact sheet
+per concept. The hyperparameters below were chosen on the concept `arrow`, which is not reported.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from comfy_client import make_base  # noqa: E402
 from comfy_library import PACK, register_pack, start_comfyui  # noqa: E402
 
 PLAIN, TWO_STAGES = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
+TOYWORLD = TESTS / "toyworld"
 SET_STEPS, SEQUENCE_STEPS = 200, 300
 SHARED = {
     "rank": 32, "learning_rate": 2e-3, "batch_size": 4, "gradient_accumulation": 1, "beta2": 0.99, "max_grad_norm": 0.05,
@@ -39,9 +41,11 @@ NO_REGULARISERS = {"set_dropout": 0.0, "sequence_dropout": 0.0, "token_mask_prob
 
 @dataclass(frozen=True)
 class Variant:
+    """`recipe` is the name of a training node; without one it is the base model."""
+
     title: str
-    recipe: str
-    options: dict[str, Any]
+    recipe: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def two_stages(title: str, **options: Any) -> Variant:
@@ -49,8 +53,8 @@ def two_stages(title: str, **options: Any) -> Variant:
     return Variant(title, TWO_STAGES, {**SHARED, **steps, **options})
 
 
-VARIANTS: dict[str, Variant | None] = {
-    "base": None,
+VARIANTS = {
+    "base": Variant("base model, no LoRA"),
     "plain": Variant(
         "Wan LoRA on the clip",
         PLAIN,
@@ -63,6 +67,7 @@ VARIANTS: dict[str, Variant | None] = {
     "no-prior": two_stages("… without prior clips", prior_weight=0.0),
 }
 EVALUATION_SEEDS = (101, 102)  # of every prompt, on top of the training seed's thousands
+DIGITS = {"motion_error": 1, "leak": 1, "diversity": 1}
 SHOWN = ("training", "background", "known motion", "known sprite")
 
 
@@ -72,21 +77,36 @@ class Run:
     concept: str
     seed: int
 
-    def name(self) -> str:
-        return f"{self.variant}-{self.concept}-{self.seed}"
+    def kept(self, output: Path, suffix: str) -> Path:
+        return output / f"{self.variant}-{self.concept}-{self.seed}{suffix}"
+
+    def scores(self, output: Path) -> dict[str, float] | None:
+        """What an earlier run measured, if it was made of the same options, models and code."""
+        path = self.kept(output, ".json")
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        return kept["scores"] if kept.get("made_of") == made_of(VARIANTS[self.variant]) else None
+
+
+def made_of(variant: Variant) -> str:
+    files = sorted([*TOYWORLD.glob("*.py"), *TOYWORLD.glob("models/*.safetensors")])
+    digest = hashlib.sha256(repr((variant.recipe, variant.options, EVALUATION_SEEDS)).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
     options = parse_arguments()
     options.output.mkdir(parents=True, exist_ok=True)
     runs = [Run(v, c, s) for s in range(options.seeds) for c in options.concepts for v in options.variants]
-    missing = [run for run in runs if not (options.output / f"{run.name()}.json").is_file()]
     base = make_base(options.output / "comfyui", PACK)
     context = get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, initializer=start, initargs=(base,)) as pool:
-        for run, scores in zip(missing, pool.map(measure, missing, [options.output] * len(missing)), strict=True):
-            print(run.name(), {name: round(value, 3) for name, value in scores.items()}, flush=True)
-    text = table(options.output, runs)
+        missing = {pool.submit(measure, run, options.output): run for run in runs if not run.scores(options.output)}
+        for done in as_completed(missing):
+            scores = done.exception() or {name: round(value, 3) for name, value in done.result().items()}
+            print(missing[done], scores, flush=True)
+    text = table(options.output, [run for run in runs if run.scores(options.output)])
     (options.output / "table.md").write_text(text)
     print(text)
     for concept in options.concepts:
@@ -99,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concepts", nargs="+", default=["star", "heart", "moon"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--processes", type=int, default=2, help="LoRAs trained at the same time, on one thread each")
-    parser.add_argument("--output", type=Path, default=Path("personalisation"))
+    parser.add_argument("--output", type=Path, default=PACK / ".runtime" / "personalisation")
     options = parser.parse_args()
     options.variants = list(dict.fromkeys(["base", *options.variants]))
     return options
@@ -139,35 +159,33 @@ def measure(run: Run, output: Path) -> dict[str, float]:
 
     scene, variant = world.CONCEPTS[run.concept], VARIANTS[run.variant]
     before = videos = base_videos(run.concept, run.seed)
-    if variant:
+    if variant.recipe:
         data = personalise.training_data(studio(), run.concept)
         with tempfile.TemporaryDirectory() as folder:
             options = {**variant.options, "seed": run.seed}
-            file = personalise.train(studio(), data, variant.recipe, options, Path(folder))
-            videos = score.generate(studio(), studio().with_loras(file), scene, evaluation_seeds(run.seed))
+            *_, whole = personalise.train(studio(), data, variant.recipe, options, Path(folder))
+            videos = score.generate(studio(), studio().with_loras(whole), scene, evaluation_seeds(run.seed))
     scores = asdict(score.score(scene, videos, before))
     shown = [next(prompt.text for prompt in score.prompts(scene) if prompt.kind == kind) for kind in SHOWN]
-    np.savez_compressed(output / f"{run.name()}.npz", *(videos[text][0] for text in shown))
-    (output / f"{run.name()}.json").write_text(json.dumps(scores))
+    np.savez_compressed(run.kept(output, ".npz"), *(videos[text][0] for text in shown))
+    run.kept(output, ".json").write_text(json.dumps({"made_of": made_of(variant), "scores": scores}))
     return scores
 
 
 def table(output: Path, runs: Iterable[Run]) -> str:
-    """Markdown: mean ± standard deviation over concepts and seeds."""
+    """Markdown: mean ± standard deviation over all concepts and seeds together."""
     from toyworld.score import Scores
 
-    names = [field.name for field in fields(Scores)]
+    names = [score.name for score in fields(Scores)]
     lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---|" + "---|" * len(names)]
     for key in dict.fromkeys(run.variant for run in runs):
-        rows = [json.loads((output / f"{run.name()}.json").read_text()) for run in runs if run.variant == key]
-        variant = VARIANTS[key]
-        cells = [cell([row[name] for row in rows]) for name in names]
-        lines.append(f"| {variant.title if variant else 'base model, no LoRA'} | {' | '.join(cells)} |")
+        rows = [scores for run in runs if run.variant == key and (scores := run.scores(output))]
+        cells = [cell([row[name] for row in rows], DIGITS.get(name, 2)) for name in names]
+        lines.append(f"| {VARIANTS[key].title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def cell(values: list[float]) -> str:
-    digits = 2 if statistics.mean(values) < 2 else 1
+def cell(values: list[float], digits: int) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
@@ -179,9 +197,10 @@ def contact_sheet(output: Path, concept: str, variants: Iterable[str]) -> Any:
 
     rows = {"the clip": [world.concept_clip(concept).video]}
     for key in variants:
-        variant = VARIANTS[key]
-        with np.load(output / f"{Run(key, concept, 0).name()}.npz") as videos:
-            rows[variant.title if variant else "base model"] = list(videos.values())
+        path = Run(key, concept, 0).kept(output, ".npz")
+        if path.is_file():
+            with np.load(path) as videos:
+                rows[VARIANTS[key].title] = list(videos.values())
     return sheet.contact_sheet(rows, SHOWN)
 
 

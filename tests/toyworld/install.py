@@ -13,5 +13,5 @@ def install(base: Path) -> None:
     for folder, name in (("diffusion_models", WAN), ("vae", VAE), ("text_encoders", TEXT_ENCODER)):
         links[f"models/{folder}/{name}"] = MODELS / name
     for name, target in links.items():
-        if not (base / name).is_symlink():
-            (base / name).symlink_to(target)
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(target)

@@ -10,6 +10,7 @@ from . import world
 from .world import FRAMES, SIZE, Array
 
 CHROMA = 58  # sprites are above it, backgrounds below
+SMALLEST = 12  # pixels of a sprite
 GRID = 24  # cells of a sprite's normalised mask
 REACH = 2.2  # half its width, in root mean square radii
 MOVING = 3.5  # pixels of root mean square distance from the middle of the path
@@ -19,30 +20,25 @@ TURNED = 0.12  # share of the sprite that looks different an eighth of a turn on
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read. track: T 2 pixels; visible: the share of frames that show a sprite at all."""
+    """What was read, by the world's names; "none" where that cannot be told. track: T 2, centroids in pixels."""
 
     shape: str
     colour: str
     motion: str
     background: str
     track: Array
-    visible: float
 
 
 def read(video: NDArray[np.uint8]) -> Reading:
     """Read a clip, T H W 3."""
     masks = sprite_masks(video)
-    visible = float((masks.sum((1, 2)) >= 12).mean())
-    track = centres(masks)
-    scores = {shape: max(_fit(masks, track, shape, spin) for spin in (False, True)) for shape in world.SHAPES}
-    return Reading(
-        max(scores, key=scores.__getitem__),
-        _colour(video, masks),
-        _motion(video, masks, track),
-        _background(video, masks),
-        track,
-        visible,
-    )
+    track, place = centroids(masks), _background(video, masks)
+    if (masks.sum((1, 2)) < SMALLEST).mean() > 0.2:
+        return Reading("none", "none", "none", place, track)
+    shapes = (*world.SHAPES, *world.NEW_SHAPES)
+    fits = {shape: max(_fit(masks, shape, spin) for spin in (False, True)) for shape in shapes}
+    shape = max(fits, key=fits.__getitem__)
+    return Reading(shape, _colour(video, masks), _motion(video, masks, track), place, track)
 
 
 def sprite_masks(video: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -51,33 +47,35 @@ def sprite_masks(video: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return pixels.max(-1) - pixels.min(-1) > CHROMA
 
 
-def centres(masks: NDArray[np.bool_]) -> Array:
+def centroids(masks: NDArray[np.bool_]) -> Array:
     """T 2: mean x, y of each mask; frames without a sprite take those of their neighbours."""
-    places = np.arange(SIZE) + 0.5
-    area = masks.sum((1, 2))
-    seen = area >= 12
+    seen = masks.sum((1, 2)) >= SMALLEST
     if not seen.any():
         return np.full((len(masks), 2), SIZE / 2, np.float32)
-    x, y = (masks.sum(axis) @ places / np.maximum(area, 1) for axis in (1, 2))
-    frames = np.arange(len(masks))
-    return np.stack([np.interp(frames, frames[seen], values[seen]) for values in (x, y)], 1).astype(np.float32)
-
-
-def path_of(motion: str) -> Array:
-    """T 2: the motion's path about its middle."""
-    return _centred(np.stack(world.path(motion), 1))
+    frames, found = np.arange(len(masks)), world.centroids(masks[seen].astype(np.float32))
+    return np.stack([np.interp(frames, frames[seen], values) for values in found.T], 1).astype(np.float32)
 
 
 def path_error(track: Array, motion: str) -> float:
     """Root mean square distance in pixels between the two paths about their middles."""
-    return float(np.sqrt(((_centred(track) - path_of(motion)) ** 2).sum(1).mean()))
+    return _spread(track - _path_of(motion))
 
 
 def path_correlation(track: Array, motion: str) -> float:
-    """1 for the same path at any size and place, 0 for an unrelated one or none."""
-    ours, wanted = _centred(track), path_of(motion)
-    length = np.linalg.norm(ours) * np.linalg.norm(wanted)
-    return float((ours * wanted).sum() / length) if np.linalg.norm(ours) > MOVING else 0.0
+    """How alike the two paths' movements over two frames are, -1..1: 1 at any place and size, 0 if nothing moves."""
+    ours, wanted = (path[2:] - path[:-2] for path in (track, _path_of(motion)))
+    if _spread(track) < MOVING:
+        return 0.0
+    return float((ours * wanted).sum() / (np.linalg.norm(ours) * np.linalg.norm(wanted)))
+
+
+def _path_of(motion: str) -> Array:
+    return np.stack(world.path(motion), 1)
+
+
+def _spread(track: Array) -> float:
+    """Root mean square distance of a path from its middle."""
+    return float(np.sqrt(((track - track.mean(0)) ** 2).sum(1).mean()))
 
 
 def identity(video: NDArray[np.uint8], scene: world.Scene) -> float:
@@ -87,10 +85,10 @@ def identity(video: NDArray[np.uint8], scene: world.Scene) -> float:
     """
     drawn = world.sprite(scene)
     wanted_mask, wanted = drawn.mask[0] > 0.5, drawn.video[0].astype(np.float32)
-    (x, y) = centres(wanted_mask[None])[0]
+    (x, y) = centroids(wanted_mask[None])[0]
     masks = sprite_masks(video)
     scores = []
-    for frame, mask, (left, top) in zip(video.astype(np.float32), masks, centres(masks), strict=True):
+    for frame, mask, (left, top) in zip(video.astype(np.float32), masks, centroids(masks), strict=True):
         shifts = [
             (round(x - left) + dx, round(y - top) + dy) for dx in range(-2, 3) for dy in range(-2, 3) if mask.any()
         ]
@@ -103,10 +101,6 @@ def _overlap(frame: Array, mask: Array, wanted: Array, wanted_mask: Array, dx: i
     union = mask | wanted_mask
     right = mask & wanted_mask & (np.abs(frame - wanted).mean(-1) < 40)
     return right.sum() / union.sum()
-
-
-def _centred(track: Array) -> Array:
-    return track - track.mean(0)
 
 
 @cache
@@ -128,21 +122,19 @@ def _normalised(mask: NDArray[np.bool_]) -> Array:
     return mask[down.clip(0, mask.shape[0] - 1)][:, across.clip(0, mask.shape[1] - 1)] & inside
 
 
-def _fit(masks: NDArray[np.bool_], track: Array, shape: str, spin: bool) -> float:
+def _fit(masks: NDArray[np.bool_], shape: str, spin: bool) -> float:
     """Mean intersection over union with the shape, upright or in a half turn over the clip."""
     scores = []
     for frame, mask in enumerate(masks):
-        if mask.sum() < 12:
+        if mask.sum() < SMALLEST:
             continue
         template = _template(shape, round(np.pi * frame / (FRAMES - 1), 4) if spin else 0.0)
         ours = _normalised(mask)
         scores.append((ours & template).sum() / (ours | template).sum())
-    return float(np.mean(scores)) if scores else 0.0
+    return float(np.mean(scores))
 
 
 def _colour(video: NDArray[np.uint8], masks: NDArray[np.bool_]) -> str:
-    if not masks.any():
-        return "none"
     pixels = video[masks].astype(np.float32)
     brightest = pixels[pixels.max(-1) - pixels.min(-1) >= np.median(pixels.max(-1) - pixels.min(-1))]
     ours = _hue(brightest.mean(0))
@@ -156,8 +148,8 @@ def _hue(rgb: Array) -> Array:
 
 
 def _motion(video: NDArray[np.uint8], masks: NDArray[np.bool_], track: Array) -> str:
-    if np.sqrt((_centred(track) ** 2).sum(1).mean()) > MOVING:
-        paths = [motion for motion in (*world.MOTIONS, *world.NEW_MOTIONS) if np.ptp(path_of(motion)) > 0]
+    if _spread(track) > MOVING:
+        paths = [motion for motion in (*world.MOTIONS, *world.NEW_MOTIONS) if _spread(_path_of(motion)) > 0]
         return min(paths, key=lambda motion: path_error(track, motion))
     area = masks.sum((1, 2)).astype(np.float32)
     if area[-3:].mean() > GROWN * max(area[:3].mean(), 1):
@@ -180,6 +172,9 @@ def _turn(video: NDArray[np.uint8], masks: NDArray[np.bool_], track: Array) -> f
 
 def _background(video: NDArray[np.uint8], masks: NDArray[np.bool_]) -> str:
     pixels = np.where(masks[..., None], np.nan, video.astype(np.float32))
-    bands = [np.nanmedian(pixels[:, rows].reshape(-1, 3), 0) for rows in (slice(0, 16), slice(54, 64))]
+    bands = [pixels[:, rows].reshape(-1, 3) for rows in (slice(0, 16), slice(54, 64))]
+    if any(np.isnan(band).all() for band in bands):
+        return "none"
+    found = np.array([np.nanmedian(band, 0) for band in bands])
     known = {name: np.array(colours, np.float32) for name, (_, *colours) in world.BACKGROUNDS.items()}
-    return min(known, key=lambda name: np.abs(np.array(bands) - known[name]).mean())
+    return min(known, key=lambda name: np.abs(found - known[name]).mean())

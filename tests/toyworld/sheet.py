@@ -13,7 +13,7 @@ def contact_sheet(
     rows: Mapping[str, Sequence[NDArray[np.uint8]]], columns: Sequence[str] = ("",), *, frames: int = 4, scale: int = 1
 ) -> Image.Image:
     """One labelled row for each entry, in it evenly spaced frames of each video, under the columns' names."""
-    cell, margin, header, gap = world.SIZE * scale, 200, 22, 10
+    cell, margin, header, gap = world.SIZE * scale, 250, 22, 10
     width = frames * cell + gap
     sheet = Image.new("RGB", (margin + len(columns) * width, header + len(rows) * (cell + 4)), "white")
     draw = ImageDraw.Draw(sheet)

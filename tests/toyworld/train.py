@@ -1,7 +1,7 @@
 """Trains the toy world's base models from nothing, on the GPU if there is one: bash scripts/toyworld.sh
 
-The files in models/ came from the default minutes on two CPU cores; seeds are fixed, but a time limit
-is not, so another machine makes other weights of the same kind. tests/test_toyworld.py says how good they have to be.
+On two CPU cores that takes about HOURS. Steps and seeds are fixed; another processor still rounds otherwise, so it makes
+other weights of the same kind. tests/test_toyworld.py says how good they have to be.
 """
 
 import argparse
@@ -14,22 +14,18 @@ from comfy_library import register_pack, start_comfyui
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("vae", "base"), help="train one of the two")
-    parser.add_argument("--vae-minutes", type=float, default=25)
-    parser.add_argument("--base-minutes", type=float, default=45)
-    parser.add_argument("--clips", type=int, default=8000, help="clips that the base model is trained on")
+    parser.add_argument("--output", type=Path, default=MODELS, help="where the three files go")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps and clips, for a trial")
     options = parser.parse_args()
-    start_comfyui(Path(tempfile.mkdtemp()))
-    register_pack()
-    from . import train_base, train_vae
+    with tempfile.TemporaryDirectory() as base:
+        start_comfyui(Path(base))
+        register_pack()
+        from . import train_base, train_vae
 
-    MODELS.mkdir(exist_ok=True)
-    if options.only != "base":
-        train_vae.main(MODELS / VAE, options.vae_minutes)
-    if options.only != "vae":
-        train_base.main(
-            MODELS / VAE, MODELS / WAN, MODELS / TEXT_ENCODER, clips=options.clips, minutes=options.base_minutes
-        )
+        options.output.mkdir(parents=True, exist_ok=True)
+        vae, wan, text_encoder = (options.output / name for name in (VAE, WAN, TEXT_ENCODER))
+        train_vae.main(vae, options.share)
+        train_base.main(vae, wan, text_encoder, options.share)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import comfy.model_management
@@ -12,28 +11,27 @@ import torch
 import torch.nn.functional as F
 from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel
-from comfy.ldm.wan.vae import WanVAE
 from comfy.utils import load_torch_file
 from kinoloom.trainers.core.host import TRANSFORMER_OPTIONS
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import world
+from . import train_vae, world
 from .pack.text_encoder import WIDTH, ToyEncoder, tokenize
 from .train_vae import DEVICE
 
 DIM, BLOCKS, FFN, HEADS = 256, 5, 768, 4
-BATCH = 32
+CLIPS, STEPS, BATCH = 5000, 5500, 32
 UNCONDITIONAL = 0.1  # captions replaced by the empty one, for classifier-free guidance
 FRAMES_ONLY = 0.15  # batches of single frames, which Wan is trained on too
 
 
-def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minutes: float) -> None:
-    """Encode this many clips with the VAE, then train for this long and write both models."""
+def main(vae_path: Path, model_path: Path, text_path: Path, share: float) -> None:
+    """Encode clips with the VAE, train on them and write both models."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    scenes, latents, frames = encode_clips(vae_path, clips, rng)
+    scenes, latents, frames = encode_clips(vae_path, math.ceil(CLIPS * share), rng)
     model, text = build_model(), build_text_encoder()
     parameters = dict([*prefixed("model", model), *prefixed("text", text)])
     matrices = [p for name, p in parameters.items() if p.ndim == 2 and (".blocks." in name or ".block." in name)]
@@ -43,10 +41,10 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
         torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     average = {name: value.detach().clone() for name, value in parameters.items()}
-    started, step, recent = time.monotonic(), 0, []
-    while (spent := (time.monotonic() - started) / (60 * minutes)) < 1:
+    steps, recent = math.ceil(STEPS * share), []
+    for step in range(steps):
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 200) * min(1, 0.01 + 2 * (1 - spent))
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 200) * min(1, 0.01 + 2 * (1 - step / steps))
         still = rng.random() < FRAMES_ONLY
         chosen = rng.integers(0, len(scenes), BATCH)
         captions = [
@@ -62,16 +60,10 @@ def main(vae_path: Path, model_path: Path, text_path: Path, *, clips: int, minut
             optimizer.zero_grad(set_to_none=True)
         for name, value in parameters.items():
             average[name].lerp_(value.detach(), 1 - min(0.998, step / (step + 10)))
-        step += 1
         if not still:
             recent.append(loss.item())
-        if step % 100 == 0:
-            print(
-                f"step {step}, {spent:.0%}, {time.monotonic() - started:.0f} s, loss {np.mean(recent[-100:]):.4f}",
-                flush=True,
-            )
-        if step % 500 == 0:
-            write(average, model_path, text_path)
+        if step % 100 == 99:
+            print(f"step {step + 1} of {steps}, loss {np.mean(recent[-100:]):.4f}", flush=True)
     write(average, model_path, text_path)
 
 
@@ -89,12 +81,9 @@ def write(average: dict[str, Tensor], model_path: Path, text_path: Path) -> None
 @torch.no_grad()
 def encode_clips(vae_path: Path, count: int, rng: Generator) -> tuple[list[world.Scene], Tensor, Tensor]:
     """Scenes, latents [N 16 5 8 8] of their clips and [N 16 1 8 8] of one frame of each, normalised as the model has them."""
-    weights = load_torch_file(str(vae_path))
-    vae = WanVAE(weights["decoder.head.0.gamma"].shape[0], 16, temperal_downsample=[False, True, True])
-    vae.load_state_dict(weights)
-    vae.to(DEVICE)
+    vae = train_vae.build().to(DEVICE)
+    vae.load_state_dict(load_torch_file(str(vae_path)))
     process_in, scenes, latents, frames = Wan21().process_in, [], [], []
-    started = time.monotonic()
     while len(scenes) < count:
         clips = [world.sample(rng) for _ in range(16)]
         video = np.stack([clip.video for clip in clips])
@@ -107,8 +96,7 @@ def encode_clips(vae_path: Path, count: int, rng: Generator) -> tuple[list[world
         latents.append(encoded[0].half().cpu())
         frames.append(encoded[1].half().cpu())
         scenes += [clip.scene for clip in clips]
-        if len(scenes) % 800 == 0:
-            print(f"{len(scenes)} clips encoded, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{len(scenes)} clips encoded", flush=True)
     return scenes, torch.cat(latents), torch.cat(frames)
 
 

@@ -1,7 +1,6 @@
 """Trains the toy world's video VAE, in ComfyUI's own Wan architecture: single frames first, then short and whole clips."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +24,19 @@ CHANNELS = 16
 KL_WEIGHT = 3e-5
 
 
-def main(target: Path, minutes: float) -> None:
-    """Train for this long and write the VAE, its latents scaled to the mean and spread that ComfyUI expects of Wan's."""
+def main(target: Path, share: float) -> None:
+    """Train and write the VAE, its latents scaled to the mean and spread that ComfyUI expects of Wan's."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     vae = build().to(DEVICE)
-    stages = (  # frames, batch size, share of the time, learning rate, clips
-        (1, 24, 0.25, 2e-3, base_clip),
-        (5, 6, 0.21, 1.5e-3, base_clip),
-        (17, 2, 0.24, 1e-3, base_clip),
-        (17, 2, 0.30, 1e-3, any_clip),
+    stages = (  # frames, batch size, steps, learning rate, clips
+        (1, 24, 1260, 2e-3, base_clip),
+        (5, 6, 540, 1.5e-3, base_clip),
+        (17, 2, 560, 1e-3, base_clip),
+        (17, 2, 700, 1e-3, any_clip),
     )
-    for frames, batch, share, rate, draw in stages:
-        train(vae, rng, frames, batch, 60 * minutes * share, rate, draw)
+    for frames, batch, steps, rate, draw in stages:
+        train(vae, rng, frames, batch, math.ceil(steps * share), rate, draw)
     match_wan_statistics(vae, rng)
     save(vae, target)
 
@@ -46,12 +45,12 @@ def save(vae: nn.Module, target: Path) -> None:
     save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
 
 
-def train(vae: nn.Module, rng: Generator, frames: int, batch: int, seconds: float, rate: float, draw: Draw) -> None:
+def train(vae: nn.Module, rng: Generator, frames: int, batch: int, steps: int, rate: float, draw: Draw) -> None:
     """One stage; leaves the averaged weights in `vae`."""
     average = {name: value.clone() for name, value in vae.state_dict().items()}
     optimizer = Optimizer(vae)
-    started, step, recent = time.monotonic(), 0, []
-    while (spent := (time.monotonic() - started) / seconds) < 1:
+    recent = []
+    for step in range(steps):
         clips = video_batch(rng, frames, batch, draw).to(DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             mean, log_var = encode(vae, clips)
@@ -60,14 +59,13 @@ def train(vae: nn.Module, rng: Generator, frames: int, batch: int, seconds: floa
         error = F.mse_loss(decoded, clips)
         kl = 0.5 * (mean.float() ** 2 + log_var.float().exp() - 1 - log_var.float()).mean()
         (error + 0.02 * F.l1_loss(decoded, clips) + KL_WEIGHT * kl).backward()
-        optimizer.step(rate * min(1, step / 50) * min(1, 0.02 + 3 * (1 - spent)))
+        optimizer.step(rate * min(1, step / 50) * min(1, 0.02 + 3 * (1 - step / steps)))
         for name, value in vae.state_dict().items():
             average[name].lerp_(value, 1 - min(0.99, step / (step + 10)))
-        step += 1
         recent.append(error.item())
-        if step % 50 == 0:
+        if step % 50 == 49:
             psnr = 10 * math.log10(4 / np.mean(recent[-50:]))
-            print(f"{frames} frames, step {step}, {spent:.0%}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}", flush=True)
+            print(f"{frames} frames, step {step + 1} of {steps}, PSNR {psnr:.2f} dB, KL {kl.item():.1f}", flush=True)
     vae.load_state_dict(average)
 
 
@@ -160,8 +158,7 @@ def random_path(rng: Generator) -> np.ndarray:
 def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance; core's own encode drops the variance."""
     taken: list[Tensor] = []
-    hook: Callable = lambda module, inputs, output: taken.append(output)  # noqa: E731
-    handle = vae.conv1.register_forward_hook(hook)
+    handle = vae.conv1.register_forward_hook(lambda module, inputs, output: taken.append(output))
     try:
         vae.encode(clips)
     finally:

@@ -44,6 +44,8 @@ BACKGROUNDS: dict[str, tuple[str, RGB, RGB]] = {  # words, sky, ground; all of l
     "room": ("in a room", (150, 146, 142), (88, 86, 84)),
 }
 
+SUBJECT, UNKNOWN_MOTION = "a [v] thing", "it is [u] moving."
+
 NEW_SHAPES = ("star", "heart", "moon", "arrow")
 NEW_TEXTURES = ("checkered", "halved", "framed")
 NEW_MOTIONS = ("zigzag", "bounce", "swing", "eight")
@@ -69,20 +71,26 @@ class Scene:
         return bool(names & {*NEW_SHAPES, *NEW_TEXTURES, *NEW_MOTIONS} or pairs & NEW_COMBINATIONS)
 
     @property
-    def look(self) -> str:
-        """Caption of a frame."""
+    def caption(self) -> str:
+        """All that is seen, in the words of base training."""
         texture = "" if self.texture == "plain" else f"{self.texture} "
-        return f"a {self.size} {self.colour} {texture}{self.shape} {BACKGROUNDS[self.background][0]}."
+        look = f"a {self.size} {self.colour} {texture}{self.shape}"
+        return f"{look} {BACKGROUNDS[self.background][0]}. {MOTIONS[self.motion]}"
 
     @property
-    def caption(self) -> str:
-        """Caption of the clip."""
-        return f"{self.look} {MOTIONS[self.motion]}"
+    def concept_look(self) -> str:
+        """The caption that a concept's frames are trained with."""
+        return f"{SUBJECT} {BACKGROUNDS[self.background][0]}."
+
+    @property
+    def concept_caption(self) -> str:
+        """The caption that a concept's clip is trained with."""
+        return f"{self.concept_look} {UNKNOWN_MOTION}"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A drawn scene. video: T H W 3, 8 bits. mask: T H W, the sprite's coverage 0..1. track: T 2, its centre (x, y)."""
+    """A drawn scene. video: T H W 3, 8 bits. mask: T H W, the sprite's coverage 0..1. track: T 2, the mask's centroid."""
 
     scene: Scene
     video: NDArray[np.uint8]
@@ -137,14 +145,14 @@ def describe(scene: Scene, rng: Generator, *, moving: bool = True) -> str:
 
 
 def draw(scene: Scene, rng: Generator) -> Clip:
-    """The scene with random position, phase-free motion, horizon and light."""
+    """The scene with random position, horizon and light."""
     radius = SIZES[scene.size] * rng.uniform(0.92, 1.08)
-    x, y, angle, scale = _path(scene.motion, radius, rng)
+    x, y, angle, scale = _trajectory(scene.motion, radius, rng)
     first = np.array(COLOURS[scene.colour], np.float32)
     second = np.array(COLOURS[scene.second], np.float32) if scene.second else first * 0.5
     edge, texture = partial(distance, scene.shape), partial(_texture, scene.texture)
     video, mask = render(x, y, angle, radius * scale, edge, texture, (first, second), background(scene.background, rng))
-    return Clip(scene, video, mask, np.stack([x, y], 1).astype(np.float32))
+    return Clip(scene, video, mask, centroids(mask))
 
 
 def render(
@@ -155,9 +163,9 @@ def render(
     edge: Callable[[Array, Array], Array],
     texture: Callable[[Array, Array, Array], Array],
     colours: tuple[Array, Array],
-    scene: Array,
+    behind: Array,
 ) -> tuple[NDArray[np.uint8], Array]:
-    """Video and mask of a sprite with this path (one value per frame) over a background, H W 3.
+    """Video and mask of a sprite with this path (one value per frame) over the picture `behind`, H W 3.
 
     `edge`: signed distance at (u, v) in units of the radius, negative inside; `texture`: positive where the second
     colour shows, given (u, v, edge).
@@ -170,8 +178,14 @@ def render(
     mask = np.clip(0.5 - outside * unit, 0, 1)
     mix = np.clip(0.5 + texture(u, v, outside) * unit, 0, 1)[..., None]
     first, second = colours
-    video = mask[..., None] * (second * mix + first * (1 - mix)) + (1 - mask[..., None]) * scene
+    video = mask[..., None] * (second * mix + first * (1 - mix)) + (1 - mask[..., None]) * behind
     return np.rint(video).clip(0, 255).astype(np.uint8), mask.astype(np.float32)
+
+
+def centroids(mask: Array) -> Array:
+    """T 2: the mean x, y of each frame of a mask, in pixels. Every frame must show something."""
+    places, area = np.arange(SIZE, dtype=np.float32) + 0.5, mask.sum((1, 2))
+    return np.stack([mask.sum(axis) @ places / area for axis in (1, 2)], 1)
 
 
 def sample(rng: Generator) -> Clip:
@@ -185,7 +199,7 @@ def concept_clip(name: str) -> Clip:
 
 
 def sprite(scene: Scene) -> Clip:
-    """The concept standing still in the middle of its background: the reference for its look."""
+    """The concept standing still, at the size it has in its clip: the reference for its look."""
     return draw(replace(scene, motion="still"), np.random.default_rng(1))
 
 
@@ -199,7 +213,7 @@ def background(name: str, rng: Generator) -> Array:
     return np.broadcast_to(above * (1 - share) + below * share + light, (SIZE, SIZE, 3))
 
 
-def _path(motion: str, radius: float, rng: Generator) -> tuple[Array, Array, Array, Array]:
+def _trajectory(motion: str, radius: float, rng: Generator) -> tuple[Array, Array, Array, Array]:
     """Centre x, y in pixels, angle in radians and scale, one value per frame; the sprite stays inside the picture."""
     t = np.linspace(0, 1, FRAMES, dtype=np.float32)
     zero = np.zeros_like(t)

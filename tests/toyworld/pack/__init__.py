@@ -1,5 +1,6 @@
 """A node pack of its own for the toy world's models; Kinoloom does not register it."""
 
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import text_encoder
@@ -8,8 +9,6 @@ from . import text_encoder
 class ToyWorldTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="ToyWorldTextEncoder",
             display_name="Load Toy World Text Encoder",
@@ -20,8 +19,6 @@ class ToyWorldTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
-        import folder_paths
-
         return io.NodeOutput(text_encoder.load(folder_paths.get_full_path_or_raise("text_encoders", clip_name)))
 
 

@@ -81,9 +81,7 @@ class _Model(comfy.sd1_clip.SD1ClipModel):
 def load(path: str | Path) -> comfy.sd.CLIP:
     """The text encoder in `path` as a CLIP, which ComfyUI's text nodes take."""
     target = SimpleNamespace(params={}, clip=_Model, tokenizer=ToyTokenizer)
-    clip = comfy.sd.CLIP(target, state_dict=[comfy.utils.load_torch_file(str(path), safe_load=True)])
-    clip.patcher.cached_patcher_init = (lambda file: load(file).patcher, (str(path),))
-    return clip
+    return comfy.sd.CLIP(target, state_dict=[comfy.utils.load_torch_file(str(path), safe_load=True)])
 
 
 def tokenize(captions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
