@@ -1,13 +1,18 @@
 """The toy world draws what it says, the oracle reads it back, and the base models have learned it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from toyworld import oracle, score, studio, world
 from toyworld.install import MODELS, TEXT_ENCODER, VAE, WAN
 from toyworld.pack import text_encoder
@@ -16,7 +21,7 @@ import nodes
 
 from comfy_client import Client, Server
 
-CAPTIONS = 40
+CAPTIONS = 80
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +66,30 @@ def test_oracle_reads_drawn_clips() -> None:
     for scene, rng in scenes(200, 5):
         clip = world.draw(scene, rng)
         reading = oracle.read(clip.video)
-        assert (reading.shape, reading.colour, reading.motion, reading.background) == (
-            scene.shape, scene.colour, scene.motion, scene.background
-        ), scene  # fmt: skip
-        assert np.abs(reading.track - clip.track).max() < 1.5 and reading.visible == 1
+        assert answers(reading) == answers(scene)
+        assert np.abs(reading.track - clip.track).max() < 1
+
+
+def answers(seen: world.Scene | oracle.Reading) -> tuple[str, ...]:
+    return seen.shape, seen.colour, seen.motion, seen.background
+
+
+def test_oracle_gives_no_answer_where_there_is_none() -> None:
+    black = np.zeros((world.FRAMES, world.SIZE, world.SIZE, 3), np.uint8)
+    red, seldom = black.copy(), world.sample(np.random.default_rng(0)).video.copy()
+    red[..., 0] = 255
+    seldom[4:] = seldom[4:, :1, :1]
+    assert answers(oracle.read(black))[:3] == answers(oracle.read(seldom))[:3] == ("none", "none", "none")
+    assert oracle.read(red).background == "none"
+
+
+@pytest.mark.parametrize("new", world.NEW_MOTIONS)
+def test_motion_score_tells_new_motions_from_what_the_base_knows(new: str) -> None:
+    known = {motion: np.stack(world.path(motion), 1) for motion in world.MOTIONS}
+    assert max(oracle.path_correlation(path, new) for path in known.values()) < 0.6
+    assert min(oracle.path_error(path, new) for path in known.values()) > 4
+    drift = known["right"] / 12  # a pixel or two over the whole clip
+    assert oracle.path_correlation(drift, "zigzag") == 0
 
 
 @pytest.mark.parametrize("name", world.CONCEPTS)
@@ -97,18 +122,22 @@ def test_score_sheet_of_the_concept_itself_and_of_a_still_sprite() -> None:
 
 
 def test_models_fit_in_20_megabytes() -> None:
-    assert sum(path.stat().st_size for path in MODELS.glob("*.safetensors")) < 20e6
+    sizes = [(MODELS / name).stat().st_size for name in (WAN, VAE, TEXT_ENCODER)]
+    assert sum(sizes) < 20e6
 
 
 @torch.inference_mode()
-def test_vae_reconstructs_at_30_db(base: studio.Studio) -> None:
-    videos = np.stack([world.sample(np.random.default_rng(seed)).video for seed in range(1000, 1016)])
-    errors = []
-    for video in torch.from_numpy(videos).float() / 255:
+def test_vae_reconstructs_at_30_db_what_the_oracle_still_reads(base: studio.Studio) -> None:
+    errors, right = [], []
+    for scene, rng in scenes(16, 1000):
+        video = torch.from_numpy(world.draw(scene, rng).video).float() / 255
         latents = base.vae.encode(video)
         assert latents.shape == (1, 16, 5, 8, 8)
-        errors.append((base.vae.decode(latents)[0].cpu() - video).square().mean())
+        decoded = base.vae.decode(latents)[0].cpu()
+        errors.append((decoded - video).square().mean())
+        right.append(answers(oracle.read((decoded.clamp(0, 1) * 255).byte().numpy())) == answers(scene))
     assert 10 * torch.log10(1 / torch.stack(errors).mean()) > 30
+    assert sum(right) >= 15
 
 
 @torch.inference_mode()
@@ -171,3 +200,15 @@ def test_a_server_generates_with_the_toy_models(server: Server, client: Client) 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
+
+
+def test_training_script_makes_files_of_the_same_kind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "toyworld.train", "--share", "0.002", "--output", str(tmp_path)]
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    subprocess.run(command, cwd=scripts.parent / "tests", env=os.environ | {"PYTHONPATH": str(scripts)}, check=True)
+    for name in (WAN, VAE, TEXT_ENCODER):
+        ours, shipped = (load_file(folder / name) for folder in (tmp_path, MODELS))
+        assert {key: (v.shape, v.dtype) for key, v in ours.items()} == {
+            key: (v.shape, v.dtype) for key, v in shipped.items()
+        }
+        assert all(value.isfinite().all() for value in ours.values())

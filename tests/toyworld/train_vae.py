@@ -171,7 +171,7 @@ def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 def match_wan_statistics(vae: nn.Module, rng: Generator) -> None:
     """Scale the latents, channel by channel, to what ComfyUI's Wan21 format normalises, inside the 1x1 convolutions."""
     wan = Wan21()
-    latents = torch.cat([vae.encode(video_batch(rng, 17, 8, base_clip).to(DEVICE)) for _ in range(16)])
+    latents = torch.cat([vae.encode(video_batch(rng, 17, 8, base_clip).to(DEVICE)) for _ in range(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     wanted_mean, wanted_std = (value.flatten().to(DEVICE) for value in (wan.latents_mean, wan.latents_std))
     scale = wanted_std / std
