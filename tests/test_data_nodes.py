@@ -519,6 +519,7 @@ def test_prior_clips_take_the_sizes_of_the_data_in_turn(models: dict[str, Any]) 
     priors = add_priors(models, data, "A.\nB.\nC.")
     assert [row.shape for row in priors.select("clips", "prior")] == [(16, 2, 8, 8), (16, 2, 4, 16), (16, 2, 8, 8)]
     assert priors.select("frames", "prior") == []
+    assert [row.name[-6:] for row in priors.select("clips", "prior")] == ["seed 7", "seed 8", "seed 9"]
 
 
 @pytest.mark.parametrize("prompts", ["A man.\nA [v] man.", "A man does [u].", " \n"])

@@ -23,7 +23,7 @@ COLOURS: dict[str, RGB] = {
 }  # fmt: skip
 SHAPES = ("disc", "square", "triangle", "cross", "ring", "bar")
 TEXTURES = ("plain", "striped", "spotted")
-SIZES = {"small": 9.0, "big": 13.0}  # radius in pixels
+SIZES = {"small": 11.0, "big": 14.0}  # radius in pixels
 MOTIONS = {
     "still": "it stands still.",
     "left": "it moves to the left.",
