@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,9 +88,9 @@ class Run:
 
 
 def made_of(variant: Variant) -> str:
-    files = sorted([*TOYWORLD.glob("*.py"), *TOYWORLD.glob("models/*.safetensors")])
+    code = [TOYWORLD / f"{name}.py" for name in ("world", "oracle", "score", "studio", "personalise")]
     digest = hashlib.sha256(repr((variant.recipe, variant.options, EVALUATION_SEEDS)).encode())
-    for file in files:
+    for file in [*code, *sorted(TOYWORLD.glob("models/*.safetensors"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -104,13 +104,14 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, context, initializer=start, initargs=(base,)) as pool:
         missing = {pool.submit(measure, run, options.output): run for run in runs if not run.scores(options.output)}
         for done in as_completed(missing):
-            scores = done.exception() or {name: round(value, 3) for name, value in done.result().items()}
-            print(missing[done], scores, flush=True)
-    text = table(options.output, [run for run in runs if run.scores(options.output)])
+            print(missing[done], done.exception() or done.result(), flush=True)
+    text = table(options.output, runs)
     (options.output / "table.md").write_text(text)
     print(text)
     for concept in options.concepts:
         contact_sheet(options.output, concept, options.variants).save(options.output / f"sheet-{concept}.png")
+    if any(done.exception() for done in missing):
+        raise SystemExit("not every LoRA could be trained and scored: see above")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,14 +175,15 @@ def measure(run: Run, output: Path) -> dict[str, float]:
 
 def table(output: Path, runs: Iterable[Run]) -> str:
     """Markdown: mean ± standard deviation over all concepts and seeds together."""
-    from toyworld.score import Scores
-
-    names = [score.name for score in fields(Scores)]
+    results: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        if scores := run.scores(output):
+            results.setdefault(VARIANTS[run.variant].title, []).append(scores)
+    names = list(next(iter(results.values()))[0])
     lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---|" + "---|" * len(names)]
-    for key in dict.fromkeys(run.variant for run in runs):
-        rows = [scores for run in runs if run.variant == key and (scores := run.scores(output))]
+    for title, rows in results.items():
         cells = [cell([row[name] for row in rows], DIGITS.get(name, 2)) for name in names]
-        lines.append(f"| {VARIANTS[key].title} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
