@@ -21,7 +21,7 @@ import nodes
 
 from comfy_client import Client, Server
 
-CAPTIONS = 80
+CAPTIONS = 48
 
 
 @pytest.fixture(scope="module")
