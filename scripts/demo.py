@@ -26,9 +26,9 @@ matplotlib.use("Agg")
 OUTPUT = PACK / "demo_output"
 BASE = PACK / ".runtime" / "base"
 
-CONCEPT = "star"
+CONCEPT = "heart"
 SCENE = world.CONCEPTS[CONCEPT]
-EDITED = f"{world.SUBJECT} at night. {world.UNKNOWN_MOTION}"
+EDITED = f"{world.SUBJECT} in a desert. {world.UNKNOWN_MOTION}"
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
             "the clip": clip,
             "base model": generate(client, job["files"], 0.0, SCENE.concept_caption, OUTPUT / "base.mp4"),
             "with the LoRA": generate(client, job["files"], 1.0, SCENE.concept_caption, OUTPUT / "lora.mp4"),
-            "... and “at night”": generate(client, job["files"], 1.0, EDITED, OUTPUT / "edited.mp4"),
+            "... and “in a desert”": generate(client, job["files"], 1.0, EDITED, OUTPUT / "edited.mp4"),
         }
     plot_loss(job["history"], OUTPUT / "loss.png")
     contact_sheet({name: [video] for name, video in rows.items()}, frames=6, scale=2).save(OUTPUT / "side_by_side.png")

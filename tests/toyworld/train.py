@@ -1,6 +1,6 @@
 """Trains the toy world's base models from nothing, on the GPU if there is one: bash scripts/toyworld.sh
 
-On two CPU cores that takes about HOURS. Steps and seeds are fixed; another processor still rounds otherwise, so it makes
+On two CPU cores that takes about 80 minutes. Steps and seeds are fixed; another processor still rounds otherwise, so it makes
 other weights of the same kind. tests/test_toyworld.py says how good they have to be.
 """
 

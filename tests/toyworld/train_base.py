@@ -22,7 +22,7 @@ from .pack.text_encoder import WIDTH, ToyEncoder, tokenize
 from .train_vae import DEVICE
 
 DIM, BLOCKS, FFN, HEADS = 256, 5, 768, 4
-CLIPS, STEPS, BATCH = 5000, 5500, 32
+CLIPS, STEPS, BATCH = 5000, 6500, 32
 UNCONDITIONAL = 0.1  # captions replaced by the empty one, for classifier-free guidance
 FRAMES_ONLY = 0.15  # batches of single frames, which Wan is trained on too
 
