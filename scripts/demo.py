@@ -18,7 +18,7 @@ from comfy_workflow import Json, find_node, set_widget, upstream
 
 sys.path.append(str(PACK / "tests"))
 from toyworld import oracle, world
-from toyworld.install import TEXT_ENCODER, VAE, WAN, install
+from toyworld.install import CFG, SAMPLER, SHIFT, STEPS, TEXT_ENCODER, VAE, WAN, install
 from toyworld.sheet import contact_sheet
 
 matplotlib.use("Agg")
@@ -120,9 +120,9 @@ def generate(client: Client, loras: dict[str, str], strength: float, prompt: str
         set_widget(workflow, info, f"Load LoRA: {export}", "lora_name", str(name))
         set_widget(workflow, info, f"Load LoRA: {export}", "strength_model", strength)
     sampler = find_node(workflow, "KSampler")
-    for name, value in {"steps": 20, "cfg": 4.0, "seed": 1, "sampler_name": "euler"}.items():
+    for name, value in {"steps": STEPS, "cfg": CFG, "seed": 1, "sampler_name": SAMPLER}.items():
         set_widget(workflow, info, sampler, name, value)
-    set_widget(workflow, info, "ModelSamplingSD3", "shift", 3.0)
+    set_widget(workflow, info, "ModelSamplingSD3", "shift", SHIFT)
     set_widget(workflow, info, upstream(workflow, sampler, "positive"), "text", prompt)
     set_widget(workflow, info, upstream(workflow, sampler, "negative"), "text", "")
     for name, value in {"width": world.SIZE, "height": world.SIZE, "length": world.FRAMES}.items():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from toyworld import personalise, score, studio, world
 
-CONCEPT, SEEDS = "star", (11, 12)
+RECIPE, CONCEPT, SEEDS = "KinoloomTrainSetAndSequence", "star", (11, 12)
 OPTIONS = {"rank": 32, "learning_rate": 3e-3, "batch_size": 4, "gradient_accumulation": 1, "validate_every": 0}
 
 
@@ -20,7 +20,7 @@ def test_set_and_sequence_learns_look_and_motion_and_keeps_the_rest(base: studio
     scene = world.CONCEPTS[CONCEPT]
     options = {**OPTIONS, "set_steps": 120, "sequence_steps": 160, "set_dropout": 0.5}
     data = personalise.training_data(base, CONCEPT)
-    identity, motion, combined = personalise.train(base, data, personalise.TWO_STAGES, options, tmp_path)
+    identity, motion, combined = personalise.train(base, data, RECIPE, options, tmp_path)
     parts = [load_file(file) for file in (identity, motion, combined)]
     for name, value in parts[2].items():
         in_identity, in_motion = (part[name] for part in parts[:2])

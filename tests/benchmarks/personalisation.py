@@ -93,8 +93,14 @@ class Run:
 
 
 def made_of(variant: Variant) -> str:
-    code = [TOYWORLD / f"{name}.py" for name in ("world", "oracle", "score", "studio", "personalise")]
-    digest = hashlib.sha256(repr((variant.recipe, variant.options, EVALUATION_SEEDS)).encode())
+    return hashlib.sha256(repr((variant.recipe, variant.options, EVALUATION_SEEDS, toyworld())).encode()).hexdigest()
+
+
+@cache
+def toyworld() -> str:
+    """Digest of the models and the code that measures."""
+    code = [TOYWORLD / f"{name}.py" for name in ("world", "oracle", "score", "install", "studio", "personalise")]
+    digest = hashlib.sha256()
     for file in [*code, *sorted(TOYWORLD.glob("models/*.safetensors"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()

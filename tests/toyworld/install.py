@@ -1,10 +1,11 @@
-"""Puts the toy world into a ComfyUI base directory."""
+"""The toy world's files, how its model is sampled, and putting it into a ComfyUI base directory."""
 
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 WAN, VAE, TEXT_ENCODER = "toy_wan.safetensors", "toy_wan_vae.safetensors", "toy_text_encoder.safetensors"
+SAMPLER, STEPS, CFG, SHIFT = "euler", 20, 4.0, 3.0
 
 
 def install(base: Path) -> None:

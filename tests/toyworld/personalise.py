@@ -12,9 +12,9 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 
 from . import world
-from .studio import CFG, STEPS, Studio
+from .install import CFG, SAMPLER, STEPS
+from .studio import Studio
 
-PLAIN, TWO_STAGES = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
 PRIORS = 12
 
 
@@ -31,7 +31,7 @@ def training_data(studio: Studio, name: str) -> TrainingData:
     rng = np.random.default_rng(7)
     ordinary = "\n".join(world.choose(rng).caption for _ in range(PRIORS))
     (with_priors,) = PriorClips.execute(
-        studio.model, studio.clip, studio.vae, encoded, ordinary, "", "euler", "simple", steps=STEPS, cfg=CFG,
+        studio.model, studio.clip, studio.vae, encoded, ordinary, "", SAMPLER, "simple", steps=STEPS, cfg=CFG,
         seeds_per_prompt=1,
     ).args  # fmt: skip
     return with_priors

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import world
-from .install import MODELS, TEXT_ENCODER, VAE, WAN
+from .install import CFG, MODELS, SAMPLER, SHIFT, STEPS, TEXT_ENCODER, VAE, WAN
 from .pack import text_encoder
 
-SHIFT, STEPS, CFG = 3.0, 20, 4.0
 NEGATIVE = ""
 
 
@@ -54,7 +53,7 @@ class Studio:
         shape = (1, 16, (world.FRAMES - 1) // 4 + 1, world.SIZE // 8, world.SIZE // 8)
         noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(shape), seed) for seed in seeds])
         latents = comfy.sample.sample(
-            model, noise, STEPS, CFG, "euler", "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True
+            model, noise, STEPS, CFG, SAMPLER, "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True
         )
         return (self.vae.decode(latents).clamp(0, 1) * 255).round().byte().cpu().numpy()
 

@@ -14,12 +14,12 @@ from comfy.ldm.wan.model import WanModel
 from comfy.utils import load_torch_file
 from kinoloom.trainers.core.host import TRANSFORMER_OPTIONS
 from numpy.random import Generator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import train_vae, world
 from .pack.text_encoder import WIDTH, ToyEncoder, tokenize
 from .train_vae import DEVICE
+from tiny_weights import save
 
 DIM, BLOCKS, FFN, HEADS = 256, 5, 768, 4
 CLIPS, STEPS, BATCH = 5000, 6500, 32
@@ -75,7 +75,7 @@ def write(average: dict[str, Tensor], model_path: Path, text_path: Path) -> None
     config = json.dumps({"transformer": {"num_heads": HEADS, "text_dim": average["text.shared.weight"].shape[1]}})
     for prefix, path, metadata in (("model.", model_path, {"config": config}), ("text.", text_path, None)):
         part = {name.removeprefix(prefix): v.half() for name, v in average.items() if name.startswith(prefix)}
-        save_file({name: value.contiguous() for name, value in part.items()}, path, metadata)
+        save(path, part, metadata)
 
 
 @torch.no_grad()
@@ -89,10 +89,7 @@ def encode_clips(vae_path: Path, count: int, rng: Generator) -> tuple[list[world
         video = np.stack([clip.video for clip in clips])
         picked = video[np.arange(16), rng.integers(0, world.FRAMES, 16)][:, None]
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            encoded = [
-                process_in(vae.encode(torch.from_numpy(x).to(DEVICE).movedim(-1, 1).float() / 127.5 - 1).float())
-                for x in (video, picked)
-            ]
+            encoded = [process_in(vae.encode(train_vae.to_pixels(x)).float()) for x in (video, picked)]
         latents.append(encoded[0].half().cpu())
         frames.append(encoded[1].half().cpu())
         scenes += [clip.scene for clip in clips]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from comfy.latent_formats import Wan21
 from comfy.ldm.wan.vae import WanVAE
 from numpy.random import Generator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import world
+from tiny_weights import save
 
 Draw = Callable[[Generator], np.ndarray]  # a clip, T H W 3, 8 bits
 
@@ -38,11 +38,7 @@ def main(target: Path, share: float) -> None:
     for frames, batch, steps, rate, draw in stages:
         train(vae, rng, frames, batch, math.ceil(steps * share), rate, draw)
     match_wan_statistics(vae, rng)
-    save(vae, target)
-
-
-def save(vae: nn.Module, target: Path) -> None:
-    save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, target)
+    save(target, {name: value.half() for name, value in vae.state_dict().items()})
 
 
 def train(vae: nn.Module, rng: Generator, frames: int, batch: int, steps: int, rate: float, draw: Draw) -> None:
@@ -51,7 +47,7 @@ def train(vae: nn.Module, rng: Generator, frames: int, batch: int, steps: int, r
     optimizer = Optimizer(vae)
     recent = []
     for step in range(steps):
-        clips = video_batch(rng, frames, batch, draw).to(DEVICE)
+        clips = video_batch(rng, frames, batch, draw)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             mean, log_var = encode(vae, clips)
             latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
@@ -115,7 +111,12 @@ def video_batch(rng: Generator, frames: int, batch: int, draw: Draw) -> Tensor:
     for _ in range(batch // per_clip):
         video = draw(rng)
         videos += [video[start : start + frames] for start in rng.integers(0, world.FRAMES - frames + 1, per_clip)]
-    return torch.from_numpy(np.stack(videos)).movedim(-1, 1).float() / 127.5 - 1
+    return to_pixels(np.stack(videos))
+
+
+def to_pixels(videos: np.ndarray) -> Tensor:
+    """B T H W 3, 8 bits, to B 3 T H W in -1..1 on the device."""
+    return torch.from_numpy(videos).to(DEVICE).movedim(-1, 1).float() / 127.5 - 1
 
 
 def base_clip(rng: Generator) -> np.ndarray:
@@ -171,7 +172,7 @@ def encode(vae: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 def match_wan_statistics(vae: nn.Module, rng: Generator) -> None:
     """Scale the latents, channel by channel, to what ComfyUI's Wan21 format normalises, inside the 1x1 convolutions."""
     wan = Wan21()
-    latents = torch.cat([vae.encode(video_batch(rng, 17, 8, base_clip).to(DEVICE)) for _ in range(8)])
+    latents = torch.cat([vae.encode(video_batch(rng, 17, 8, base_clip)) for _ in range(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     wanted_mean, wanted_std = (value.flatten().to(DEVICE) for value in (wan.latents_mean, wan.latents_std))
     scale = wanted_std / std
