@@ -21,15 +21,15 @@ class Options:
 
     frames_per_clip: int = knob(
         33,
-        "Frames in one training clip, 4n+1 for Wan (17, 33, 49, 81). Raise it for slow motion, lower it if memory "
-        "runs out or the videos are short.",
+        "Frames in one training clip: 4n+1 for Wan (17, 33, 49, 81), 16 for AnimateDiff. Raise it for slow motion, "
+        "lower it if memory runs out or the videos are short.",
         min=1,
         max=1025,
-        step=4,
     )
     fps: float = knob(
         16.0,
-        "Frame rate the clips are brought to. Keep it at the model's own rate, 16 for Wan; 0 keeps each file's rate.",
+        "Frame rate the clips are brought to. Keep it at the model's own rate, 16 for Wan, 8 for AnimateDiff; 0 keeps "
+        "each file's rate.",
         min=0.0,
         max=240.0,
         step=0.01,

@@ -28,6 +28,7 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
+from .motion import MOTION_LORAS
 from .widgets import TrainingJobType
 
 POLL_SECONDS = 0.2
@@ -36,8 +37,10 @@ ROOM_SECONDS = 10
 LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 
 
-def output_folder(run_name: str) -> Path:
-    return Path(folder_paths.get_folder_paths("loras")[0]) / "kinoloom" / run_name
+def output_folders(run_name: str) -> dict[str, str]:
+    """Where a run's files go, by the model folder that their loaders look in."""
+    folders = {folder: folder_paths.get_folder_paths(folder)[0] for folder in ("loras", MOTION_LORAS)}
+    return {folder: str(Path(path) / "kinoloom" / run_name) for folder, path in folders.items()}
 
 
 class Registry:
@@ -103,7 +106,7 @@ class Registry:
                         data=data,
                         source=source,
                         identity=identity,
-                        output=str(output_folder(name)),
+                        outputs=output_folders(name),
                         created=time.time(),
                     )
                 )
@@ -121,7 +124,7 @@ class Registry:
             named = (job for job in self.jobs.values() if job.spec.run_name.casefold() == name.casefold())
             earlier = self._last(named)
             if earlier is None:
-                if not output_folder(name).exists():
+                if not any(Path(folder).exists() for folder in output_folders(name).values()):
                     return name, None
             elif earlier.status == "finished":
                 if not identity.changes(earlier.spec.identity):

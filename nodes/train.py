@@ -12,7 +12,7 @@ from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.config import TrainConfig, make
 from ..trainers.core.data import PhaseData, TrainingData
-from ..trainers.core.host import device, resolve_precision
+from ..trainers.core.host import carried, device, resolve_precision
 from ..trainers.core.recipe import Recipe
 from .jobs import registry
 from .widgets import NO_FILE, TrainingDataType, TrainingJobType, widget
@@ -59,7 +59,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
             config = replace(config, precision=resolve_precision(config.precision, device()))
-            backbone_modules()[recipe.backbone].check(model.model)
+            backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
             check_data(recipe, config, data)
             job = registry().start(model, recipe.name, config, data, files, run_name)
             return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
@@ -69,11 +69,12 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
 
 def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:
-    """ValueError if a phase has nothing to train on; a warning if prior clips are there for some phases only."""
+    """ValueError if the data does not suit the options; a warning if prior clips are there for some phases only."""
     phases = {
         phase.name: PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
         for phase in recipe.phases(config)
     }
+    config.check_data(data)
     without = [name for name, phase in phases.items() if not phase.prior.rows]
     if without and len(without) < len(phases):
         logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_sd import write_motion_module, write_unet
 from torch import Tensor
 
 from tiny_vae import write_wan_vae
 from tiny_weights import StateDict, Weights, save
 
+SD_WIDTHS = (32, 64, 64, 64)
 CLIP_WIDTH = 768  # core builds CLIP-L at this width whatever the file holds
 LATENT_CHANNELS = 16
 CLIP_VISION_WIDTH = 1280
@@ -24,6 +26,10 @@ def write_all(folder: Path) -> dict[str, Path]:
     write_wan(files["diffusion_models"])
     write_wan_vae(files["vae"])
     write_clip(files["text_encoders"])
+    files["sd"] = folder / "diffusion_models" / "tiny_sd.safetensors"
+    files["motion"] = folder / "animatediff_models" / "tiny_motion.safetensors"
+    write_unet(files["sd"], SD_WIDTHS)
+    write_motion_module(files["motion"], SD_WIDTHS)
     return files
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,39 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tiny_models: Path) -> Any:
-    """The tiny Wan as a MODEL."""
-    from .runs import load_model  # which imports ComfyUI, as only a configured pytest can
+@pytest.fixture(scope="session")
+def inputs(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any]]:
+    """The tiny MODEL that a method trains on, and synthetic data for it, prior rows included."""
+    from kinoloom.trainers import recipes  # which import ComfyUI, as only a configured pytest can
 
-    return load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
+    from .runs import load_tiny, write_data
+
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def of(name: str) -> tuple[Any, Any]:
+        backbone = recipes()[name].backbone
+        if backbone not in made:
+            made[backbone] = load_tiny(tiny_models, backbone), write_data(tmp_path_factory.mktemp("data"), backbone)
+        return made[backbone]
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Synthetic training data for it, prior rows included."""
-    from .runs import write_data
+@pytest.fixture
+def own(request: pytest.FixtureRequest, inputs: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Those of the method `name` that a test runs for, Wan's where it has no such parameter."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return inputs(parameters.get("name", "KinoloomTrainWanLora"))
 
-    return write_data(tmp_path_factory.mktemp("data"), "wan")
+
+@pytest.fixture
+def model(own: tuple[Any, Any]) -> Any:
+    return own[0]
+
+
+@pytest.fixture
+def data(own: tuple[Any, Any]) -> Any:
+    return own[1]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.sd
 import torch
+from kinoloom.nodes import motion
 from kinoloom.trainers import backbone_modules, recipes
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state
@@ -18,6 +19,7 @@ from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
 from kinoloom.trainers.core.record import Spec
 from torch import Tensor
+from toyworld.pack import unet
 
 TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
 SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
@@ -25,8 +27,13 @@ SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every"
 RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},
     "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
+    "KinoloomTrainMotionDirector": {"steps": 5, "preset": "custom", "spatial_learning_rate": 1e-2},
 }
-SHAPES = {"wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)}}
+SHAPES = {
+    "wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)},
+    "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
+}
+LAYERS = {"spatial": 192, "temporal": 200}  # of a file's export; 20 of the tiny Wan's
 
 
 def random(*shape: int, name: str) -> Tensor:
@@ -37,6 +44,22 @@ def load_model(path: Path, **options: Any) -> Any:
     """A MODEL as Load Diffusion Model gives it: made in inference mode. `dtype` is its weight_dtype."""
     with torch.inference_mode():
         return comfy.sd.load_diffusion_model(str(path), options)
+
+
+def load_animatediff(folder: Path, motion_module: str = "tiny_motion", **options: Any) -> Any:
+    """The tiny SD1.5 of a folder of tiny models with a motion module on it, as Apply Motion Module gives it."""
+    with torch.inference_mode():
+        model = unet.load(folder / "diffusion_models" / "tiny_sd.safetensors")
+        module = motion.load_motion_module(str(folder / "animatediff_models" / f"{motion_module}.safetensors"))
+        widgets = {"context_length": 16, "context_overlap": 4, "beta_schedule": motion.LINEAR, **options}
+        return motion.ApplyMotionModule.execute(model, module, **widgets).args[0]
+
+
+def load_tiny(folder: Path, backbone: str) -> Any:
+    """The tiny MODEL of a backbone."""
+    if backbone == "animatediff":
+        return load_animatediff(folder)
+    return load_model(folder / "diffusion_models" / "tiny_wan.safetensors")
 
 
 def prompt(name: str, *, variants: int = 2, tokens: int = TOKENS, width: int = TEXT_WIDTH) -> dict[str, Tensor]:
@@ -111,7 +134,7 @@ def make_job(
             data=data,
             source=source,
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
-            output=str(folder / "out"),
+            outputs=dict.fromkeys(("loras", "animatediff_motion_lora"), str(folder / "out")),
             created=0.0,
         )
     method = recipes()[recipe]
@@ -165,9 +188,11 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 
 
 def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A private Wan of `model`, as a job makes it, on the CPU."""
-    private = host.load_private(model, torch.device("cpu"))
-    backbone = backbone_modules()["wan"].load(private, torch.device("cpu"), dtype, host.TRANSFORMER_OPTIONS)
+    """The backbone of a private copy of `model`, as a job makes it, on the CPU."""
+    parts, cpu = host.parts_of(model), torch.device("cpu")
+    private = host.load_private(model, cpu)
+    load = backbone_modules()["animatediff" if parts else "wan"].load
+    backbone = load(private, parts, cpu, dtype, host.TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
 

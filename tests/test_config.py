@@ -1,6 +1,7 @@
 """Options: what is refused, and that each one of every method changes something."""
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from kinoloom.trainers.core.job import Job
 
 from .runs import RUNS, Published, events, finish, make_config, make_job, state_of
 
-SNS, WAN_LORA = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora"
+SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
 
 
 def every_option() -> list[Any]:
@@ -107,7 +108,11 @@ def test_set_and_sequence_runs_the_stages_that_have_steps(options: dict[str, Any
 
 # -- every option does something -------------------------------------------------------------------------------------------
 
-BASE = {WAN_LORA: {"steps": 3}, SNS: {"set_steps": 2, "sequence_steps": 2, "gradient_accumulation": 1}}
+BASE = {
+    WAN_LORA: {"steps": 3},
+    SNS: {"set_steps": 2, "sequence_steps": 2, "gradient_accumulation": 1},
+    DIRECTOR: {"steps": 3},
+}
 STEPS, WEIGHTS, FILES, DTYPE, METADATA, PLAN, VALIDATIONS, SAVED = (
     "steps", "weights", "files", "dtype", "metadata", "plan", "validations", "saved",
 )  # fmt: skip
@@ -151,8 +156,21 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "set_shift": (5.0, WEIGHTS),
         "sequence_shift": (5.0, WEIGHTS),
     },
+    DIRECTOR: {
+        "preset": ("low", WEIGHTS),
+        "train": ("spatial", FILES),
+        "steps": (2, STEPS),
+        "spatial_learning_rate": (1e-3, WEIGHTS),
+        "spatial_loras": (2, WEIGHTS),
+        "spatial_layers": ("self-attention and feed-forward", WEIGHTS),
+        "temporal_layers": ("attention", FILES),
+        "spatial_off_prob": (1.0, WEIGHTS),
+        "debias_weight": (0.0, WEIGHTS),
+        "dropout": (0.0, WEIGHTS),
+    },
 }
 ELSEWHERE = {
+    "domain_adapter": "test_motion_director: it is merged before training",
     "identity_file": "test_set_and_sequence: an identity file continues to the same bits",
     "self_conditioning_prob": "above: only 0 is accepted",
     "pause_when_busy": "read where the queue is known: see the test below",
@@ -168,8 +186,8 @@ def test_no_option_is_missing_from_the_table(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(model: Any, data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return {name: observed(tmp_path_factory.mktemp(name), model, data, name) for name in RUNS}
+def base(inputs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return {name: observed(tmp_path_factory.mktemp(name), *inputs(name), name) for name in RUNS}
 
 
 def observed(folder: Path, model: Any, data: TrainingData, name: str, **options: Any) -> dict[str, Any]:
@@ -222,7 +240,12 @@ def test_an_option_changes_what_it_says(
 @pytest.mark.parametrize(("option", "stage"), [("set_dropout", "set"), ("sequence_dropout", "sequence"),
                                                ("set_shift", "set"), ("sequence_shift", "sequence")])  # fmt: skip
 def test_an_option_of_one_stage_leaves_the_other_alone(
-    option: str, stage: str, base: dict[str, dict[str, Any]], model: Any, data: TrainingData, tmp_path: Path
+    option: str,
+    stage: str,
+    base: dict[str, dict[str, Any]],
+    model: Any,
+    data: TrainingData,
+    tmp_path: Path,
 ) -> None:
     """Stage 1 is the identity group; what changes only stage 2 leaves it equal."""
     after = observed(tmp_path, model, data, SNS, **{option: OWN[SNS][option][0]})[WEIGHTS]

@@ -48,7 +48,7 @@ def allowed(path: Path, target: str) -> bool:
     if name.startswith("trainers/core/"):
         return target.startswith(("trainers.core", "lora_io")) or target == "trainers.backbones.base"
     if name.startswith("trainers/backbones/"):
-        return target.startswith(("trainers.core", "trainers.backbones.base"))
+        return target.startswith(("trainers.core", "trainers.backbones"))
     assert name.startswith("trainers/")
     return target.startswith(("trainers.core", "trainers.backbones", "lora_io", own))
 

@@ -42,9 +42,9 @@ SPLITS = {"set": "frames", "sequence": "clips"}
 
 
 @pytest.fixture(scope="module")
-def run(model: Any, data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def run(inputs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A whole run of both stages, its files in fp16."""
-    folder = tmp_path_factory.mktemp("run")
+    folder, (model, data) = tmp_path_factory.mktemp("run"), inputs(NAME)
     return finish(make_job(folder, model, data, make_config(NAME), NAME), model)
 
 

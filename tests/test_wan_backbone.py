@@ -170,13 +170,13 @@ def test_an_image_to_video_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="found a Wan i2v model with 36 input channels, expected Wan 2.1 text-to-video"
     ):
-        wan.check(load_model(tmp_path / "i2v.safetensors").model)
+        wan.check(load_model(tmp_path / "i2v.safetensors").model, {}, [])
 
 
 def test_a_wan_of_other_channels_is_refused(tmp_path: Path) -> None:
     tiny.write_wan(tmp_path / "wide.safetensors", in_dim=32)
     with pytest.raises(ValueError, match="with 32 input channels, expected .* with 16"):
-        wan.check(load_model(tmp_path / "wide.safetensors").model)
+        wan.check(load_model(tmp_path / "wide.safetensors").model, {}, [])
 
 
 def test_another_architecture_is_refused_by_its_name() -> None:
@@ -186,7 +186,7 @@ def test_another_architecture_is_refused_by_its_name() -> None:
          "num_heads": 2, "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None}
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"found BaseModel \(UNetModel\), expected a Wan 2.1 text-to-video model"):
-        wan.check(comfy.model_base.BaseModel(config))
+        wan.check(comfy.model_base.BaseModel(config), {}, [])
 
 
 def test_a_model_that_cannot_be_loaded_again_is_refused(model: Any) -> None:
@@ -413,7 +413,7 @@ def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: 
         module = private.diffusion_model
         assert module.blocks[0].ffn[0].weight.dtype == (torch.bfloat16 if narrowed else torch.float32)
         assert module.patch_embedding.weight.dtype == torch.float32, "computed in fp32 by the model"
-        backbone = wan.load(private, torch.device("cpu"), torch.bfloat16, host.TRANSFORMER_OPTIONS)
+        backbone = wan.load(private, {}, torch.device("cpu"), torch.bfloat16, host.TRANSFORMER_OPTIONS)
         recipe = WanLora(backbone, WanLora.Config(rank=4))
         recipe.start(recipe.phases(recipe.config)[0])
         for path, up in recipe.lora.factors("lora", "up").items():

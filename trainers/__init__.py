@@ -18,6 +18,10 @@ def recipes() -> dict[str, type[Recipe]]:
 
 @cache
 def backbone_modules() -> dict[str, Any]:
-    """Backbone name to its module, which has `check(model)` and `load(model, device, dtype, transformer_options)`."""
-    names = [m.name for m in pkgutil.iter_modules(backbones.__path__) if m.name != "base"]
-    return {name: importlib.import_module(f"{backbones.__name__}.{name}") for name in names}
+    """Backbone name to its module: one with `check(model, parts, rows)` and `load`, which makes a base.Backbone.
+
+    `load(model, parts, device, dtype, transformer_options)` gets the private copy of a MODEL, and what it carries.
+    """
+    names = [m.name for m in pkgutil.iter_modules(backbones.__path__)]
+    modules = {name: importlib.import_module(f"{backbones.__name__}.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "load")}

@@ -107,7 +107,7 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
     device = host.device()
     private, dtype = host.load_private(model, device), host.compute_dtype(config.precision, device)
     host.narrow(private, dtype)
-    backbone = wan.load(private, device, dtype, host.TRANSFORMER_OPTIONS)
+    backbone = wan.load(private, {}, device, dtype, host.TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.checkpointing = checkpointing == "on"
     folder = model_path.parent / f"data-{os.getpid()}"

@@ -6,6 +6,8 @@ HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 WAN, VAE, TEXT_ENCODER = "toy_wan.safetensors", "toy_wan_vae.safetensors", "toy_text_encoder.safetensors"
 SAMPLER, STEPS, CFG, SHIFT = "euler", 20, 4.0, 3.0
+UNET, MOTION, IMAGE_VAE = "toy_sd.safetensors", "toy_motion.safetensors", "toy_sd_vae.safetensors"
+STRIDE = 2  # AnimateDiff's clips are at half the frame rate, as its real ones are at 8 per second
 
 
 def install(base: Path) -> None:

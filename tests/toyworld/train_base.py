@@ -124,7 +124,7 @@ def build_text_encoder() -> nn.Module:
 def initialise(module: nn.Module) -> None:
     """ComfyUI's layers are made without values."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv3d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.normal_(layer.weight, std=math.prod(layer.weight.shape[1:]) ** -0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -66,19 +66,19 @@ def train(vae: nn.Module, rng: Generator, frames: int, batch: int, steps: int, r
 
 
 class Optimizer:
-    """Muon for the convolutions, each taken as a matrix, and AdamW for norms and biases."""
+    """Muon for matrices and kernels, each taken as a matrix, and AdamW for norms and biases."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.convolutions = [p for p in module.parameters() if p.ndim >= 4 and p.shape[1] > 1]
-        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.convolutions]  # the same memory
-        others = [p for p in module.parameters() if all(p is not c for c in self.convolutions)]
+        self.weights = [p for p in module.parameters() if p.ndim >= 2 and p.shape[1] > 1]
+        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.weights]  # the same memory
+        others = [p for p in module.parameters() if all(p is not w for w in self.weights)]
         self.muon = torch.optim.Muon(self.matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         self.adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, rate: float) -> None:
-        for matrix, convolution in zip(self.matrices, self.convolutions, strict=True):
-            matrix.grad = None if convolution.grad is None else convolution.grad.view_as(matrix)
-            convolution.grad = None
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
+            weight.grad = None
         for optimizer in (self.muon, self.adam):
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()

@@ -1,8 +1,12 @@
 """What a recipe needs of a frozen model."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from ..core.data import Row
 
 
 class Schedule(Protocol):
@@ -26,3 +30,31 @@ class Backbone(Protocol):
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]: ...
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor: ...
+
+
+def prepare_latents(batch: dict[str, Any], device: torch.device, process_latent_in: Any) -> dict[str, Any]:
+    """Latents and mask to the device, latents from the VAE's space to the model's; prompts stay on the CPU."""
+    moved = {name: batch[name].to(device) for name in ("latents", "mask") if name in batch}
+    return {**batch, **moved, "latents": process_latent_in(moved["latents"].float())}
+
+
+def prompts(batch: dict[str, Any], width: int) -> Tensor:
+    """`prompt_embeds` [B, n, D] with the zeros that were cut off, where the text encoder pads with zeros."""
+    prompt_embeds = batch["prompt_embeds"]
+    if prompt_embeds.shape[-1] != width:
+        raise ValueError(
+            f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {width}. Was the data "
+            "encoded with another model's text encoder?"
+        )
+    padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
+    return nn.functional.pad(prompt_embeds, (0, 0, 0, padding))
+
+
+def check_channels(rows: Iterable[Row], channels: int) -> None:
+    """ValueError if data was encoded with the VAE of another model."""
+    for row in rows:
+        if row.shape[0] != channels:
+            raise ValueError(
+                f"data: {row.name} has latents of {row.shape[0]} channels, expected {channels}: was it encoded with "
+                "the VAE of another model?"
+            )

@@ -1,17 +1,25 @@
 """Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.data import Row
 from ..core.noise import FlowMatch
+from .base import check_channels, prepare_latents, prompts
 
 LATENT_CHANNELS = 16
 
 
-def check(model: Any) -> None:
-    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model of 16 latent channels."""
+def check(model: Any, parts: dict[str, Any], rows: Iterable[Row]) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model, and the data is for it."""
+    _check_model(model)
+    check_channels(rows, LATENT_CHANNELS)
+
+
+def _check_model(model: Any) -> None:
     module = getattr(model, "diffusion_model", None)
     kind = type(module).__name__
     if kind != "WanModel":
@@ -32,9 +40,11 @@ class Wan:
         "attention": r"blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]",
     }
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, transformer_options: dict) -> None:
+    def __init__(
+        self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+    ) -> None:
         """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
-        check(model)
+        _check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = list(self.module.blocks)
         self.device, self.dtype = device, dtype
@@ -43,23 +53,14 @@ class Wan:
         self.checkpointing = False
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Latents and mask to the device, latents from the VAE's space to the model's; prompts stay on the CPU."""
-        moved = {name: batch[name].to(self.device) for name in ("latents", "mask") if name in batch}
-        return {**batch, **moved, "latents": self.process_latent_in(moved["latents"].float())}
+        return prepare_latents(batch, self.device, self.process_latent_in)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
         """`batch` holds prompt_embeds [B, n, D] and, where the text encoder pads with zeros, prompt_length [B]."""
-        prompt_embeds = batch["prompt_embeds"].to(self.device, self.dtype)
-        if prompt_embeds.shape[-1] != self.module.text_dim:
-            raise ValueError(
-                f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {self.module.text_dim}. Was the data "
-                "encoded with another model's text encoder?"
-            )
-        padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
         return self.module(
             noisy_latents.to(self.dtype),
             FlowMatch.multiplier * t,
-            context=nn.functional.pad(prompt_embeds, (0, 0, 0, padding)),
+            context=prompts(batch, self.module.text_dim).to(self.device, self.dtype),
             transformer_options=dict(self.transformer_options),
         )
 

@@ -173,6 +173,9 @@ class TrainConfig:
         for option in fields(self):
             check(option, getattr(self, option.name))
 
+    def check_data(self, data: Any) -> None:
+        """ValueError if training data does not suit these options."""
+
 
 def check(option: Field, value: Any) -> None:
     """Raise ValueError if `value` does not fit the knob: type, finite, range, choices."""

@@ -112,7 +112,8 @@ class Batches:
         return self.of_rows(self._epoch[1][place])
 
     def of_rows(self, indices: list[int]) -> Batch:
-        return self.prepare(collate([self._row(index) for index in indices]))
+        batch = collate([self._row(index) for index in indices])
+        return self.prepare({**batch, "row": torch.tensor(indices), "role": self.key[1]})
 
     def largest(self) -> Batch:
         """One micro-batch of the largest latent shape: what a run needs memory for."""

@@ -30,7 +30,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         if export.phase != phase.name:
             continue
         label = f"{name}-best" if best else name
-        path = Path(spec.output) / f"{spec.run_name}-{label}-{record.done:06d}.safetensors"
+        path = Path(spec.outputs[export.folder]) / f"{spec.run_name}-{label}-{record.done:06d}.safetensors"
         metadata = describe(
             recipe=spec.recipe,
             export=name,

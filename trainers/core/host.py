@@ -5,26 +5,65 @@ import hashlib
 import logging
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint
 
+PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model that a MODEL carries: its file, and the LoRA patches over it by key."""
+
+    path: str
+    patches: dict[str, list]
+
+    def state(self) -> dict[str, Any]:
+        if not Path(self.path).is_file():
+            raise ValueError(f"file {self.path}: not found")
+        return comfy.utils.load_torch_file(self.path, safe_load=True)
+
+    def patch(self, module: nn.Module) -> None:
+        """Merge the patches into a module made of the file."""
+        merge(module, self.patches)
+
+
+def parts_of(model: Any) -> dict[str, Part]:
+    """What a MODEL or a ModelSource carries, by name."""
+    if isinstance(model, ModelSource):
+        return {name: Part(path, {}) for name, path in model.parts.items()}
+    found = _patchers(model).items()
+    return {name: Part(patcher.cached_patcher_init[1][0], patcher.patches) for name, patcher in found}
+
+
+def carried(model: Any) -> dict[str, nn.Module]:
+    """The modules that a MODEL carries, by name."""
+    return {name: patcher.model for name, patcher in _patchers(model).items()}
+
+
+def _patchers(model: Any) -> dict[str, Any]:
+    return {name: patchers[0] for name, patchers in model.additional_models.items() if name.startswith(PARTS)}
+
 
 @dataclass(frozen=True)
 class ModelSource:
     """How to build a private copy of a MODEL: the file it came from, or the MODEL itself while this process lives.
 
-    `identity` changes with the file's content, the storage dtype and any upstream LoRA patch.
+    `identity` changes with the file's content, the storage dtype and any upstream LoRA patch, and with those of its
+    `parts`, the files of the models that it carries.
     """
 
     path: str
@@ -32,10 +71,11 @@ class ModelSource:
     weight_dtype: str
     identity: str
     patched: bool
+    parts: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Any) -> "ModelSource":
-        """ValueError names what kind of MODEL cannot be copied."""
+    def of(model: Any, parts: dict[str, Part] | None = None) -> "ModelSource":
+        """ValueError names what kind of MODEL cannot be copied. `parts` stands for what the MODEL carries itself."""
         kind = type(model).__name__
         if model.cached_patcher_init is None:
             raise ValueError(
@@ -58,7 +98,13 @@ class ModelSource:
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
         digest = hashlib.sha256(f"{fingerprint(Path(path))}{weight_dtype}".encode())
         _digest(model.patches, digest)
-        return ModelSource(path, factory.__name__, weight_dtype, digest.hexdigest(), bool(model.patches))
+        parts = parts_of(model) if parts is None else parts
+        for name, part in parts.items():
+            digest.update(f"{name}{fingerprint(Path(part.path))}".encode())
+            _digest(part.patches, digest)
+        patched = any([model.patches, *(part.patches for part in parts.values())])
+        files = {name: part.path for name, part in parts.items()}
+        return ModelSource(path, factory.__name__, weight_dtype, digest.hexdigest(), patched, files)
 
     def require_reloadable(self) -> None:
         """ValueError if the MODEL cannot be had again from its file alone, as after a restart."""
@@ -68,8 +114,9 @@ class ModelSource:
             )
         if self.loader not in ("load_diffusion_model", "load_checkpoint_guess_config"):
             raise ValueError(f"this run's model came from {self.loader}: run its Train node again to resume it")
-        if not Path(self.path).is_file():
-            raise ValueError(f"base model {self.path}: not found")
+        for path in (self.path, *self.parts.values()):
+            if not Path(path).is_file():
+                raise ValueError(f"base model {path}: not found")
 
     def reload(self) -> Any:
         """A MODEL from the file; ValueError if that is gone or has changed."""
@@ -82,7 +129,7 @@ class ModelSource:
         else:
             parts = {"output_vae": False, "output_clip": False}
             model = comfy.sd.load_checkpoint_guess_config(self.path, **parts, disable_dynamic=True)[0]
-        if (now := ModelSource.of(model)).identity != self.identity:
+        if (now := ModelSource.of(model, parts_of(self))).identity != self.identity:
             raise ValueError(f"base model {now.path}: its content changed since the run was started")
         return model
 
@@ -138,12 +185,31 @@ def _cast_stored(layer: nn.Module) -> None:
 
 
 def narrow(private: Any, dtype: torch.dtype) -> None:
-    """Store matrices that are wider than the arithmetic in its type: the same numbers, cast once instead of per use."""
+    """Store matrices and 2-D kernels no narrower than the arithmetic in its type: the same numbers, cast once."""
     for layer in private.diffusion_model.modules():
         weight = layer._parameters.get("weight")
-        plain = weight is not None and weight.ndim == 2 and not isinstance(weight, QuantizedTensor)
-        if plain and weight.dtype.itemsize > dtype.itemsize:
+        plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
+        if plain and weight.dtype.itemsize >= dtype.itemsize:
             weight.data = weight.data.to(dtype)
+
+
+def merge_lora(model: Any, path: Path) -> None:
+    """Add a LoRA file, at strength 1, to the weights of a private BaseModel. ValueError if it holds other layers."""
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    patches = comfy.lora.load_lora(tensors, keys, log_missing=False)
+    if not patches:
+        raise ValueError(f"{path.name}: no layer of it fits {type(model).__name__}, expected a LoRA for this model")
+    merge(model, {key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items()})
+
+
+@torch.no_grad()
+def merge(module: nn.Module, patches: dict[str, list]) -> None:
+    """Apply ComfyUI's weight patches, by parameter name, for good."""
+    for key, patch in patches.items():
+        parameter = module.get_parameter(key)
+        merged = comfy.lora.calculate_weight(patch, parameter.data.float(), key)
+        parameter.copy_(merged)
 
 
 class Rope(torch.autograd.Function):

@@ -147,11 +147,12 @@ class Job(Record):
         self._set_status("loading")
         self.make_room()
         device = host.device()
+        parts = host.parts_of(self._model)
         private = host.load_private(self._model, device)
         self._model = None  # the MODEL of other workflows may go from memory now
         dtype = host.compute_dtype(self.config.precision, device)
         host.narrow(private, dtype)
-        backbone = self.backbone.load(private, device, dtype, host.TRANSFORMER_OPTIONS)
+        backbone = self.backbone.load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
         recipe = self.recipe_class(backbone, self.config)
         self.total = sum(phase.steps for phase in recipe.phases(self.config))

@@ -12,23 +12,44 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
-from .noise import derived_generator
+from .noise import Rng, derived_generator
 
 
 class GroupLinear(PeftLinear):
     """y = W x + sum over active groups of scale * (up * mask) down x; groups that share `down` compute it once.
 
-    Unlike PEFT's own forward it casts the small factors instead of the activations and adds the update in one matmul.
+    The base is a Linear, or a 1x1 convolution, which is one over channels. Unlike PEFT's own forward this casts the
+    small factors instead of the activations and adds the update in one matmul.
     """
 
     active: set[str]  # shared by all layers of one LoraGroups
     masks: dict[str, Tensor]
+    dropout: tuple[float, int] | None  # probability, seed
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.in_features, module.out_features
+        return module.weight.shape[1], module.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        ups: dict[nn.Module, Tensor] = {}
+        if self.base_layer.weight.ndim == 4:
+            y = self.base_layer(x)
+            return y + self._update(x.movedim(1, -1), torch.zeros_like(y).movedim(1, -1)).movedim(-1, 1)
+        flat = x.flatten(0, -2)  # once for base and update, whose gradients then add up in place
+        return self._update(flat, self.base_layer(flat)).view(*x.shape[:-1], -1)
+
+    def _update(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` [..., out] plus what the active groups make of x [..., in]; `y` may be changed in place."""
+        flat, out = x.flatten(0, -2), y.flatten(0, -2)
+        for down, up in self._active_factors().items():
+            h = nn.functional.linear(flat, down.weight.to(x.dtype))
+            if self.dropout:
+                out = out + nn.functional.linear(h, up.to(x.dtype)) * _kept(out, *self.dropout)
+            else:
+                out.addmm_(h, up.to(x.dtype).t())  # in place: no linear layer keeps its output for backward
+        return out.view(y.shape)
+
+    def _active_factors(self) -> dict[nn.Module, Tensor]:
+        """Down factor to the sum of the up factors on it."""
+        factors: dict[nn.Module, Tensor] = {}
         for group, down in self.lora_A.items():
             if group in self.active:
                 up = self.lora_B[group].weight
@@ -36,13 +57,8 @@ class GroupLinear(PeftLinear):
                     up = up * self.masks[group]
                 if self.scaling[group] != 1:
                     up = up * self.scaling[group]
-                ups[down] = ups[down] + up if down in ups else up
-        flat = x.flatten(0, -2)  # once for base and update, whose gradients then add up in place
-        y = self.base_layer(flat)
-        for down, up in ups.items():
-            h = nn.functional.linear(flat, down.weight.to(x.dtype))
-            y.addmm_(h, up.to(x.dtype).t())  # in place: no linear layer keeps its output for backward
-        return y.view(*x.shape[:-1], -1)
+                factors[down] = factors[down] + up if down in factors else up
+        return factors
 
 
 class LoraGroups:
@@ -53,11 +69,20 @@ class LoraGroups:
         self.active: set[str] = set()
         self.layers: dict[str, GroupLinear] = {}
 
-    def add_group(self, name: str, targets: str, rank: int, alpha: float, share_down: str | None = None) -> None:
-        """A new trainable group on every Linear whose path matches the regular expression `targets`.
+    def add_group(
+        self,
+        name: str,
+        targets: str,
+        rank: int,
+        alpha: float,
+        share_down: str | None = None,
+        down_std: float | None = None,
+    ) -> None:
+        """A new trainable group on every Linear and 1x1 convolution whose path matches the expression `targets`.
 
-        down is Kaiming-uniform and up zero, as in PEFT, so the module's output is unchanged. With `share_down` the
-        group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing matches.
+        down is Kaiming-uniform, or normal of spread `down_std`, and up zero, so the module's output is unchanged. With
+        `share_down` the group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing
+        matches.
         """
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
         config._register_custom_module({nn.Module: GroupLinear})  # ComfyUI's quantised Linear is no nn.Linear
@@ -68,11 +93,14 @@ class LoraGroups:
         for path, layer in self.layers.items():
             layer.active = self.active
             layer.__dict__.setdefault("masks", {})
+            layer.dropout = None
             if name in layer.lora_A:
-                self._initialise(layer, path, name, share_down)
+                self._initialise(layer, path, name, share_down, down_std)
         self.train_only({name: ("up",) if share_down else ("down", "up")})
 
-    def _initialise(self, layer: GroupLinear, path: str, name: str, share_down: str | None) -> None:
+    def _initialise(
+        self, layer: GroupLinear, path: str, name: str, share_down: str | None, down_std: float | None
+    ) -> None:
         """Own generators: the process-wide one belongs to the samplers, which run at the same time."""
         device = layer.base_layer.weight.device
         layer.lora_B[name].weight = nn.Parameter(torch.zeros(layer.lora_B[name].weight.shape, device=device))
@@ -80,7 +108,11 @@ class LoraGroups:
             layer.lora_A[name] = layer.lora_A[share_down]
             return
         down = torch.empty(layer.lora_A[name].weight.shape)
-        nn.init.kaiming_uniform_(down, math.sqrt(5), generator=derived_generator(self.seed, "down", name, path))
+        generator = derived_generator(self.seed, "down", name, path)
+        if down_std is None:
+            nn.init.kaiming_uniform_(down, math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(down, std=down_std, generator=generator)
         layer.lora_A[name].weight = nn.Parameter(down.to(device))
 
     def train_only(self, factors: dict[str, tuple[str, ...]]) -> None:
@@ -143,6 +175,12 @@ class LoraGroups:
             elif group in layer.lora_B:
                 layer.masks[group] = make(layer.lora_B[group].weight.detach())
 
+    def set_dropout(self, probability: float, rng: Rng) -> None:
+        """Drop entries of what each layer's up factor gives, as drawn by `rng`, until the next call; 0 drops none."""
+        seed = rng.generator("dropout").initial_seed()
+        for place, layer in enumerate(self.layers.values()):
+            layer.dropout = (probability, seed + place) if probability else None
+
     def named(self, group: str) -> dict[str, nn.Parameter]:
         """`<module path>.lora_down.weight` and `.lora_up.weight` of one group."""
         return {
@@ -184,6 +222,13 @@ class LoraGroups:
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
         """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
         _fill(self.named(group), tensors, "LoRA file: layers do not match this model")
+
+
+def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
+    """1 / (1 - p) where an entry is kept, else 0; the same again when a checkpoint computes the layer anew."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    kept = torch.empty_like(like, requires_grad=False).bernoulli_(1 - probability, generator=generator)
+    return kept.div_(1 - probability)
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

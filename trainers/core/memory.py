@@ -36,15 +36,14 @@ def _recomputing(forward: Callable, backbone: Backbone) -> Callable:
 def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], trainable: int, available: int) -> Plan:
     """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's losses are `losses()`.
 
-    One forward pass with everything checkpointed but the last block tells what a block keeps for backward.
+    A forward pass of each, which keeps no block's activations, tells what the blocks would keep for backward.
     `trainable` is the number of trained values, `available` the free memory in bytes with the model loaded.
     """
-    backbone.checkpointing = True
-    kept, entry = _measure_block(backbone, losses)
-    count = len(backbone.blocks)
+    backbone.checkpointing = False
+    kept, entries = _measure_blocks(backbone, losses)
     states = trainable * 4 * 3  # gradient and two moments in fp32
-    full = int(states + WORKSPACE * kept * count)
-    lean = int(states + WORKSPACE * (kept + entry * count))
+    full = int(states + WORKSPACE * sum(kept))
+    lean = int(states + WORKSPACE * (max(kept) + sum(entries)))
     fits = full <= HEADROOM * available
     backbone.checkpointing = choice == "on" or (choice == "auto" and not fits)
     needed = lean if backbone.checkpointing else full
@@ -56,34 +55,44 @@ def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], t
     return Plan(backbone.checkpointing, needed, available, None, None, reason)
 
 
-def _measure_block(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[int, int]:
-    """Bytes that the last block keeps for backward, and bytes of its input, of the forward that keeps most."""
-    block, sizes = backbone.blocks[-1], []
+def _measure_blocks(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[list[int], list[int]]:
+    """Bytes that each block keeps for backward, and of its input, in the forward of `losses` that keeps most."""
     parameters = {p.untyped_storage().data_ptr() for p in backbone.module.parameters()}
+    forwards: list[tuple[list[int], list[int]]] = []
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kept: dict[int, int] = {}
+    def measured(run: Callable) -> Callable:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen: dict[int, Tensor] = {}  # keeps what was counted alive, so that no address is counted for two
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # an output saved as itself would be a reference cycle that is never freed
+            def pack(tensor: Tensor) -> None:
+                address = tensor.untyped_storage().data_ptr()
+                if address not in parameters:
+                    seen[address] = tensor.detach()
 
-        backbone.checkpointing = False
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = run(x, *args, **kwargs)
-        backbone.checkpointing = True
-        sizes.append((sum(kept.values()), x.nbytes))
-        return result
+            with torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked):
+                result = run(x, *args, **kwargs)
+            kept, entries = forwards[-1]
+            kept.append(sum(tensor.untyped_storage().nbytes() for tensor in seen.values()))
+            entries.append(x.nbytes)
+            return result
 
-    run, block.forward = block.forward, forward
+        return forward
+
+    runs = [block.forward for block in backbone.blocks]
+    for block, run in zip(backbone.blocks, runs, strict=True):
+        block.forward = measured(run)
     try:
+        forwards.append(([], []))
         for _ in losses():
-            pass
+            forwards.append(([], []))
     finally:
-        block.forward = run
-    return max(sizes)
+        for block, run in zip(backbone.blocks, runs, strict=True):
+            block.forward = run
+    return max((forward for forward in forwards if forward[0]), key=lambda forward: sum(forward[0]))
+
+
+def _never_unpacked(_: None) -> Tensor:
+    raise AssertionError("nothing is run backward while planning")
 
 
 def count_trainable(module: nn.Module) -> int:

@@ -74,6 +74,31 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+class Ddpm:
+    """Noise in 1000 steps of rising betas; the model predicts the noise (Ho et al. 2020, arXiv 2006.11239).
+
+    The betas rise linearly from 0.00085 to 0.012, as AnimateDiff's do: diffusers' "linear", ComfyUI's "sqrt_linear".
+    """
+
+    steps = 1000
+
+    def __init__(self, start: float = 0.00085, end: float = 0.012) -> None:
+        betas = torch.linspace(start, end, self.steps, dtype=torch.float64)
+        self.alphas_bar = torch.cumprod(1 - betas, 0).float()
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Quantiles in (0, 1) to steps 0..999."""
+        return (u * self.steps).long()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a = alphas_bar, for latents, noise [B, ...] and steps t [B]."""
+        kept = self.alphas_bar.to(latents.device)[t].view(-1, *[1] * (latents.ndim - 1))
+        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+
 class FlowMatch:
     """Rectified flow: t = 1 is pure noise, the model predicts the velocity noise - data (arXiv 2403.03206)."""
 

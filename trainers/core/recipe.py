@@ -8,7 +8,9 @@ from torch import Tensor
 
 from .noise import Rng
 
-Batch = dict[str, Any]  # column name -> Tensor [B, ...]; "prior" -> a Batch of its own, when the data holds prior clips
+# column name -> Tensor [B, ...]; "row" -> which rows of their role [B]; "role" -> that role; "prior" -> a Batch of its
+# own, when the data holds prior clips
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Export:
-    """One file a recipe writes: what it is for, the phase that makes it, its key format (see lora_io.keys.FORMATS).
+    """One file a recipe writes: what it is for, the phase that makes it, its key format (see lora_io.keys.FORMATS) and
+    the model folder of ComfyUI that its loaders look in.
 
     The last export of a recipe is its main one.
     """
@@ -30,6 +33,7 @@ class Export:
     description: str
     phase: str
     keys: str = "comfy"
+    folder: str = "loras"
 
 
 class Recipe(Protocol):

@@ -17,7 +17,10 @@ ENDED = ("finished", "stopped", "failed", "interrupted")
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything a run is made of, as plain values that survive a restart. `output` is where its LoRA files go."""
+    """Everything a run is made of, as plain values that survive a restart.
+
+    outputs: where its files go, by ComfyUI's name of the model folder they are for.
+    """
 
     id: str
     run_name: str
@@ -26,7 +29,7 @@ class Spec:
     data: TrainingData
     source: ModelSource
     identity: Identity
-    output: str
+    outputs: dict[str, str]
     created: float
 
     @staticmethod

@@ -1,0 +1,268 @@
+"""AnimateDiff's motion modules (Guo et al. 2023, arXiv 2307.04725), with keys as in the files, on ComfyUI's SD1.5."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PART = "kinoloom.motion_module"  # what goes with a MODEL under this name is a motion module
+HEADS, NORM_GROUPS = 8, 32
+LCM_POSITIONS = 64  # AnimateLCM's files hold no position table
+DOWN, UP = 2, 3  # modules per level
+MID = "mid_block.motion_modules.0"
+MODULE_KEY = re.compile(r"((?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.motion_modules\.\d+)\.temporal_transformer\.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """version: "v1", "v2", "v3" or "AnimateLCM"; widths: channels of each level; positions: most frames in one go."""
+
+    version: str
+    widths: tuple[int, ...]
+    positions: int
+
+    @property
+    def mid(self) -> bool:
+        return self.version == "v2"
+
+    @property
+    def norm_over_frames(self) -> bool:
+        """Whether the UNet's own group norms take their statistics over all frames, as when v1 was trained."""
+        return self.version == "v1"
+
+    def modules(self) -> dict[str, int]:
+        """Path of each module to its channels."""
+        levels = len(self.widths)
+        down = {f"down_blocks.{b}.motion_modules.{m}": self.widths[b] for b in range(levels) for m in range(DOWN)}
+        up = {f"up_blocks.{b}.motion_modules.{m}": self.widths[-1 - b] for b in range(levels) for m in range(UP)}
+        return {**down, **({MID: self.widths[-1]} if self.mid else {}), **up}
+
+
+def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
+    """What a motion module's file holds, wrappers and other entries removed. ValueError says what was found instead."""
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    tensors = {key.removeprefix("module."): value for key, value in state.items() if ".motion_modules." in key}
+    if not tensors:
+        raise ValueError(f"no motion modules in it, but {len(state)} other entries such as {next(iter(state), 'none')}")
+    if any("lora" in key for key in tensors):
+        raise ValueError("a motion LoRA, which goes on top of a motion module; use Load Motion LoRA for it")
+    found = {match[1] for match in map(MODULE_KEY.match, tensors) if match}
+    levels = 1 + max((int(path.split(".")[1]) for path in found if path.startswith("down_blocks.")), default=-1)
+    if levels != 4:
+        raise ValueError(f"a motion module with {levels} levels, expected the 4 of Stable Diffusion 1.5")
+    attention = "{}.temporal_transformer.transformer_blocks.0.attention_blocks.0.{}"
+    first = "down_blocks.0.motion_modules.0"
+    table = tensors.get(attention.format(first, "pos_encoder.pe"))
+    version = "v2" if MID in found else "AnimateLCM" if table is None else "v3" if table.shape[1] == 32 else "v1"
+    widths = [
+        tensors.get(attention.format(f"down_blocks.{level}.motion_modules.0", "to_q.weight")) for level in range(levels)
+    ]
+    if any(width is None for width in widths):
+        raise ValueError("a motion module of another kind than AnimateDiff's v1, v2, v3 or AnimateLCM")
+    layout = Layout(version, tuple(len(width) for width in widths), LCM_POSITIONS if table is None else table.shape[1])
+    expected = MotionModules(layout, device="meta").state_dict()
+    different = {key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape} | (
+        tensors.keys() - expected.keys()
+    )
+    different = {key for key in different if not (version == "AnimateLCM" and key.endswith(".pe"))}
+    if different:
+        raise ValueError(
+            f"a motion module like {version}, but {len(different)} entries differ, such as {min(different)}"
+        )
+    return layout, tensors
+
+
+class MotionModules(nn.Module):
+    """The modules of one file. `operations` makes the layers: torch.nn, or ComfyUI's casting ones.
+
+    A new one has values nowhere; `load` gives them.
+    """
+
+    def __init__(self, layout: Layout, *, operations: Any = nn, dtype: Any = None, device: Any = None) -> None:
+        super().__init__()
+        self.layout, self.dtype = layout, dtype
+        made = {"dtype": dtype, "device": device}
+        for path, width in layout.modules().items():
+            block, _, module = path.rpartition(".motion_modules.")
+            parent = self
+            for name in [*block.split("."), "motion_modules"]:
+                if name not in parent._modules:
+                    parent.add_module(name, nn.Module())
+                parent = parent._modules[name]
+            parent.add_module(module, MotionModule(width, layout.positions, operations, made))
+
+    def load(self, tensors: dict[str, Tensor]) -> "MotionModules":
+        """Fill from what `read` gave; position tables that the file leaves out keep their values."""
+        tables = {name: value for name, value in self.named_buffers() if name not in tensors}
+        self.load_state_dict({**tables, **tensors})
+        return self
+
+    def site(self, path: str) -> "MotionModule":
+        return self.get_submodule(path)
+
+
+class MotionModule(nn.Module):
+    """Attention over the frames of every pixel; one frame alone passes unchanged, as an image model needs it."""
+
+    def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        self.temporal_transformer = TemporalTransformer(width, positions, operations, made)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x [(B F) C H W]."""
+        return x if frames == 1 else self.temporal_transformer(x, frames)
+
+
+class TemporalTransformer(nn.Module):
+    def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm = operations.GroupNorm(NORM_GROUPS, width, eps=1e-6, **made)
+        self.proj_in = operations.Linear(width, width, **made)
+        self.transformer_blocks = nn.ModuleList([TemporalBlock(width, positions, operations, made)])
+        self.proj_out = operations.Linear(width, width, **made)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        count, width, height, breadth = x.shape
+        clips = count // frames
+        hidden = self.norm(x).reshape(clips, frames, width, -1).permute(0, 3, 1, 2).flatten(0, 1)  # (B HW) F C
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden)
+        hidden = self.proj_out(hidden).view(clips, -1, frames, width).permute(0, 2, 3, 1)
+        return x + hidden.reshape(count, width, height, breadth)
+
+
+class TemporalBlock(nn.Module):
+    def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention_blocks = nn.ModuleList([TemporalAttention(width, positions, operations, made) for _ in range(2)])
+        self.norms = nn.ModuleList([operations.LayerNorm(width, **made) for _ in range(2)])
+        self.ff = FeedForward(width, operations, made)
+        self.ff_norm = operations.LayerNorm(width, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
+            x = x + attention(norm(x))
+        return x + self.ff(self.ff_norm(x))
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention over frames; positions are added to its input, so they reach queries, keys and values."""
+
+    def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(self, name, operations.Linear(width, width, bias=False, **made))
+        self.to_out = nn.ModuleList([operations.Linear(width, width, **made)])
+        self.pos_encoder = Positions(width, positions, made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pos_encoder(x)
+        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](attended.transpose(1, 2).flatten(-2))
+
+
+class Positions(nn.Module):
+    """Adds pe[p, 2i] = sin(p 10000^(-2i/C)), pe[p, 2i + 1] = cos of the same, to x [N F C]."""
+
+    def __init__(self, width: int, positions: int, made: dict[str, Any]) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+        angles = torch.arange(positions).unsqueeze(1) * frequencies
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).unsqueeze(0)
+        self.register_buffer("pe", table.to(dtype=made["dtype"], device=made["device"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pe[:, : x.shape[1]].to(x)
+
+
+class FeedForward(nn.Module):
+    """GEGLU: half of a projection gates the other half."""
+
+    def __init__(self, width: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        gate = nn.Module()
+        gate.proj = operations.Linear(width, 8 * width, **made)
+        self.net = nn.ModuleList([gate, nn.Identity(), operations.Linear(4 * width, width, **made)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.net[0].proj(x).chunk(2, dim=-1)
+        return self.net[2](value * nn.functional.gelu(gate))
+
+
+class Attached:
+    """Motion modules at work in a UNet while entered; set `frames`, of each clip on the batch axis, before a forward.
+
+    Every module follows the last SpatialTransformer, or where there is none the ResBlock, of its place, by a hook: the
+    UNet's own keys do not change, as they would if modules were inserted.
+    """
+
+    def __init__(self, unet: nn.Module, motion: MotionModules) -> None:
+        self.unet, self.motion, self.frames = unet, motion, 1
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "Attached":
+        for path, site in sites(self.unet, self.motion.layout).items():
+            module = self.motion.site(path)
+            self.handles.append(site.register_forward_hook(self._after(module)))
+        if self.motion.layout.norm_over_frames:
+            for norm in group_norms(self.unet):
+                self.handles.append(norm.register_forward_pre_hook(self._join_frames))
+                self.handles.append(norm.register_forward_hook(self._part_frames))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _after(self, module: MotionModule) -> Any:
+        return lambda site, inputs, output: module(output, self.frames)
+
+    def _join_frames(self, norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """[(B F) C H W] to [B C F H W]."""
+        return (inputs[0].unflatten(0, (-1, self.frames)).transpose(1, 2),)
+
+    def _part_frames(self, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.transpose(1, 2).flatten(0, 1)
+
+
+def require_layout(unet: nn.Module) -> None:
+    """ValueError unless a UNetModel has SD1.5's blocks: 12 in, 12 out, transformers in nine of each."""
+    counts = [len(getattr(unet, name, ())) for name in ("input_blocks", "output_blocks")]
+    transformers = sum("SpatialTransformer" == type(module).__name__ for module in unet.modules())
+    if counts != [12, 12] or transformers != 16:
+        raise ValueError(
+            f"found a UNet of {counts[0]} input and {counts[1]} output blocks, {transformers} spatial transformers, "
+            "expected Stable Diffusion 1.5 (12, 12 and 16)"
+        )
+
+
+def sites(unet: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    """Path of each motion module to the layer of the UNet that it follows."""
+    found = {}
+    for path in layout.modules():
+        level, _, module = path.partition(".motion_modules.")
+        if path == MID:
+            block = unet.middle_block
+        elif level.startswith("down"):
+            block = unet.input_blocks[1 + (DOWN + 1) * int(level.split(".")[1]) + int(module)]
+        else:
+            block = unet.output_blocks[UP * int(level.split(".")[1]) + int(module)]
+        transformers = [layer for layer in block if type(layer).__name__ == "SpatialTransformer"]
+        found[path] = transformers[-1] if transformers else block[0]
+    return found
+
+
+def group_norms(unet: nn.Module) -> Iterator[nn.Module]:
+    """Those of the ResBlocks and the output, which AnimateDiff inflates; a transformer's sees one frame at a time."""
+    for module in unet.modules():
+        if type(module).__name__ == "ResBlock":
+            yield module.in_layers[0]
+            yield module.out_layers[0]
+    yield unet.out[0]

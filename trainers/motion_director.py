@@ -1,0 +1,289 @@
+"""MotionDirector for AnimateDiff (Zhao et al. 2023, arXiv 2310.08465): the motion of a clip, apart from its look.
+
+A spatial LoRA on the image model takes up the look of single frames, so that a temporal LoRA on the motion modules,
+trained together with it on whole clips, is left with the motion.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbones.animatediff import AnimateDiff
+from .core.config import TrainConfig, knob
+from .core.data import TrainingData
+from .core.lora import LoraGroups
+from .core.losses import masked_mse
+from .core.noise import Rng
+from .core.recipe import Batch, Export, Phase
+
+SPATIAL, TEMPORAL = "spatial", "temporal"
+PHASE = "clips"
+CUSTOM = "custom"
+PRESET_RANK = {"low": 32, "preferred": 64, "best": 64}
+PRESET_RATES = {  # Lion wants a tenth of the rates, and ten times the decay
+    "AdamW": {"learning_rate": 5e-4, "spatial_learning_rate": 1e-4, "weight_decay": 0.01},
+    "Lion": {"learning_rate": 5e-5, "spatial_learning_rate": 1e-5, "weight_decay": 0.1},
+}
+SPATIAL_LAYERS = {"all": "spatial", "self-attention and feed-forward": "spatial_self"}
+TEMPORAL_LAYERS = {"all": "temporal", "attention": "temporal_attention"}
+
+
+class MotionDirector:
+    """Each step trains the spatial LoRA on one frame, and the temporal one on the clip with the spatial one at work."""
+
+    name = "KinoloomTrainMotionDirector"
+    title = "Train MotionDirector"
+    description = (
+        "Learns the motion of clips as a motion LoRA for AnimateDiff, and their look as a separate LoRA for the image "
+        "model."
+    )
+    backbone = "animatediff"
+    columns = ("latents", "prompt_embeds")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainConfig):
+        preset: str = knob(
+            "preferred",
+            "Sets rank, the two learning rates and weight_decay, Lion's too. Encode the clips at size 256 for low, 384 "
+            "for preferred, 512 for best. custom takes what is typed below.",
+            choices=(*PRESET_RANK, CUSTOM),
+        )
+        train: str = knob(
+            "both",
+            "both separates motion from look. spatial learns the look alone, from photos too; temporal the motion "
+            "alone, with more of the look in it.",
+            choices=("both", SPATIAL, TEMPORAL),
+        )
+        steps: int = knob(500, "Optimizer steps. About 300 per clip; half of that with Lion.", min=1, max=1_000_000)
+        rank: int = knob(
+            64, "Size of both LoRAs, if preset is custom. Lower it if the clip is memorised.", min=1, max=256
+        )
+        learning_rate: float = knob(
+            5e-4,
+            "Of the temporal LoRA, if preset is custom. Lion wants a tenth of AdamW's.",
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+        )
+        spatial_learning_rate: float = knob(
+            1e-4,
+            "Of the spatial LoRA, if preset is custom. Lower it if the look is memorised.",
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+        )
+        optimizer: str = knob(
+            "AdamW",
+            "Lion learns in half the steps. The presets know the rates of these two only.",
+            choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"),
+            advanced=True,
+        )
+        max_grad_norm: float = knob(
+            0.0,
+            "Gradients longer than this are shortened to it. 0, as in the paper, turns clipping off.",
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            advanced=True,
+        )
+        spatial_loras: int = knob(
+            1,
+            "1 learns one look from all clips. The number of clips gives each its own, which suits clips of different "
+            "subjects in the same motion.",
+            min=1,
+            max=64,
+            advanced=True,
+        )
+        spatial_layers: str = knob(
+            "all",
+            "Layers of the image model that learn the look. The fewer are those of the paper.",
+            choices=tuple(SPATIAL_LAYERS),
+            advanced=True,
+        )
+        temporal_layers: str = knob(
+            "all",
+            "Layers of the motion modules that learn. attention makes a file like AnimateDiff's own motion LoRAs, "
+            "which more programs read.",
+            choices=tuple(TEMPORAL_LAYERS),
+            advanced=True,
+        )
+        spatial_off_prob: float = knob(
+            0.2,
+            "Share of steps in which the temporal LoRA trains without the spatial one, and so learns to work alone.",
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
+        )
+        debias_weight: float = knob(
+            1.0,
+            "Weight of the loss that compares frames with one of them and so leaves out what they share, the look. 0 "
+            "turns it off.",
+            min=0.0,
+            max=100.0,
+            step=0.05,
+            advanced=True,
+        )
+        dropout: float = knob(
+            0.1, "Share of each LoRA layer's output that is dropped in training.", min=0.0, max=0.9, step=0.05,
+            advanced=True,
+        )  # fmt: skip
+        domain_adapter: str = knob(
+            "",
+            "AnimateDiff's domain adapter (v3_sd15_adapter), merged before training. Choose it if you use it after.",
+            lora_file=True,
+            advanced=True,
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.preset == CUSTOM:
+                return
+            if self.optimizer not in PRESET_RATES:
+                raise ValueError(
+                    f"optimizer={self.optimizer!r}: the presets know the rates of {' and '.join(PRESET_RATES)}; set "
+                    f"preset to {CUSTOM} and type the learning rates"
+                )
+            for name, value in {"rank": PRESET_RANK[self.preset], **PRESET_RATES[self.optimizer]}.items():
+                object.__setattr__(self, name, value)
+
+        def check_data(self, data: TrainingData) -> None:
+            rows = data.select("clips", "train")
+            photos = [row.name for row in rows if row.shape[1] == 1]
+            if photos and self.train == TEMPORAL:
+                raise ValueError(f"train={TEMPORAL!r}: {photos[0]} is a single frame, expected clips")
+            if self.train != TEMPORAL and self.spatial_loras not in (1, len(rows)):
+                raise ValueError(
+                    f"spatial_loras={self.spatial_loras}: expected 1, or {len(rows)}, the number of clips to train on"
+                )
+            if self.spatial_loras > 1 and self.batch_size > 1:
+                raise ValueError(
+                    f"batch_size={self.batch_size}: expected 1 when each clip has a spatial LoRA of its own"
+                )
+
+    def __init__(self, backbone: AnimateDiff, config: Any) -> None:
+        self.backbone, self.config = backbone, config
+        if config.domain_adapter:
+            backbone.merge(Path(config.domain_adapter))
+        self.lora = LoraGroups(backbone.module, config.seed)
+        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
+
+    @staticmethod
+    def phases(config: Any) -> list[Phase]:
+        return [Phase(PHASE, config.steps, "clips")]
+
+    @staticmethod
+    def exports(config: Any) -> dict[str, Export]:
+        looks = {name: Export("the look, for LoRA loaders", PHASE, "kohya") for name in spatial_groups(config)}
+        motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "motion_lora", "animatediff_motion_lora")}
+        return looks | (motion if config.train != SPATIAL else {})
+
+    def start(self, phase: Phase) -> None:
+        c = self.config
+        layers = {name: SPATIAL_LAYERS[c.spatial_layers] for name in spatial_groups(c)}
+        if c.train != SPATIAL:
+            layers[TEMPORAL] = TEMPORAL_LAYERS[c.temporal_layers]
+        for name, targets in layers.items():
+            self.lora.add_group(name, AnimateDiff.lora_targets[targets], c.rank, c.alpha or c.rank, down_std=1 / c.rank)
+        self.lora.train_only({name: ("down", "up") for name in layers})
+
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        c = self.config
+        rates = {TEMPORAL: c.learning_rate} if c.train != SPATIAL else {}
+        rates |= {name: c.spatial_learning_rate for name in spatial_groups(c)}
+        ratio = c.lora_plus_ratio
+        return [group for name, rate in rates.items() for group in self.lora.param_groups(name, rate, ratio)]
+
+    def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
+        """The spatial loss on a random frame, then the temporal one, of the same latents, timestep and noise."""
+        yield from self._losses(batch, rng)
+        if "prior" in batch and self.config.prior_weight:
+            for name, loss in self._losses(batch["prior"], rng.fork("prior")):
+                yield f"prior {name}", self.config.prior_weight * loss
+
+    def _losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
+        c, latents, schedule = self.config, batch["latents"], self.backbone.schedule
+        batch = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
+        noise, frames = rng.noise_like(latents), latents.shape[2]
+        t = schedule.timesteps(rng.uniform(len(latents), c.stratified_timesteps)).to(latents.device)
+        noisy_latents, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise)
+        moving = c.train != SPATIAL and frames > 1
+        looks = spatial_groups(c)
+        others = [name for name in looks if name != own_group(c, batch)]
+        drawn = torch.rand((), generator=rng.generator("spatial off"))
+        alone = moving and not rng.evaluating and bool(drawn < c.spatial_off_prob)
+        self.lora.set_dropout(0.0 if rng.evaluating else c.dropout, rng)
+        if looks and not alone:
+            frame = pick_frames(rng, "frame", len(latents), frames).to(latents.device)
+            with self.lora.without(TEMPORAL, *others):
+                pred = self.backbone.predict(take(noisy_latents, frame), t, batch)
+                yield SPATIAL, masked_mse(pred, take(target, frame), _mask_at(batch, frame))
+        if moving:
+            anchor = pick_frames(rng, "anchor", len(latents), frames).to(latents.device)
+            with self.lora.without(*(looks if alone else others)), self.lora.frozen(*looks):
+                pred = self.backbone.predict(noisy_latents, t, batch)
+                yield TEMPORAL, temporal_loss(pred, target, anchor, c.debias_weight, batch.get("mask"))
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        return self.lora.export(name)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """`model_type` and `rank` as other MotionDirector tools write them."""
+        return {
+            "model_type": "motion_director",
+            "rank": str(self.config.rank),
+            "kinoloom.motion_module": self.backbone.layout.version,
+            "kinoloom.domain_adapter": Path(self.config.domain_adapter).name,
+        }
+
+
+def spatial_groups(config: Any) -> list[str]:
+    """Names of the spatial LoRAs: one for all clips, or one for each."""
+    if config.train == TEMPORAL:
+        return []
+    count = config.spatial_loras
+    return [SPATIAL] if count == 1 else [f"{SPATIAL}-{number}" for number in range(1, count + 1)]
+
+
+def own_group(config: Any, batch: Batch) -> str | None:
+    """The spatial LoRA of a batch; a clip that is not trained on has none where each has its own."""
+    groups = spatial_groups(config)
+    if len(groups) <= 1:
+        return next(iter(groups), None)
+    return groups[int(batch["row"][0])] if batch["role"] == "train" else None
+
+
+def pick_frames(rng: Rng, purpose: str, count: int, frames: int) -> Tensor:
+    """A random frame for each of `count` clips [count]."""
+    picked = [torch.randint(frames, (), generator=rng.generator(purpose, rng.sample + i)) for i in range(count)]
+    return torch.stack(picked)
+
+
+def take(clips: Tensor, frame: Tensor) -> Tensor:
+    """One frame of each clip: [B C F H W] and [B] to [B C 1 H W]."""
+    return clips[torch.arange(len(clips), device=clips.device), :, frame].unsqueeze(2)
+
+
+def _mask_at(batch: Batch, frame: Tensor) -> Tensor | None:
+    return take(batch["mask"], frame) if "mask" in batch else None
+
+
+def temporal_loss(pred: Tensor, target: Tensor, anchor: Tensor, debias_weight: float, mask: Tensor | None) -> Tensor:
+    """MSE, and the same of phi(e)_i = sqrt(2) e_i - e_anchor, which leaves out what all frames share (paper, eq. 7).
+
+    pred, target [B C F H W], anchor [B]. Phi is linear, so it is applied to the difference.
+    """
+    plain = masked_mse(pred, target, mask)
+    if not debias_weight:
+        return plain
+    error = pred.float() - target.float()
+    debiased = math.sqrt(2) * error - take(error, anchor)
+    return plain + debias_weight * masked_mse(debiased, torch.zeros_like(debiased), mask)
+
+
+RECIPE = MotionDirector
