@@ -1,5 +1,6 @@
 """Set-and-Sequence against its paper: what each stage trains, masks, prompts, prior, files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
