@@ -6,6 +6,7 @@ HERE = Path(__file__).resolve().parent
 MODELS = HERE / "models"
 WAN, VAE, TEXT_ENCODER = "toy_wan.safetensors", "toy_wan_vae.safetensors", "toy_text_encoder.safetensors"
 SAMPLER, STEPS, CFG, SHIFT = "euler", 20, 4.0, 3.0
+# AnimateDiff
 UNET, MOTION, IMAGE_VAE = "toy_sd.safetensors", "toy_motion.safetensors", "toy_sd_vae.safetensors"
 STRIDE = 2  # AnimateDiff's clips are at half the frame rate, as its real ones are at 8 per second
 
@@ -13,8 +14,15 @@ STRIDE = 2  # AnimateDiff's clips are at half the frame rate, as its real ones a
 def install(base: Path) -> None:
     """Link the models, and the node pack that loads the text encoder, into `base`."""
     links = {"custom_nodes/toyworld": HERE / "pack"}
-    for folder, name in (("diffusion_models", WAN), ("vae", VAE), ("text_encoders", TEXT_ENCODER)):
+    files = {
+        "diffusion_models": (WAN, UNET),
+        "vae": (VAE, IMAGE_VAE),
+        "text_encoders": (TEXT_ENCODER,),
+        "animatediff_models": (MOTION,),
+    }
+    for folder, name in ((folder, name) for folder, names in files.items() for name in names):
         links[f"models/{folder}/{name}"] = MODELS / name
     for name, target in links.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).unlink(missing_ok=True)
         (base / name).symlink_to(target)

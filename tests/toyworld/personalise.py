@@ -12,22 +12,29 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 
 from . import world
-from .install import CFG, SAMPLER, STEPS
-from .studio import Studio
+from .install import CFG, SAMPLER, STEPS, STRIDE
+from .studio import AnimateDiffStudio, Studio
 
 PRIORS = 12
 
 
 @torch.inference_mode()
-def training_data(studio: Studio, name: str) -> TrainingData:
-    """A concept's clip and its frames, and clips that the base model makes of ordinary prompts."""
+def encode(studio: Studio, name: str, stride: int = 1, **options: Any) -> TrainingData:
+    """A concept's clip, every `stride`th frame of it."""
     scene = world.CONCEPTS[name]
     images = torch.from_numpy(world.concept_clip(name).video).float() / 255
     (encoded,) = EncodeClips.execute(
         studio.vae, studio.clip, scene.concept_look, float(world.FPS), images=images,
-        motion_caption=scene.concept_caption, frames_per_clip=world.FRAMES, fps=float(world.FPS), size=world.SIZE,
-        single_frames=world.FRAMES,
+        motion_caption=scene.concept_caption, frames_per_clip=len(range(0, world.FRAMES, stride)),
+        fps=world.FPS / stride, size=world.SIZE, **options,
     ).args  # fmt: skip
+    return encoded
+
+
+@torch.inference_mode()
+def training_data(studio: Studio, name: str) -> TrainingData:
+    """A concept's clip and its frames, and clips that the base model makes of ordinary prompts."""
+    encoded = encode(studio, name, single_frames=world.FRAMES)
     rng = np.random.default_rng(7)
     ordinary = "\n".join(world.choose(rng).caption for _ in range(PRIORS))
     (with_priors,) = PriorClips.execute(
@@ -35,6 +42,11 @@ def training_data(studio: Studio, name: str) -> TrainingData:
         seeds_per_prompt=1,
     ).args  # fmt: skip
     return with_priors
+
+
+def motion_data(studio: AnimateDiffStudio, name: str) -> TrainingData:
+    """A concept's clip for AnimateDiff."""
+    return encode(studio, name, STRIDE, single_frames=0, token_variants=0)
 
 
 def train(studio: Studio, data: TrainingData, recipe: str, options: Mapping[str, Any], folder: Path) -> list[Path]:

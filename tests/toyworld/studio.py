@@ -11,18 +11,21 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from kinoloom.nodes.motion import LINEAR, ApplyMotionModule, load_motion_module, with_motion_lora
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import world
-from .install import CFG, MODELS, SAMPLER, SHIFT, STEPS, TEXT_ENCODER, VAE, WAN
-from .pack import text_encoder
+from .install import CFG, IMAGE_VAE, MODELS, MOTION, SAMPLER, SHIFT, STEPS, STRIDE, TEXT_ENCODER, UNET, VAE, WAN
+from .pack import text_encoder, unet
 
 NEGATIVE = ""
 
 
 class Studio:
     """The base models, loaded when first asked for."""
+
+    shape = (16, (world.FRAMES - 1) // 4 + 1, world.SIZE // 8, world.SIZE // 8)  # of a video's latents
 
     @cached_property
     def model(self) -> Any:
@@ -49,13 +52,55 @@ class Studio:
     @torch.inference_mode()
     def generate(self, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         """Videos N T H W 3: what the KSampler node gives for each prompt and its seed, all in one batch."""
+        noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, *self.shape), seed) for seed in seeds])
+        return to_bytes(self.vae.decode(self._sample(model, noise, prompts)))
+
+    def _sample(self, model: Any, noise: Tensor, prompts: Sequence[str]) -> Tensor:
         positive, negative = ([[self._encode(texts), {}]] for texts in (prompts, [NEGATIVE] * len(prompts)))
-        shape = (1, 16, (world.FRAMES - 1) // 4 + 1, world.SIZE // 8, world.SIZE // 8)
-        noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(shape), seed) for seed in seeds])
-        latents = comfy.sample.sample(
+        return comfy.sample.sample(
             model, noise, STEPS, CFG, SAMPLER, "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True
         )
-        return (self.vae.decode(latents).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         return torch.cat([self.clip.encode_from_tokens(self.clip.tokenize(text)) for text in texts])
+
+
+class AnimateDiffStudio(Studio):
+    """The image model with its motion module; videos have half the frame rate, each frame shown twice."""
+
+    shape = (4, world.SIZE // 8, world.SIZE // 8)
+
+    @cached_property
+    def model(self) -> Any:
+        module = load_motion_module(str(MODELS / MOTION))
+        (model,) = ApplyMotionModule.execute(unet.load(MODELS / UNET), module, 16, 4, LINEAR).args
+        return model
+
+    @cached_property
+    def vae(self) -> Any:
+        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / IMAGE_VAE)))
+
+    def with_loras(self, *files: Path | str) -> Any:
+        """The model with LoRAs at strength 1: motion LoRAs on the motion module, others on the image model."""
+        model = self.model
+        for file in files:
+            weights, metadata = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
+            if metadata["kinoloom.export"] == "temporal":
+                model = with_motion_lora(model, weights, 1.0, str(file))
+            else:
+                model, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
+        return model
+
+    @torch.inference_mode()
+    def generate(self, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+        """Videos N T H W 3: one run of KSampler each, whose batch is the frames."""
+        videos = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            noise = comfy.sample.prepare_noise(torch.zeros(len(range(0, world.FRAMES, STRIDE)), *self.shape), seed)
+            frames = to_bytes(self.vae.decode(self._sample(model, noise, [prompt])))
+            videos.append(frames.repeat(STRIDE, axis=0)[: world.FRAMES])
+        return np.stack(videos)
+
+
+def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+    return (images.clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -3,7 +3,7 @@
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import text_encoder
+from . import text_encoder, unet
 
 
 class ToyWorldTextEncoder(io.ComfyNode):
@@ -22,9 +22,25 @@ class ToyWorldTextEncoder(io.ComfyNode):
         return io.NodeOutput(text_encoder.load(folder_paths.get_full_path_or_raise("text_encoders", clip_name)))
 
 
+class ToyWorldImageModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ToyWorldImageModel",
+            display_name="Load Toy World Image Model",
+            category="toy world",
+            inputs=[io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models"))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str) -> io.NodeOutput:
+        return io.NodeOutput(unet.load(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)))
+
+
 class _Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ToyWorldTextEncoder]
+        return [ToyWorldTextEncoder, ToyWorldImageModel]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
