@@ -9,6 +9,7 @@ from tiny_weights import StateDict, Weights, save
 
 LEVELS, BLOCKS = 4, 2
 LATENT_CHANNELS = 4
+NARROW = (320, 320, 320, 320)  # the least that ComfyUI's own loaders take for SD1.5
 DOWN_MODULES, UP_MODULES = 2, 3
 
 
@@ -66,7 +67,7 @@ def write_motion_module(
     save(path, tensors)
 
 
-def write_checkpoint(path: Path, clip: Path, widths: tuple[int, ...] = (320, 320, 320, 320), seed: int = 0) -> None:
+def write_checkpoint(path: Path, clip: Path, widths: tuple[int, ...] = NARROW, seed: int = 0) -> None:
     """A checkpoint for CheckpointLoaderSimple: such a UNet in fp16, the text encoder of the file `clip`, a tiny VAE."""
     from safetensors.torch import load_file
 

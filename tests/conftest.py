@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_sd
 from playwright.sync_api import Browser, Page, sync_playwright
 from toyworld.install import install
 
@@ -97,6 +98,10 @@ def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPa
     install(base)
     for model in tiny_models.glob("*/*.safetensors"):
         os.link(model, base / "models" / model.relative_to(tiny_models))
+    clip = tiny_models / "text_encoders" / "tiny_clip.safetensors"
+    tiny_sd.write_checkpoint(base / "models" / "checkpoints" / "narrow_sd15.safetensors", clip)
+    motion = base / "models" / "animatediff_models" / "narrow_motion.safetensors"
+    tiny_sd.write_motion_module(motion, tiny_sd.NARROW)
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"Comfy.TutorialCompleted": true}')  # no first-run dialog over the page fixture's canvas

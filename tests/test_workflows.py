@@ -16,6 +16,8 @@ FILES = {
     "UNETLoader": ("unet_name", "tiny_wan.safetensors"),
     "CLIPLoader": ("clip_name", "tiny_clip.safetensors"),
     "VAELoader": ("vae_name", "tiny_wan_vae.safetensors"),
+    "CheckpointLoaderSimple": ("ckpt_name", "narrow_sd15.safetensors"),
+    "KinoloomLoadMotionModule": ("motion_module", "narrow_motion.safetensors"),
 }
 SMALL = {"frames_per_clip": 9, "size": 32}
 TRAINING = {
@@ -28,13 +30,32 @@ TRAINING = {
         "KinoloomEncodeClips": {**SMALL, "single_frames": 2, "token_variants": 2},
         "KinoloomTrainSetAndSequence": {"run_name": "template sns", "set_steps": 2, "sequence_steps": 2},
     },
-}
-LORAS = {
-    "wan_lora": {"LoraLoaderModelOnly": "template wan/template wan-lora-000003.safetensors"},
-    "set_and_sequence": {
-        "Load LoRA: identity": "template sns/template sns-identity-000002.safetensors",
-        "Load LoRA: motion": "template sns/template sns-motion-000004.safetensors",
+    "motion_director": {
+        "LoadVideo": {"file": "square.mp4"},
+        "KinoloomEncodeClips": {"frames_per_clip": 4, "size": 64},
+        "KinoloomTrainMotionDirector": {"run_name": "template md", "preset": "low", "steps": 2},
     },
+}
+TEMPORAL = {"KinoloomLoadMotionLora": "template md/template md-temporal-000002.safetensors"}
+LORAS = {  # method -> generation workflow -> the node of each of the method's files
+    "wan_lora": {"wan_lora_generate": {"LoraLoaderModelOnly": "template wan/template wan-lora-000003.safetensors"}},
+    "set_and_sequence": {
+        "set_and_sequence_generate": {
+            "Load LoRA: identity": "template sns/template sns-identity-000002.safetensors",
+            "Load LoRA: motion": "template sns/template sns-motion-000004.safetensors",
+        },
+    },
+    "motion_director": {
+        "motion_director_new_subject_generate": TEMPORAL,
+        "motion_director_both_generate": {
+            **TEMPORAL,
+            "Load LoRA: spatial": "template md/template md-spatial-000002.safetensors",
+        },
+    },
+}
+LATENTS = {
+    "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
+    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
 }
 
 
@@ -42,10 +63,15 @@ def load(name: str) -> dict:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def types(workflow: dict) -> list[str]:
+    return [node["type"] for node in workflow["nodes"]]
+
+
 def with_values(client: Client, name: str, values: dict[str, dict]) -> dict:
     workflow, info = load(name), client.object_info()
     for node_type, (widget, file) in FILES.items():
-        set_widget(workflow, info, node_type, widget, file)
+        if node_type in types(workflow):
+            set_widget(workflow, info, node_type, widget, file)
     for node, widgets in values.items():
         for widget, value in widgets.items():
             set_widget(workflow, info, node, widget, value)
@@ -63,13 +89,12 @@ def test_train_then_generate(server: Server, client: Client, method: str) -> Non
     outputs = client.run_workflow(with_values(client, f"{method}_train", TRAINING[method]))
     assert any(file.endswith(".png") for file in client.files(outputs)), "the loss graph"
     client._object_info = None  # the list of LoRA files has grown
-    values = {
-        "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
-        "KSampler": {"steps": 2},
-        **{node: {"lora_name": f"kinoloom/{file}"} for node, file in LORAS[method].items()},
-    }
-    (video,) = client.files(client.run_workflow(with_values(client, f"{method}_generate", values)))
-    assert video.endswith(".mp4") and (server.base / video).stat().st_size > 0
+    for name, files in LORAS[method].items():
+        loras = {node: {"lora_name": f"kinoloom/{file}"} for node, file in files.items()}
+        latents = {node: values for node, values in LATENTS.items() if node in types(load(name))}
+        values = {"KSampler": {"steps": 2}, **latents, **loras}
+        (video,) = client.files(client.run_workflow(with_values(client, name, values)))
+        assert video.endswith(".mp4") and (server.base / video).stat().st_size > 0
     assert "lora key not loaded" not in server.log.read_text()
 
 
@@ -77,7 +102,7 @@ def test_train_then_generate(server: Server, client: Client, method: str) -> Non
 def test_front_end_opens_it_whole_and_submits_what_we_submit(page: Page, client: Client, name: str) -> None:
     page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", (FOLDER / f"{name}.json").read_text())
     known = "() => app.graph.nodes.filter(n => LiteGraph.registered_node_types[n.type]).map(n => n.type)"
-    assert sorted(node["type"] for node in load(name)["nodes"]) == sorted(page.evaluate(known))
+    assert sorted(types(load(name))) == sorted(page.evaluate(known))
     assert len(load(name)["links"]) == page.evaluate(
         "() => app.graph.links.size ?? Object.keys(app.graph.links).length"
     )
