@@ -3,11 +3,12 @@
     python tests/benchmarks/motion_transfer.py [--seeds 3] [--concepts star heart moon] [--variants ...] [--output FOLDER]
 
 COMFYUI_DIR says where ComfyUI is. Every variant is trained on every concept with every seed, rank and number of steps being
-the same, and its videos come from ComfyUI's KSampler at the same prompts and seeds, with the temporal LoRA alone unless
-the variant says otherwise. What the scores mean is said in tests/toyworld/transfer.py. Results stay in FOLDER; a second
+the same, and its videos come from ComfyUI's KSampler at the same prompts and seeds, with the temporal LoRA alone. What
+the scores mean is said in tests/toyworld/transfer.py. Results stay in FOLDER; a second
 run makes only what is missing or was made otherwise, then writes table.md and one contact sheet per concept.
 
-Settings were chosen on the concept `arrow`, which is not reported.
+Settings were chosen on the concept `arrow`, which is not reported: of seven tries with learning rates from 5e-4 to 1.2e-2
+and 150 to 300 steps the one whose motion went over best.
 """
 
 from dataclasses import asdict
@@ -19,12 +20,13 @@ from scoresheet import Run, Sheet, Variant, main
 
 RECIPE = "KinoloomTrainMotionDirector"
 SHARED = {
-    "preset": "custom", "steps": 200, "rank": 32, "learning_rate": 1e-3, "spatial_learning_rate": 1e-3, "validate_every": 0,
+    "preset": "custom", "steps": 200, "batch_size": 4, "rank": 32, "learning_rate": 6e-3, "spatial_learning_rate": 3e-3,
+    "lr_schedule": "linear", "warmup_steps": 10, "dropout": 0.0, "validate_every": 0,
 }  # fmt: skip
 
 
-def variant(title: str, use: int = 1, **options: Any) -> Variant:
-    return Variant(title, RECIPE, {**SHARED, **options}, use)
+def variant(title: str, **options: Any) -> Variant:
+    return Variant(title, RECIPE, {**SHARED, **options})
 
 
 VARIANTS = {
@@ -33,9 +35,8 @@ VARIANTS = {
     "no-spatial": variant("… without the spatial path", train="temporal"),
     "no-debias": variant("… without the debiased loss", debias_weight=0.0),
     "plain": variant("temporal layers fine-tuned, neither of the two", train="temporal", debias_weight=0.0),
-    "both": variant("MotionDirector, spatial LoRA loaded too", use=0),
 }
-SHOWN = ("new motion", "known motion", "another sprite", "its known motion")
+SHOWN = ("a square", "a disc", "a triangle")
 
 
 @cache
@@ -60,7 +61,7 @@ def measure(run: Run, variant: Variant, folder: Path) -> tuple[dict[str, float],
     if variant.recipe:
         data = personalise.motion_data(studio(), run.concept)
         files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
-        videos = transfer.generate(studio(), studio().with_loras(*files[-variant.use :]), scene, run.evaluation_seeds)
+        videos = transfer.generate(studio(), studio().with_loras(files[-1]), scene, run.evaluation_seeds)
     return asdict(transfer.score(scene, videos, before)), [video for video, *_ in videos[: len(SHOWN)]]
 
 

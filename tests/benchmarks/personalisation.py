@@ -72,8 +72,8 @@ def measure(run: Run, variant: Variant, folder: Path) -> tuple[dict[str, float],
     before = videos = base_videos(Run("base", run.concept, run.seed))
     if variant.recipe:
         data = personalise.training_data(studio(), run.concept)
-        files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
-        videos = score.generate(studio(), studio().with_loras(*files[-variant.use :]), scene, run.evaluation_seeds)
+        *_, whole = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
+        videos = score.generate(studio(), studio().with_loras(whole), scene, run.evaluation_seeds)
     shown = [next(prompt.text for prompt in score.prompts(scene) if prompt.kind == kind) for kind in SHOWN]
     return asdict(score.score(scene, videos, before)), [videos[text][0] for text in shown]
 

@@ -26,12 +26,11 @@ EVALUATION_SEEDS = (101, 102)  # of every prompt, on top of the training seed's 
 
 @dataclass(frozen=True)
 class Variant:
-    """`recipe` is the name of a training node; without one it is the base model. `use`: how many of its last files, 0 for all."""
+    """`recipe` is the name of a training node; without one it is the base model."""
 
     title: str
     recipe: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    use: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Sheet:
 
     def made_of(self, run: Run) -> str:
         variant = self.variants[run.variant]
-        parts = (variant.recipe, variant.options, variant.use, EVALUATION_SEEDS, toyworld(tuple(self.code)))
+        parts = (variant.recipe, variant.options, EVALUATION_SEEDS, toyworld(tuple(self.code)))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
