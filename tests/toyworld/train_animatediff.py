@@ -25,8 +25,8 @@ from tiny_weights import save
 
 WIDTHS = (64, 64, 64, 64)
 POSITIONS = 32
-CLIPS, STEPS = 4000, 3000
-MOVING, STILL = 14, 64  # clips, and single frames, in a batch
+CLIPS, STEPS = 3000, 1600
+MOVING, STILL = 12, 40  # clips, and single frames, in a batch
 UNCONDITIONAL = 0.1
 SCALE = 0.18215  # of SD1.5's latents
 
