@@ -28,13 +28,12 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
-from .motion import MOTION_LORAS
+from .motion import LONGEST_NAME, MOTION_LORAS
 from .widgets import TrainingJobType
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
 ROOM_SECONDS = 10
-LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 
 
 def output_folders(run_name: str) -> dict[str, str]:

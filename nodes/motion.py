@@ -31,6 +31,7 @@ MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  #
 MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
 EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
+LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 LORA_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
@@ -115,7 +116,8 @@ class ApplyMotionModule(io.ComfyNode):
                     min=2,
                     max=128,
                     tooltip="Frames that move together. Longer clips are made of overlapping windows of so many. Keep "
-                    "it at the length that the module, or the motion LoRA, was trained on.",
+                    "it at the length that the module, or the motion LoRA, was trained on. A Context Windows node "
+                    "before this one has precedence.",
                 ),
                 io.Int.Input(
                     "context_overlap",
@@ -172,8 +174,11 @@ def sampling_with(motion: MotionModules) -> Callable:
     """A wrapper of the UNet's forward that has the modules at work in it, and only in it."""
 
     def run(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        options = args[4] if len(args) > 4 else kwargs["transformer_options"]
-        frames = len(x) // len(options["cond_or_uncond"])
+        options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        clips = len(options.get("cond_or_uncond", [0]))
+        if len(x) % clips:
+            raise ValueError(f"a batch of {len(x)} images for {clips} prompts cannot be parted into clips")
+        frames = len(x) // clips
         with Attached(executor.class_obj, motion) as attached:
             attached.frames = frames
             return executor(x, *args, **kwargs)
@@ -191,7 +196,9 @@ def linear_betas() -> Any:
 
 
 def set_windows(model: Any, length: int, overlap: int) -> None:
-    """Sample latent batches longer than `length` in windows of so many frames."""
+    """Sample latent batches longer than `length` in windows of so many frames, unless windows are set already."""
+    if "context_handler" in model.model_options:
+        return
     model.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(
         context_schedule=comfy.context_windows.get_matching_context_schedule(
             comfy.context_windows.ContextSchedules.STATIC_STANDARD
@@ -202,7 +209,6 @@ def set_windows(model: Any, length: int, overlap: int) -> None:
         dim=0,
         causal_window_fix=False,
     )
-    model.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, "ContextWindows_prepare_sampling")
     comfy.context_windows.create_prepare_sampling_wrapper(model)
 
 
@@ -225,6 +231,12 @@ def with_motion_lora(model: Any, tensors: dict[str, Tensor], strength: float, na
     layers = {key.partition(".lora_")[0]: f"{key.partition('.lora_')[0]}.weight" for key in pairs}
     if unknown := [path for path, key in layers.items() if key not in weights]:
         raise ValueError(f"{name}: {len(unknown)} of its layers are not in this motion module, such as {unknown[0]}")
+    for path, key in layers.items():
+        found = pairs[f"{path}.lora_up.weight"].shape[0], pairs[f"{path}.lora_down.weight"].shape[1]
+        if found != weights[key].shape:
+            raise ValueError(
+                f"{name}: {path} is for a layer of {found}, this motion module's is {(*weights[key].shape,)}"
+            )
     wide = {key: tensor.float() for key, tensor in pairs.items()}
     motion.add_patches(comfy.lora.load_lora(wide, layers), strength)
     return patched
@@ -325,8 +337,11 @@ class MergeMotionLoras(io.ComfyNode):
     def execute(
         cls, lora_1: str, strength_1: float, lora_2: str, strength_2: float, name: str, rank: int
     ) -> io.NodeOutput:
-        if not re.fullmatch(r"[\w-]([\w .-]{0,98}[\w-])?", name):
-            raise ValueError(f"name={name!r}: expected a file name of letters, digits, spaces, '.', '_' or '-'")
+        if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", name) or len(name.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"name={name!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, at most "
+                f"{LONGEST_NAME} bytes"
+            )
         chosen = [(lora_1, strength_1), *([(lora_2, strength_2)] if lora_2 != NO_FILE else [])]
         parts = []
         for file, strength in chosen:

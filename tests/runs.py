@@ -213,3 +213,12 @@ def leaves(loss: Tensor) -> set[Tensor]:
             found.add(node.variable)
         todo += [following for following, _ in node.next_functions]
     return found
+
+
+def motion_lora(layers: dict[str, tuple[int, int]], rank: int, name: str) -> dict[str, Tensor]:
+    """A motion LoRA on layers of a motion module, by their paths and (out, in) features."""
+    return {
+        f"{path}.lora_{side}.weight": random(*shape, name=f"{name} {path} {side}") / 3
+        for path, (out, inputs) in layers.items()
+        for side, shape in (("down", (rank, inputs)), ("up", (out, rank)))
+    }

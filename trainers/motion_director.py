@@ -6,7 +6,7 @@ trained together with it on whole clips, is left with the motion.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"
 CUSTOM = "custom"
 PRESET_RANK = {"low": 32, "preferred": 64, "best": 64}
+ADAMW = {"learning_rate": 5e-4, "spatial_learning_rate": 1e-4, "weight_decay": 0.01}
 PRESET_RATES = {  # Lion wants a tenth of the rates, and ten times the decay
-    "AdamW": {"learning_rate": 5e-4, "spatial_learning_rate": 1e-4, "weight_decay": 0.01},
+    "AdamW": ADAMW,
+    "AdamW8bit": ADAMW,
     "Lion": {"learning_rate": 5e-5, "spatial_learning_rate": 1e-5, "weight_decay": 0.1},
 }
 SPATIAL_LAYERS = {"all": "spatial", "self-attention and feed-forward": "spatial_self"}
@@ -79,7 +81,7 @@ class MotionDirector:
         )
         optimizer: str = knob(
             "AdamW",
-            "Lion learns in half the steps. The presets know the rates of these two only.",
+            "Lion learns in half the steps. The presets know the rates of AdamW and Lion.",
             choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"),
             advanced=True,
         )
@@ -146,15 +148,21 @@ class MotionDirector:
                 return
             if self.optimizer not in PRESET_RATES:
                 raise ValueError(
-                    f"optimizer={self.optimizer!r}: the presets know the rates of {' and '.join(PRESET_RATES)}; set "
+                    f"optimizer={self.optimizer!r}: the presets know the rates of {', '.join(PRESET_RATES)}; set "
                     f"preset to {CUSTOM} and type the learning rates"
                 )
+            defaults = {option.name: option.default for option in fields(self)}
             for name, value in {"rank": PRESET_RANK[self.preset], **PRESET_RATES[self.optimizer]}.items():
+                if getattr(self, name) not in (value, defaults[name]):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)}: expected {value}, which preset {self.preset!r} sets with "
+                        f"{self.optimizer}; set preset to {CUSTOM} to choose it yourself"
+                    )
                 object.__setattr__(self, name, value)
 
         def check_data(self, data: TrainingData) -> None:
             rows = data.select("clips", "train")
-            photos = [row.name for row in rows if row.shape[1] == 1]
+            photos = [row.name for row in (*rows, *data.select("clips", "validation")) if row.shape[1] == 1]
             if photos and self.train == TEMPORAL:
                 raise ValueError(f"train={TEMPORAL!r}: {photos[0]} is a single frame, expected clips")
             if self.train != TEMPORAL and self.spatial_loras not in (1, len(rows)):
@@ -213,12 +221,12 @@ class MotionDirector:
         t = schedule.timesteps(rng.uniform(len(latents), c.stratified_timesteps)).to(latents.device)
         noisy_latents, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise)
         moving = c.train != SPATIAL and frames > 1
-        looks = spatial_groups(c)
-        others = [name for name in looks if name != own_group(c, batch)]
+        looks, own = spatial_groups(c), own_group(c, batch)
+        others = [name for name in looks if name != own]
         drawn = torch.rand((), generator=rng.generator("spatial off"))
         alone = moving and not rng.evaluating and bool(drawn < c.spatial_off_prob)
         self.lora.set_dropout(0.0 if rng.evaluating else c.dropout, rng)
-        if looks and not alone:
+        if looks and not alone and (own or rng.evaluating):
             frame = pick_frames(rng, "frame", len(latents), frames).to(latents.device)
             with self.lora.without(TEMPORAL, *others):
                 pred = self.backbone.predict(take(noisy_latents, frame), t, batch)
@@ -233,8 +241,10 @@ class MotionDirector:
         return self.lora.export(name)
 
     def metadata(self, name: str) -> dict[str, str]:
-        """`model_type` and `rank` as other MotionDirector tools write them."""
+        """`model_type` and `rank` as other MotionDirector tools write them; LoRA managers know SD1.5 as `sd_v1`."""
+        image_model = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
         return {
+            **(image_model if name != TEMPORAL else {}),
             "model_type": "motion_director",
             "rank": str(self.config.rank),
             "kinoloom.motion_module": self.backbone.layout.version,

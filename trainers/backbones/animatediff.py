@@ -38,6 +38,8 @@ def check_model(model: Any) -> None:
     kind = model.model_type.name
     if kind != "EPS":
         raise ValueError(f"model: predicts {kind}, expected a Stable Diffusion 1.5 model that predicts the noise (EPS)")
+    if (channels := model.diffusion_model.in_channels) != LATENT_CHANNELS:
+        raise ValueError(f"model: takes {channels} channels, as inpainting models do, expected {LATENT_CHANNELS}")
     try:
         require_layout(model.diffusion_model)
     except ValueError as error:
@@ -67,7 +69,7 @@ class AnimateDiff:
         check_model(model)
         self.model, unet = model, model.diffusion_model
         self.layout, tensors = read(parts[PART].state())
-        motion = MotionModules(self.layout).load(tensors)
+        motion = MotionModules(self.layout, device="meta").load(tensors)
         parts[PART].patch(motion)
         motion.to(device, dtype).requires_grad_(False)
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
@@ -89,10 +91,7 @@ class AnimateDiff:
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
         """`batch` holds prompt_embeds [B, n, D]; frames are folded into the batch, one after the other."""
-        frames = noisy_latents.shape[2]
-        if frames > self.layout.positions:
-            raise ValueError(f"clip of {frames} frames, but this motion module takes {self.layout.positions} at most")
-        self.attached.frames = frames
+        self.attached.frames = frames = noisy_latents.shape[2]
         context = prompts(batch, self.width).to(self.device, self.dtype)
         noise = self.module["unet"](
             noisy_latents.transpose(1, 2).flatten(0, 1).to(self.dtype),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 PART = "kinoloom.motion_module"  # what goes with a MODEL under this name is a motion module
 HEADS, NORM_GROUPS = 8, 32
 LCM_POSITIONS = 64  # AnimateLCM's files hold no position table
+LARGEST_BATCH = 1 << 15  # sequences in one attention call; some CUDA kernels take 65535
 DOWN, UP = 2, 3  # modules per level
 MID = "mid_block.motion_modules.0"
 MODULE_KEY = re.compile(r"((?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.motion_modules\.\d+)\.temporal_transformer\.")
@@ -80,12 +81,12 @@ def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
 class MotionModules(nn.Module):
     """The modules of one file. `operations` makes the layers: torch.nn, or ComfyUI's casting ones.
 
-    A new one has values nowhere; `load` gives them.
+    `load` gives them values; on the device "meta", where making layers draws no random numbers, the file's own tensors.
     """
 
     def __init__(self, layout: Layout, *, operations: Any = nn, dtype: Any = None, device: Any = None) -> None:
         super().__init__()
-        self.layout, self.dtype = layout, dtype
+        self.layout = layout
         made = {"dtype": dtype, "device": device}
         for path, width in layout.modules().items():
             block, _, module = path.rpartition(".motion_modules.")
@@ -99,11 +100,8 @@ class MotionModules(nn.Module):
     def load(self, tensors: dict[str, Tensor]) -> "MotionModules":
         """Fill from what `read` gave; position tables that the file leaves out keep their values."""
         tables = {name: value for name, value in self.named_buffers() if name not in tensors}
-        self.load_state_dict({**tables, **tensors})
+        self.load_state_dict({**tables, **tensors}, assign=next(self.parameters()).is_meta)
         return self
-
-    def site(self, path: str) -> "MotionModule":
-        return self.get_submodule(path)
 
 
 class MotionModule(nn.Module):
@@ -164,7 +162,8 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_encoder(x)
         q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        parts = (x.split(LARGEST_BATCH) for x in (q, k, v))
+        attended = torch.cat([nn.functional.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)])
         return self.to_out[0](attended.transpose(1, 2).flatten(-2))
 
 
@@ -176,10 +175,13 @@ class Positions(nn.Module):
         frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
         angles = torch.arange(positions).unsqueeze(1) * frequencies
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).unsqueeze(0)
-        self.register_buffer("pe", table.to(dtype=made["dtype"], device=made["device"]))
+        self.register_buffer("pe", table.to(made["dtype"]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.pe[:, : x.shape[1]].to(x)
+        frames, positions = x.shape[1], self.pe.shape[1]
+        if frames > positions:
+            raise ValueError(f"clip of {frames} frames, but this motion module takes {positions} at most")
+        return x + self.pe[:, :frames].to(x)
 
 
 class FeedForward(nn.Module):
@@ -209,7 +211,7 @@ class Attached:
 
     def __enter__(self) -> "Attached":
         for path, site in sites(self.unet, self.motion.layout).items():
-            module = self.motion.site(path)
+            module = self.motion.get_submodule(path)
             self.handles.append(site.register_forward_hook(self._after(module)))
         if self.motion.layout.norm_over_frames:
             for norm in group_norms(self.unet):
@@ -236,6 +238,8 @@ def require_layout(unet: nn.Module) -> None:
     """ValueError unless a UNetModel has SD1.5's blocks: 12 in, 12 out, transformers in nine of each."""
     counts = [len(getattr(unet, name, ())) for name in ("input_blocks", "output_blocks")]
     transformers = sum("SpatialTransformer" == type(module).__name__ for module in unet.modules())
+    if counts == [12, 12] and transformers == 16 and unet.middle_block[1].use_linear:
+        raise ValueError("found a UNet of Stable Diffusion 2, expected Stable Diffusion 1.5")
     if counts != [12, 12] or transformers != 16:
         raise ValueError(
             f"found a UNet of {counts[0]} input and {counts[1]} output blocks, {transformers} spatial transformers, "

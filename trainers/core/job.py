@@ -2,8 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .recipe import Phase, Recipe
 from .record import Record, Spec
 
 POLL_SECONDS = 0.1
+PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
 WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
 
 
@@ -164,11 +166,13 @@ class Job(Record):
             return PhaseData(self.spec.data, phase.split, recipe.columns, c.batch_size, c.seed, backbone.prepare)
 
         def plan(phase: Phase, batches: PhaseData) -> None:
-            rng = Rng(self.config.seed, f"{phase.name}/plan", 0)
+            draws = [Rng(self.config.seed, f"{phase.name}/plan", sample) for sample in range(PLANNED_SAMPLES)]
+
+            def largest_losses(draws: list[Rng]) -> Iterator:
+                return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
+
             trainable, free = count_trainable(backbone.module), host.free_memory(device)
-            self.plan = make_plan(
-                backbone, self.config.checkpointing, lambda: recipe.losses(batches.largest(), rng), trainable, free
-            )
+            self.plan = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), trainable, free)
             self._warm_up = []
             self._show(self.plan)
 
