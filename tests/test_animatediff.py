@@ -403,6 +403,23 @@ def test_windows_and_motion_modules_that_do_not_fit_are_refused(applied: Any, fo
         motion.ApplyMotionModule.execute(applied, module, 16, 4, motion.LINEAR)
 
 
+def test_windows_that_are_set_before_are_kept(applied: Any, folder: Path) -> None:
+    handler = object()
+    model = applied.clone()
+    model.model_options["context_handler"] = handler
+    module = motion.load_motion_module(str(module_file(folder, "v3")))
+    (again,) = motion.ApplyMotionModule.execute(model, module, 16, 4, motion.LINEAR).args
+    assert again.model_options["context_handler"] is handler
+
+
+def test_a_motion_lora_of_other_shapes_is_refused(applied: Any) -> None:
+    lora = motion_lora({QUERY: (48, 32)}, 3, "narrow")
+    with pytest.raises(
+        ValueError, match=r"narrow: .*to_q is for a layer of \(48, 32\), this motion module's is \(64, 64\)"
+    ):
+        motion.with_motion_lora(applied, lora, 1.0, "narrow")
+
+
 def test_models_other_than_sd15_are_refused_by_what_they_are(folder: Path, tiny_models: Path) -> None:
     wan = load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
     module = motion.load_motion_module(str(module_file(folder, "v3")))
@@ -416,6 +433,10 @@ def test_models_other_than_sd15_are_refused_by_what_they_are(folder: Path, tiny_
     )  # fmt: skip
     with pytest.raises(ValueError, match="a UNet of 9 input and 9 output blocks, 11 spatial transformers, expected"):
         animatediff.check_model(comfy.model_base.BaseModel(sdxl, device=torch.device("meta")))
+    inpainting = comfy.model_base.BaseModel(sdxl, device=torch.device("meta"))
+    inpainting.diffusion_model.in_channels = 9
+    with pytest.raises(ValueError, match="model: takes 9 channels, as inpainting models do, expected 4"):
+        animatediff.check_model(inpainting)
 
 
 def test_data_that_does_not_fit_is_refused_before_a_run(applied: Any) -> None:
@@ -432,6 +453,12 @@ def test_data_that_does_not_fit_is_refused_before_a_run(applied: Any) -> None:
 
 
 # -- training --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_private_copy_leaves_the_samplers_random_numbers_alone(applied: Any) -> None:
+    before = torch.get_rng_state()
+    make_backbone(applied)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", [NAME])
