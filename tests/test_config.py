@@ -157,7 +157,6 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "sequence_shift": (5.0, WEIGHTS),
     },
     DIRECTOR: {
-        "preset": ("low", WEIGHTS),
         "train": ("spatial", FILES),
         "steps": (2, STEPS),
         "spatial_learning_rate": (1e-3, WEIGHTS),
@@ -171,6 +170,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
 }
 ELSEWHERE = {
     "domain_adapter": "test_motion_director: it is merged before training",
+    "preset": "test_motion_director: it sets rank, rates and decay, and refuses other ones",
     "identity_file": "test_set_and_sequence: an identity file continues to the same bits",
     "self_conditioning_prob": "above: only 0 is accepted",
     "pause_when_busy": "read where the queue is known: see the test below",
