@@ -260,7 +260,9 @@ def test_kill_and_restart_loses_at_most_the_steps_since_the_checkpoint(
 ) -> None:
     base = make_base(tmp_path / "base", Path(__file__).resolve().parent.parent)
     for model in tiny_models.glob("*/*.safetensors"):
-        (base / "models" / model.relative_to(tiny_models)).symlink_to(model)
+        link = base / "models" / model.relative_to(tiny_models)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(model)
     write_clips(base)
     options = {
         "set_steps": 60,
