@@ -334,11 +334,11 @@ def test_a_longer_batch_is_sampled_in_windows_that_each_begin_at_position_zero(a
         calls.append((x.clone(), executor(x, *args, **kwargs).clone()))
         return calls[-1][1]
 
-    result, backbone = sample(around(applied, watch), frames=28), make_backbone(applied)
-    sigma, noise = motion.linear_betas().sigmas[-1], random(28, 4, 8, 16, name="sample")
-    total, weights = torch.zeros(28, 4, 8, 16), torch.zeros(28, 1, 1, 1)
+    result, backbone = sample(around(applied, watch), frames=40), make_backbone(applied)
+    sigma, noise = motion.linear_betas().sigmas[-1], random(40, 4, 8, 16, name="sample")
+    total, weights = torch.zeros(40, 4, 8, 16), torch.zeros(40, 1, 1, 1)
     pyramid = torch.tensor([*range(1, 9), *range(8, 0, -1)]).view(-1, 1, 1, 1)
-    for (x, out), first in zip(calls, (0, 12), strict=True):
+    for (x, out), first in zip(calls, (0, 12, 24), strict=True):
         window = slice(first, first + 16)
         torch.testing.assert_close(x, noise[window], rtol=1e-4, atol=1e-4)
         clip = noise[window].transpose(0, 1)[None]
