@@ -2,18 +2,20 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from kinoloom.trainers import recipes
+from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.losses import masked_mse, sample_timesteps
 from kinoloom.trainers.core.noise import STRATA, FlowMatch, Rng, derived_generator, logit_normal, shift_timesteps
 from scipy.special import expit
 from scipy.stats import kstest, norm
 
-from .runs import finish, load_model, make_config, make_job, write_data
+from .runs import finish, load_model, make_config, make_job
 from .runs import random as tensor
 
 LATENTS, NOISE = tensor(2, 16, 3, 4, 4, name="latents"), tensor(2, 16, 3, 4, 4, name="noise")
@@ -86,9 +88,10 @@ def test_an_evaluation_sits_at_its_quantile() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
-def test_a_whole_run_leaves_the_process_wide_generators_alone(name: str, tiny_models: Path, tmp_path: Path) -> None:
-    model = load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors")
-    data, config = write_data(tmp_path / "d", "wan"), make_config(name, checkpointing="on")
+def test_a_whole_run_leaves_the_process_wide_generators_alone(
+    name: str, own: tuple[Any, TrainingData], tmp_path: Path
+) -> None:
+    (model, data), config = own, make_config(name, checkpointing="on")
     states = []
     for _ in range(2):
         states.append((torch.random.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate()))

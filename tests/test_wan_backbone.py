@@ -295,8 +295,10 @@ def test_rotary_embedding_is_the_samplers_own_and_has_the_gradient_of_the_formul
 @pytest.mark.parametrize("name", sorted(recipes()))
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_changes_and_leaves_nothing_in_the_process(
-    name: str, fails: bool, model: Any, data: TrainingData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, fails: bool, own: tuple[Any, TrainingData], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    model, data = own
+
     def explode(job: Any) -> None:
         raise RuntimeError("in the thread")
 
