@@ -5,37 +5,27 @@
 
 COMFYUI_DIR says where ComfyUI is. Everybody trains rank-r LoRA with AdamW on batches of one. Ours and diffusers + PEFT adapt
 the ten linear layers of every block; TrainLoraNode adapts every layer that has a weight (embeddings, head, norms and biases
-too) and cannot be told otherwise. Every variant is a process of its own; on the CPU they take turns, so that a change of the
-machine's load meets all of them alike, and count CPU seconds on one thread. Times are medians; memory is the peak over what
-is resident between two steps.
+too) and cannot be told otherwise. Times are medians; how they are taken is in steps.py.
 """
 
 import argparse
-import ctypes
-import gc
-import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from steps import Tick, batches, enter_comfyui, growth, make_recipe, measure, train
 
-PACK = Path(__file__).resolve().parents[2]
-COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".runtime" / "ComfyUI").resolve()
+from tiny import write_wan
+
 CHANNELS, TEXT_TOKENS, TEXT_DIM, HEAD_DIM = 16, 512, 4096, 128
-WARM_UP = 1  # steps before the first timed one
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bf16, from the data sheets
 PEFT_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
@@ -78,64 +68,22 @@ class Shape:
         return self.blocks * (2 * linear + 3 * (attention + lora)) / 1e12
 
 
-# What a worker runs after every step of its trainer; raises Done when no more steps are wanted.
-Tick = Callable[[], None]
-
-
-class Done(Exception):
-    pass
-
-
 def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, precision: str = "auto") -> None:
     """The pack as a job runs it: private copy, backbone, recipe, data on disk, loop."""
+    enter_comfyui(model_path.parent)
     import comfy.sd
-    from kinoloom.trainers.backbones import wan
-    from kinoloom.trainers.core import data, events, host, loop, memory
-    from kinoloom.trainers.core.checkpoint import State
-    from kinoloom.trainers.wan_lora import WanLora
 
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(str(model_path))
-    config = WanLora.Config(
-        steps=1_000_000,
-        rank=shape.rank,
-        checkpointing=checkpointing,
-        precision=precision,
-        validate_every=0,
-        save_every=100_000,
-    )
-    device = host.device()
-    private, dtype = host.load_private(model, device), host.compute_dtype(config.precision, device)
-    host.narrow(private, dtype)
-    backbone = wan.load(private, {}, device, dtype, host.TRANSFORMER_OPTIONS)
-    memory.checkpointed_blocks(backbone)
-    backbone.checkpointing = checkpointing == "on"
+    options = {"rank": shape.rank, "checkpointing": checkpointing, "precision": precision}
+    recipe = make_recipe("KinoloomTrainWanLora", model, {}, **options)
     folder = model_path.parent / f"data-{os.getpid()}"
-    text = {"prompt_embeds": shape.prompt_embeds()[None], "prompt_length": torch.tensor(TEXT_TOKENS)}
-    data.write_column(folder, "clip", "latents", {"latents": shape.latents()})
-    data.write_column(folder, "clip", "prompt_embeds", text)
-    columns = {"latents": "clip", "prompt_embeds": "clip"}
-    row = data.Row("clip", "clips", "train", tuple(shape.latents().shape), columns)
-    recipe = WanLora(backbone, config)
-
-    def batches(phase: Any) -> data.PhaseData:
-        rows = data.TrainingData(str(folder), (row,))
-        return data.PhaseData(rows, phase.split, recipe.columns, config.batch_size, config.seed, backbone.prepare)
-
-    def emit(event: events.Event) -> None:
-        if isinstance(event, events.Step):
-            tick()
-
-    def nothing(*args: Any) -> None:
-        pass
-
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    session = loop.Session(emit, lambda: False, nothing, nothing)
-    loop.train(recipe, batches, config, State(), session, scaler)
+    train(recipe, batches(recipe, folder, shape.latents(), shape.prompt_embeds()), tick)
 
 
-def core(shape: Shape, model_path: Path, tick: Tick, **changed: Any) -> None:
+def core(shape: Shape, model_path: Path, tick: Tick, *, sdpa: bool = False, **changed: Any) -> None:
     """ComfyUI's own node, called as the executor does; its progress bar says when a step is over."""
+    enter_comfyui(model_path.parent, pytorch_attention=sdpa)
     import comfy.sd
     from comfy_extras import nodes_train
 
@@ -202,7 +150,7 @@ def diffusers_peft(shape: Shape, model_path: Path, tick: Tick, *, checkpointing:
 
 fast_core = partial(core, gradient_checkpointing=False, bypass_mode=True)
 OURS, CORE = "ours", "core, defaults"
-VARIANTS: dict[str, Callable] = {
+VARIANTS: dict[str, Callable[..., None]] = {
     OURS: partial(ours, checkpointing="off"),
     "ours, checkpointed": partial(ours, checkpointing="on"),
     CORE: core,
@@ -213,12 +161,11 @@ VARIANTS: dict[str, Callable] = {
 }
 # The node defaults to bf16, as we do where the CPU has instructions for it. On a CPU ComfyUI takes its chunked attention,
 # which keeps the softmax for backward; the rows ending in SDPA show it with the attention it takes on CUDA.
-SDPA = ", SDPA"
 CPU_VARIANTS = {
     "ours, fp32": partial(ours, checkpointing="off", precision="fp32"),
     "ours, fp32, checkpointed": partial(ours, checkpointing="on", precision="fp32"),
-    CORE + SDPA: core,
-    "core, bypass, no checkpointing" + SDPA: fast_core,
+    f"{CORE}, SDPA": partial(core, sdpa=True),
+    "core, bypass, no checkpointing, SDPA": partial(fast_core, sdpa=True),
     "core, fp32": partial(core, training_dtype="fp32", lora_dtype="fp32"),
     "core, fp32, bypass, no checkpointing": partial(fast_core, training_dtype="fp32", lora_dtype="fp32"),
     "core, fp32, bypass, checkpoint_depth 2": partial(
@@ -227,182 +174,25 @@ CPU_VARIANTS = {
 }
 
 
-# -- one variant's process -------------------------------------------------------------------------------------------
-
-
-def _clock() -> float:
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
-
-
-class Meter:
-    """Times steps, and peak memory over what is resident after the first one; between rounds it waits for its turn."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.left, self.times, self.resident, self.began = WARM_UP, [], 0, 0.0
-
-    def tick(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(_clock() - self.began)
-        self.left -= 1
-        if not self.left:
-            self.connection.send({"times": self.times, "resident": self.resident, "peak": _peak()})
-            if not (wanted := self.connection.recv()):
-                raise Done
-            self.left, self.times = wanted, []
-            self.resident = _reset_peak()
-        self.began = _clock()
-
-
-def _reset_peak() -> int:
-    """Forget the peak so far; bytes in use now."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _proc_status("VmRSS")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _proc_status("VmHWM")
-
-
-def _proc_status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def worker(connection: Connection, variant: str, shape: Shape, model_path: Path) -> None:
-    sys.stderr = open(model_path.parent / f"{variant}.log", "w")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    flags = [] if torch.cuda.is_available() else ["--cpu"]
-    _start_comfyui(model_path.parent, flags + ["--use-pytorch-cross-attention"] * variant.endswith(SDPA))
-    meter = Meter(connection)
-    try:
-        {**VARIANTS, **CPU_VARIANTS}[variant](shape, model_path, meter.tick)
-    except Done:
-        pass
-    except torch.OutOfMemoryError:
-        connection.send({"failed": "out of memory"})
-
-
-def _start_comfyui(base: Path, flags: list[str]) -> None:
-    """Make ComfyUI importable, and this pack as `kinoloom`."""
-    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if entry not in (str(PACK), ""))]
-    sys.argv = [sys.argv[0], "--base-directory", str(base), *flags]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.utils
-
-    comfy.utils.PROGRESS_BAR_ENABLED = False
-    spec = importlib.util.spec_from_file_location(
-        "kinoloom", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    sys.modules["kinoloom"] = importlib.util.module_from_spec(spec)
-
-
-# -- the rounds ------------------------------------------------------------------------------------------------------
-
-
-class Runner:
-    def __init__(self, variant: str, shape: Shape, model_path: Path) -> None:
-        self.variant, self.shape, self.arguments = variant, shape, (variant, shape, model_path)
-        self.times: list[float] = []
-        self.resident = self.peak = 0
-        self.failed = ""
-        self.start()
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=worker, args=(other, *self.arguments), daemon=True)
-        self.process.start()
-        other.close()
-
-    def warm_up(self) -> None:
-        self._receive()
-        self.times.clear()
-
-    def run(self, steps: int) -> None:
-        if not self.failed:
-            self.connection.send(steps)
-            self._receive()
-
-    def _receive(self) -> None:
-        try:
-            report = self.connection.recv()
-        except EOFError:
-            report = {"failed": "crashed"}
-        self.failed = report.get("failed", "")
-        if not self.failed:
-            self.times += report["times"]
-            self.peak, self.resident = report["peak"], report["resident"]
-
-    def close(self) -> None:
-        if not self.failed:
-            self.connection.send(0)
-        self.process.join()
-
-    def measure_memory(self) -> None:
-        """One step in a process whose allocator returns what is freed: slow, but resident memory is what is in use."""
-        times = self.times.copy()
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-        try:
-            self.start()
-        finally:
-            del os.environ["MALLOC_MMAP_THRESHOLD_"]
-        self.warm_up()
-        self.run(1)
-        self.close()
-        self.times = times
-
-    def result(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"variant": self.variant, "shape": asdict(self.shape)}
-        if self.failed:
-            return {**row, "failed": self.failed}
-        seconds = statistics.median(self.times)
-        row |= {"seconds": seconds, "times": self.times, "resident_bytes": self.resident, "peak_bytes": self.peak}
-        row["tflops"] = self.shape.step_tflop() / seconds
-        if torch.cuda.is_available() and (peak := _peak_tflops()):
-            row["mfu"] = row["tflops"] / peak
-        return row
-
-
-def _peak_tflops() -> float | None:
-    return next((value for name, value in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-
-
-def measure(shape: Shape, variants: list[str], rounds: int, steps: int, take_turns: bool) -> list[dict[str, Any]]:
-    """`rounds` times `steps` steps of every variant, side by side or one variant after the other."""
-    from tiny import write_wan
-
+def measured(shape: Shape, variants: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="kinoloom-bench-") as folder:
         path = Path(folder) / "wan.safetensors"
         heads = shape.dim // HEAD_DIM
         options = {"dim": shape.dim, "blocks": shape.blocks, "ffn": shape.ffn, "num_heads": heads}
         write_wan(path, text_dim=TEXT_DIM, dtype=shape.torch_dtype, **options)
-        results = []
-        for group in [variants] if take_turns else [[variant] for variant in variants]:
-            runners = [Runner(variant, shape, path) for variant in group]
-            for runner in runners:
-                runner.warm_up()
-            for _ in range(rounds):
-                for runner in runners:
-                    runner.run(steps)
-            for runner in runners:
-                runner.close()
-                if not torch.cuda.is_available():
-                    runner.measure_memory()
-            results += [runner.result() for runner in runners]
-            for runner in runners:
-                if runner.failed == "crashed":
-                    print((Path(folder) / f"{runner.variant}.log").read_text()[-3000:], file=sys.stderr)
-        return results
+        trainers = {name: partial({**VARIANTS, **CPU_VARIANTS}[name], shape, path) for name in variants}
+        results = measure(trainers, Path(folder), rounds, steps)
+    for row in results:
+        row["shape"] = asdict(shape)
+        if "failed" not in row:
+            row["tflops"] = shape.step_tflop() / row["seconds"]
+            if torch.cuda.is_available() and (peak := _peak_tflops()):
+                row["mfu"] = row["tflops"] / peak
+    return results
+
+
+def _peak_tflops() -> float | None:
+    return next((value for name, value in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -425,17 +215,13 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{row['seconds']:.3f}",
             ratio(lambda r: r["seconds"], CORE),
             ratio(lambda r: r["seconds"], OURS),
-            f"{_growth(row) / 2**20:.0f}",
-            ratio(_growth, CORE),
+            f"{growth(row) / 2**20:.0f}",
+            ratio(growth, CORE),
             f"{row['tflops']:.3g}",
             f"{row['mfu']:.1%}" if "mfu" in row else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _growth(row: dict[str, Any]) -> float:
-    return row["peak_bytes"] - row["resident_bytes"]
 
 
 def grid_of(tokens: int) -> tuple[int, int, int]:
@@ -461,7 +247,6 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if options.cuda_sizes and not cuda:
         parser.error("--cuda-sizes needs a CUDA device")
-    sys.path.insert(0, str(PACK / "scripts"))
     shape = Shape("small", options.dim, 4 * options.dim, options.blocks, grid_of(options.tokens), options.rank, "fp32")
     shapes = [replace(shape, dtype="bf16") if cuda else shape]
     if options.cuda_sizes:
@@ -471,7 +256,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
     results = []
     for shape in shapes:
-        results.append(measure(shape, variants, options.rounds, options.steps, take_turns=not cuda))
+        results.append(measured(shape, variants, options.rounds, options.steps))
         print(f"\n{shape.name}: dim {shape.dim}, {shape.blocks} blocks, {shape.tokens} tokens, ", end="")
         print(f"rank {shape.rank}, {shape.dtype}, {where}, torch {torch.__version__}\n")
         print(table(results[-1]), flush=True)
