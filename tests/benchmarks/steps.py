@@ -114,6 +114,7 @@ class Meter:
         self.left -= 1
         if not self.left:
             self.connection.send({"times": self.times, "resident": self.resident, "peak": _peak()})
+            _trim()
             if not (wanted := self.connection.recv()):
                 raise Done
             self.left, self.times = wanted, []
@@ -121,13 +122,18 @@ class Meter:
         self.began = _clock()
 
 
+def _trim() -> None:
+    """Give what is not in use to the processes whose turn it is."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _reset_peak() -> int:
     """Forget the peak so far; bytes in use now."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _proc_status("VmRSS")
 
@@ -179,13 +185,15 @@ class Runner:
 
     def run(self, steps: int) -> None:
         if not self.failed:
-            self.connection.send(steps)
-            self._receive()
+            self._receive(steps)
 
-    def _receive(self) -> None:
+    def _receive(self, wanted: int = 0) -> None:
+        """What the process reports of the steps under way, or of `wanted` more."""
         try:
+            if wanted:
+                self.connection.send(wanted)
             report = self.connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             self.process.join()
             report = {"failed": f"crashed, exit code {self.process.exitcode}"}
             print(self.log.read_text()[-3000:], file=sys.stderr)
@@ -195,7 +203,7 @@ class Runner:
             self.peak, self.resident = report["peak"], report["resident"]
 
     def close(self) -> None:
-        if not self.failed:
+        if not self.failed and self.process.is_alive():
             self.connection.send(0)
         self.process.join()
 
