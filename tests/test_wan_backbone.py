@@ -24,7 +24,7 @@ from kinoloom.trainers.backbones import wan
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.lora import LoraGroups
-from kinoloom.trainers.core.losses import flow_matching_loss
+from kinoloom.trainers.core.losses import denoising_loss
 from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
@@ -156,7 +156,7 @@ def test_gradients_are_the_same_when_activations_are_recomputed(model: Any, data
     assert len(parameters) == 40
     grads = []
     for backbone.checkpointing in (False, True):
-        loss = flow_matching_loss(backbone, batch, Rng(0, "p", 0), torch.tensor([0.4]))
+        loss = denoising_loss(backbone, batch, Rng(0, "p", 0), torch.tensor([0.4]))
         grads.append(torch.autograd.grad(loss, parameters))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert all(g.abs().max() > 0 for g in grads[0])

@@ -219,7 +219,7 @@ class MotionDirector:
         batch = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
         noise, frames = rng.noise_like(latents), latents.shape[2]
         t = schedule.timesteps(rng.uniform(len(latents), c.stratified_timesteps)).to(latents.device)
-        noisy_latents, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise)
+        noisy_latents, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t)
         moving = c.train != SPATIAL and frames > 1
         looks, own = spatial_groups(c), own_group(c, batch)
         others = [name for name in looks if name != own]

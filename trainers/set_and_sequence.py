@@ -19,7 +19,7 @@ from ..lora_io.keys import from_comfy
 from .backbones.wan import Wan
 from .core.config import TrainConfig, knob
 from .core.lora import LoraGroups
-from .core.losses import concept_and_prior, flow_matching_loss, sample_timesteps
+from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -207,7 +207,7 @@ class SetAndSequence:
         self._draw_masks(rng)
         t = sample_timesteps(rng, len(batch["latents"]), "logit_normal", self.shift, c.stratified_timesteps)
         prompts = choose_prompts(batch, rng, 0.0 if rng.evaluating else c.token_mask_prob)
-        return flow_matching_loss(self.backbone, {**batch, "prompt_embeds": prompts}, rng, t)
+        return denoising_loss(self.backbone, {**batch, "prompt_embeds": prompts}, rng, t)
 
     def _draw_masks(self, rng: Rng) -> None:
         """B' = B * M / (1 - p) with P(M = 0) = p, one M per layer and pass (paper eq. 10), on the trained B only."""

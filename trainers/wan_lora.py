@@ -9,7 +9,7 @@ from torch import Tensor
 from .backbones.wan import Wan
 from .core.config import TrainConfig, knob
 from .core.lora import LoraGroups
-from .core.losses import concept_and_prior, flow_matching_loss, sample_timesteps
+from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -75,7 +75,7 @@ class WanLora:
     def _loss(self, batch: Batch, rng: Rng) -> Tensor:
         c = self.config
         t = sample_timesteps(rng, len(batch["latents"]), c.timestep_sampling, c.shift, c.stratified_timesteps)
-        return flow_matching_loss(self.backbone, {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}, rng, t)
+        return denoising_loss(self.backbone, {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}, rng, t)
 
     def export(self, name: str) -> dict[str, Tensor]:
         return self.lora.export(GROUP)

@@ -1,12 +1,13 @@
 """Trains the toy world's image model and motion modules together: ComfyUI's SD1.5 UNet, narrow, and AnimateDiff's modules."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.ops
 import numpy as np
 import torch
-import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.utils import load_torch_file
 from kinoloom.trainers.backbones.motion_module import Attached, Layout, MotionModules
@@ -25,8 +26,26 @@ from tiny_weights import save
 
 WIDTHS = (64, 64, 64, 64)
 POSITIONS = 32
-CLIPS, STEPS = 3000, 1600
-MOVING, STILL = 12, 40  # clips, and single frames, in a batch
+CLIPS = 3000
+HEAVIEST = 30.0  # of a noise level's loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of the training, from rising to falling rate; `moving` clips and `still` single frames are in a batch.
+
+    level: every noise level counts as much as it does in a loss on v, else as in one on the noise, which hardly sees
+    what decides about the motion.
+    """
+
+    steps: int
+    moving: int
+    still: int
+    rate: float
+    level: bool
+
+
+STAGES = (Stage(1600, 12, 40, 2e-3, False), Stage(2800, 10, 12, 1.5e-3, True))
 UNCONDITIONAL = 0.1
 SCALE = 0.18215  # of SD1.5's latents
 
@@ -39,12 +58,26 @@ def main(vae_path: Path, text_path: Path, unet_path: Path, motion_path: Path, sh
     scenes, latents = encode_clips(vae_path, math.ceil(CLIPS * share), rng)
     unet, motion = build_unet(), build_motion()
     both = nn.ModuleDict({"unet": unet, "motion": motion})
+    attached = Attached(unet, motion).__enter__()
+    for stage in STAGES:
+        train(stage, math.ceil(stage.steps * share), both, attached, scenes, latents, encode_text, rng)
+    for part, path in (("unet.", unet_path), ("motion.", motion_path)):
+        save(
+            path,
+            {key.removeprefix(part): value.half() for key, value in both.state_dict().items() if key.startswith(part)},
+        )
+
+
+def train(
+    stage: Stage, steps: int, both: nn.Module, attached: Attached, scenes: list[world.Scene], latents: Tensor,
+    encode_text: Callable[[list[str]], Tensor], rng: Generator,
+) -> None:  # fmt: skip
+    """Train both models in place; they end as the average over their last steps."""
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
-    optimizer, attached, schedule = Optimizer(both), Attached(unet, motion).__enter__(), Ddpm()
-    steps, recent = math.ceil(STEPS * share), []
+    optimizer, schedule, recent = Optimizer(both), Ddpm(), []
     for step in range(steps):
         losses = []
-        for count, moving in ((MOVING, True), (STILL, False)):
+        for count, moving in ((stage.moving, True), (stage.still, False)):
             chosen = rng.integers(0, len(scenes), count)
             captions = [
                 "" if rng.random() < UNCONDITIONAL else world.describe(scenes[i], rng, moving=moving) for i in chosen
@@ -53,18 +86,20 @@ def main(vae_path: Path, text_path: Path, unet_path: Path, motion_path: Path, sh
             if not moving:
                 frames = torch.from_numpy(rng.integers(0, batch.shape[1], count))
                 batch = batch[torch.arange(count), frames].unsqueeze(1)
-            losses.append(noise_loss(unet, attached, schedule, batch.to(DEVICE), encode_text(captions), rng))
-            losses[-1].backward()
+            loss, weighted = noise_loss(
+                attached, schedule, batch.to(DEVICE), encode_text(captions), rng, level=stage.level
+            )
+            weighted.backward()
+            losses.append(loss.item())
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step(2e-3 * min(1, (step + 1) / 200) * min(1, 0.01 + 2 * (1 - step / steps)))
+        optimizer.step(stage.rate * min(1, (step + 1) / 200) * min(1, 0.01 + 2 * (1 - step / steps)))
         for name, value in both.state_dict().items():
             average[name].lerp_(value, 1 - min(0.998, step / (step + 10)))
-        recent.append([loss.item() for loss in losses])
+        recent.append(losses)
         if step % 100 == 99:
             moving, still = np.mean(recent[-100:], 0)
             print(f"step {step + 1} of {steps}, loss of clips {moving:.4f}, of frames {still:.4f}", flush=True)
-    for part, path in (("unet.", unet_path), ("motion.", motion_path)):
-        save(path, {key.removeprefix(part): value.half() for key, value in average.items() if key.startswith(part)})
+    both.load_state_dict(average)
 
 
 def text_encoder_of(path: Path) -> nn.Module:
@@ -125,17 +160,19 @@ def build_motion() -> MotionModules:
 
 
 def noise_loss(
-    unet: nn.Module, attached: Attached, schedule: Ddpm, latents: Tensor, context: Tensor, rng: Generator
-) -> Tensor:
-    """Latents B F 4 8 8, one noise level for all frames of a clip."""
+    attached: Attached, schedule: Ddpm, latents: Tensor, context: Tensor, rng: Generator, *, level: bool
+) -> tuple[Tensor, Tensor]:
+    """Of latents B F 4 8 8, one noise level for all frames of a clip: as the model's loss is, and as it is trained."""
     count, frames = latents.shape[:2]
     t = torch.from_numpy(rng.integers(0, schedule.steps, count)).to(DEVICE)
     noise = torch.from_numpy(rng.standard_normal(latents.shape)).float().to(DEVICE)
     noisy = schedule.add_noise(latents, noise, t)
     attached.frames = frames
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        pred = unet(
+        pred = attached.unet(
             noisy.flatten(0, 1), t.repeat_interleave(frames), context=context.repeat_interleave(frames, 0),
             transformer_options=dict(TRANSFORMER_OPTIONS),
         )  # fmt: skip
-    return F.mse_loss(pred.float(), noise.flatten(0, 1))
+    each = (pred.float().unflatten(0, (count, frames)) - noise).square().flatten(1).mean(1)
+    weight = (1 / schedule.alphas_bar.to(DEVICE)[t]).clamp(max=HEAVIEST) if level else torch.ones_like(each)
+    return each.mean(), (weight * each).mean()

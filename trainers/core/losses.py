@@ -21,14 +21,14 @@ def sample_timesteps(rng: Rng, count: int, sampling: str, shift: float, stratifi
     return shift_timesteps(logit_normal(u) if sampling == "logit_normal" else u, shift)
 
 
-def flow_matching_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Tensor:
-    """Velocity MSE of one micro-batch at times t [B] (set_and_sequence spec, section 3)."""
+def denoising_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Tensor:
+    """MSE of what the backbone predicts for one micro-batch at noise levels t [B], in its schedule's own terms."""
     latents = batch["latents"]
     noise = rng.noise_like(latents)
     t = t.to(latents.device)
     noisy_latents = backbone.schedule.add_noise(latents, noise, t)
     pred = backbone.predict(noisy_latents, t, batch)
-    return masked_mse(pred, backbone.schedule.target(latents, noise), batch.get("mask"))
+    return masked_mse(pred, backbone.schedule.target(latents, noise, t), batch.get("mask"))
 
 
 def concept_and_prior(

@@ -92,11 +92,43 @@ class Ddpm:
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a = alphas_bar, for latents, noise [B, ...] and steps t [B]."""
-        kept = self.alphas_bar.to(latents.device)[t].view(-1, *[1] * (latents.ndim - 1))
+        kept = _spread(self.alphas_bar.to(latents.device)[t], latents)
         return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
-    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
+
+
+class Edm:
+    """Noise of any level t = sigma > 0 over data of spread 1; the model predicts v (Karras et al. 2022, arXiv 2206.00364).
+
+    Its weighted loss on the denoised latents, (1 + sigma^2) / sigma^2 |D - x_0|^2, is the plain one on v, and v does not
+    overflow where sigma nears 0.
+    """
+
+    def __init__(self, mean: float = 0.7, std: float = 1.6) -> None:
+        """Of ln(sigma); these are Stable Video Diffusion's (arXiv 2311.15127)."""
+        self.mean, self.std = mean, std
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Quantiles in (0, 1) to noise levels."""
+        return torch.exp(self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = x_0 + sigma noise for latents, noise [B, ...] and levels t [B]."""
+        return latents + _spread(t, latents) * noise
+
+    def scale(self, noisy_latents: Tensor, t: Tensor) -> Tensor:
+        """What the model is given: x_t at spread 1."""
+        return noisy_latents / (1 + _spread(t, noisy_latents) ** 2).sqrt()
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = (noise - sigma x_0) / sqrt(1 + sigma^2)"""
+        return self.scale(noise - _spread(t, latents) * latents, t)
+
+
+def _spread(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1))
 
 
 class FlowMatch:
@@ -106,8 +138,8 @@ class FlowMatch:
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 - t) x_1 + t x_0 for latents, noise [B, ...] and t [B]."""
-        t = t.view(-1, *[1] * (latents.ndim - 1))
+        t = _spread(t, latents)
         return (1 - t) * latents + t * noise
 
-    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - latents

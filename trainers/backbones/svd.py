@@ -1,0 +1,106 @@
+"""Stable Video Diffusion, image to video: ComfyUI's own UNet, called the way its sampler calls it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.data import Row
+from ..core.losses import denoising_loss
+from ..core.noise import Edm, Rng
+from .base import check_channels, prepare_latents
+
+LATENT_CHANNELS = 4
+CHECKPOINTED = ("VideoResBlock", "SpatialVideoTransformer")
+# Cross-attention has one token to look at, whatever its queries and keys are: those two never get a gradient.
+ATTENTION = r"\.0\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(v|out\.0))"
+
+
+def check(model: Any, parts: dict[str, nn.Module], rows: Iterable[Row]) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is Stable Video Diffusion, and the data's rows are for it."""
+    _check_model(model)
+    check_channels(rows, LATENT_CHANNELS)
+
+
+def _check_model(model: Any) -> None:
+    if (kind := type(model).__name__) != "SVD_img2vid":
+        raise ValueError(f"model: found {kind}, expected Stable Video Diffusion (SVD_img2vid)")
+
+
+class Svd:
+    """v predictor v(x_t, sigma, image): x_t [B, 4, T, h, w], sigma [B] > 0.
+
+    A batch holds image_embeds [B, 1024] of CLIP vision, first_frame [B, 4, h, w] as the VAE gives it, and for each clip
+    fps, motion_bucket and augmentation [B].
+    """
+
+    schedule = Edm()
+    lora_targets = {
+        "all": rf".*\.(transformer_blocks|time_stack){ATTENTION}",
+        "spatial": rf".*\.transformer_blocks{ATTENTION}",
+        "temporal": rf".*\.time_stack{ATTENTION}",
+    }
+
+    def __init__(
+        self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+    ) -> None:
+        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
+        _check_model(model)
+        self.module: nn.Module = model.diffusion_model
+        self.blocks = [module for module in self.module.modules() if type(module).__name__ in CHECKPOINTED]
+        self.device, self.dtype = device, dtype
+        self.embed, self.process_latent_in = model.embedder, model.process_latent_in
+        self.transformer_options = transformer_options
+        self.checkpointing = False
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return prepare_latents(batch, self.device, self.process_latent_in)
+
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Frames are folded into the batch, one after the other; the first frame's latents are never scaled."""
+        frames = noisy_latents.shape[2]
+        first_frame = batch["first_frame"].to(noisy_latents).unsqueeze(2).expand_as(noisy_latents)
+        x = torch.cat([self.schedule.scale(noisy_latents, t), first_frame], dim=1)
+        ids = torch.stack([batch["fps"] - 1, batch["motion_bucket"], batch["augmentation"]], dim=1)
+        ids = self.embed(ids.flatten().to(self.device)).view(len(ids), -1)
+        v = self.module(
+            x.transpose(1, 2).flatten(0, 1).to(self.dtype),
+            (0.25 * t.log()).repeat_interleave(frames),
+            context=batch["image_embeds"].to(self.device, self.dtype).unsqueeze(1).repeat_interleave(frames, 0),
+            y=ids.to(self.dtype).repeat_interleave(frames, 0),
+            num_video_frames=frames,
+            transformer_options=dict(self.transformer_options),
+        )
+        return v.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def video_loss(backbone: Svd, batch: dict[str, Any], rng: Rng, dropout: float, stratified: bool) -> Tensor:
+    """MSE on v of one micro-batch, at noise levels and conditions drawn from `rng`."""
+    t = backbone.schedule.timesteps(rng.uniform(len(batch["latents"]), stratified))
+    return denoising_loss(backbone, drawn_conditions(batch, rng, dropout), rng, t)
+
+
+def drawn_conditions(batch: dict[str, Any], rng: Rng, dropout: float) -> dict[str, Any]:
+    """The batch with one of the first frame's stored noisings for each clip, and conditions left out.
+
+    Of p = `dropout`, the embedding becomes zero in a share 2 p of clips and the first frame in a share 2 p, both of them
+    in p (svd_xtend spec, 1.4). An evaluation takes the first frame without noise, and leaves nothing out.
+    """
+    count, stored = batch["augmentations"].shape
+    chosen, kept = torch.zeros(count, dtype=torch.long), torch.ones(2, count)
+    if not rng.evaluating:
+        for i in range(count):
+            chosen[i] = torch.randint(min(1, stored - 1), stored, (), generator=rng.generator("noising", rng.sample + i))
+            drawn = float(torch.rand((), generator=rng.generator("conditioning", rng.sample + i)))
+            kept[0, i], kept[1, i] = drawn >= 2 * dropout, not dropout <= drawn < 3 * dropout
+    clips = torch.arange(count)
+    return {
+        **batch,
+        "image_embeds": batch["image_embeds"] * kept[0].unsqueeze(1),
+        "first_frame": batch["first_frames"][clips, chosen] * kept[1].view(-1, 1, 1, 1),
+        "augmentation": batch["augmentations"][clips, chosen],
+    }
+
+
+load = Svd
