@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import tiny_svd
 import torch
 from tiny_sd import write_motion_module, write_unet
 from torch import Tensor
@@ -26,6 +27,8 @@ def write_all(folder: Path) -> dict[str, Path]:
     write_wan(files["diffusion_models"])
     write_wan_vae(files["vae"])
     write_clip(files["text_encoders"])
+    files["svd"] = folder / "diffusion_models" / "tiny_svd.safetensors"
+    tiny_svd.write_unet(files["svd"], tiny_svd.TINY)
     files["sd"] = folder / "diffusion_models" / "tiny_sd.safetensors"
     files["motion"] = folder / "animatediff_models" / "tiny_motion.safetensors"
     write_unet(files["sd"], SD_WIDTHS)

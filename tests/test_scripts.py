@@ -3,14 +3,19 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import comfy.utils
 import pytest
+import tiny_svd
 import torch
+from kinoloom.trainers.core import host
 from safetensors import safe_open
+from toyworld.pack import video_unet
 
 import tiny
+from .runs import random
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
@@ -48,6 +53,42 @@ def test_tiny_clip_depends_on_the_prompt(tiny_models: Path) -> None:
     one, other = (clip.encode_from_tokens(clip.tokenize(text)) for text in ("a red square", "a blue disc"))
     assert one.shape == (1, 77, tiny.CLIP_WIDTH) and one.isfinite().all()
     assert (one - other).abs().mean() > 0.1 * one.std()
+
+
+@pytest.fixture(scope="module")
+def svd(tiny_models: Path) -> Any:
+    """A MODEL of the tiny SVD."""
+    return video_unet.load_unet(tiny_models / "diffusion_models" / "tiny_svd.safetensors")
+
+
+def test_every_weight_of_tiny_svd_has_an_effect(svd: Any, tiny_models: Path) -> None:
+    network = host.load_private(svd, torch.device("cpu")).diffusion_model
+    network.requires_grad_(True)
+    with safe_open(tiny_models / "diffusion_models" / "tiny_svd.safetensors", "pt") as file:
+        assert set(file.keys()) == set(network.state_dict())
+    frames = 3
+    x, context, ids = (random(frames, *shape, name=str(shape)) for shape in ((8, 8, 16), (2, 1024), (768,)))
+    out = network(x, timesteps=torch.full((frames,), 0.5), context=context, y=ids, num_video_frames=frames)
+    assert 0.1 < float(out.detach().std()) < 10
+    out.square().mean().backward()
+    assert [name for name, weight in network.named_parameters() if not weight.grad.any()] == []
+
+
+def test_narrow_svd_is_one_to_core(tmp_path: Path) -> None:
+    tiny_svd.write_unet(tmp_path / "unet.safetensors", tiny_svd.NARROW, dtype=torch.float16)
+    assert type(comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model).__name__ == "SVD_img2vid"
+    path = tmp_path / "checkpoint.safetensors"
+    tiny_svd.write_checkpoint(path)
+    model, _, vae, vision = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False, output_clipvision=True)
+    assert type(model.model).__name__ == "SVD_img2vid"
+    with safe_open(path, "pt") as file:
+        prefix = "model.diffusion_model."
+        keys = {key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)}
+    assert keys == set(model.model.diffusion_model.state_dict())
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert vae.decode(vae.encode(image)).shape == image.shape
+        assert vision.encode_image(image)["image_embeds"].isfinite().all()
 
 
 def test_setup_names_a_wrong_comfyui_dir(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import text_encoder, unet
+from . import text_encoder, unet, video_unet
 
 
 class ToyWorldTextEncoder(io.ComfyNode):
@@ -38,9 +38,25 @@ class ToyWorldImageModel(io.ComfyNode):
         return io.NodeOutput(unet.load(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)))
 
 
+class ToyWorldImageToVideoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ToyWorldImageToVideoModel",
+            display_name="Load Toy World Image-to-Video Model",
+            category="toy world",
+            inputs=[io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models"))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str) -> io.NodeOutput:
+        return io.NodeOutput(video_unet.load_unet(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)))
+
+
 class _Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ToyWorldTextEncoder, ToyWorldImageModel]
+        return [ToyWorldTextEncoder, ToyWorldImageModel, ToyWorldImageToVideoModel]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
