@@ -35,7 +35,13 @@ def describe(
         "modelspec.trigger_phrase": ", ".join(word for word in words if word),
         "ss_base_model_version": backbone,
         "ss_sd_model_name": base_model_name,
-        "ss_network_dim": str(config["rank"]),
-        "ss_network_alpha": str(config["alpha"] or config["rank"]),
+        **_network(config),
         **extra,
     }
+
+
+def _network(config: dict[str, Any]) -> dict[str, str]:
+    """Rank and alpha, of which a fine-tune has none."""
+    if "rank" not in config:
+        return {}
+    return {"ss_network_dim": str(config["rank"]), "ss_network_alpha": str(config["alpha"] or config["rank"])}

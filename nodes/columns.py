@@ -20,7 +20,7 @@ from .framing import center_crop, fit, latent_mask
 from .prompts import TOKEN_MASK_PROB, encode_prompt
 
 # Raise a number when what its column holds changes.
-VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1}
+VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 1}
 
 
 def data_folder() -> Path:
@@ -73,7 +73,7 @@ class Columns:
         def make(frames: list[Tensor]) -> dict[str, Tensor]:
             return {"latents": encode_pixels(vae, torch.stack([fit(frame, width, height) for frame in frames]))}
 
-        return self._of_windows("latents", source, windows, (vae_id, source.digest), (width, height), make)
+        return self.of_windows("latents", source, windows, (vae_id, source.digest), (width, height), make)
 
     def masks(
         self, source: Source, windows: list[list[int]], width: int, height: int, step: int, latent_size: tuple[int, int]
@@ -85,9 +85,9 @@ class Columns:
             return {"mask": latent_mask(torch.stack(small), step)}
 
         rest = (width, height, step, latent_size)
-        return self._of_windows("mask", source, windows, (source.digest,), rest, make)
+        return self.of_windows("mask", source, windows, (source.digest,), rest, make)
 
-    def _of_windows(
+    def of_windows(
         self,
         column: str,
         source: Source,

@@ -12,7 +12,7 @@ from . import identity
 from .captions import Captions, serves_both, warn_serves_both
 from .clips import Source
 from .columns import Columns, data_folder, frame_step
-from .framing import WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
+from .framing import SIDE, WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Options:
 @dataclass(frozen=True)
 class Clip:
     source: Source
-    captions: Captions
+    captions: Captions | None  # None where the model takes no text
     mask: Source | None = None
 
 
@@ -105,8 +105,8 @@ class ClipPlan:
     roles: tuple[str, ...] = ()
 
 
-def plan(clip: Clip, options: Options, step: int) -> ClipPlan:
-    """ValueError says why a clip does not fit the options."""
+def plan(clip: Clip, options: Options, step: int, side: int = SIDE) -> ClipPlan:
+    """ValueError says why a clip does not fit the options. Width and height become multiples of `side`."""
     source = clip.source
     indices = resample(source, options.fps)
     length = 1 if source.photo else options.frames_per_clip
@@ -119,7 +119,7 @@ def plan(clip: Clip, options: Options, step: int) -> ClipPlan:
     if clip.mask:
         check_mask(clip.mask, source)
     taken = windows(len(indices), length, options.window_mode, options.window_count, options.window_stride)
-    width, height = bucket(source.width, source.height, options.size**2)
+    width, height = bucket(source.width, source.height, options.size**2, side)
     return ClipPlan(clip, width, height, tuple(tuple(indices[i] for i in window) for window in taken))
 
 
@@ -189,8 +189,8 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
                 masks = columns.masks(mask, taken, *size, frame_step(vae), shape[-2:])
                 named = [{**row, "mask": stem} for row, stem in zip(named, masks, strict=True)]
             for window, row in zip(taken, named, strict=True):
-                rows.append(Row(_row_name(source, window), split, sample_role, shape, row))
-    _log_sizes(plans)
+                rows.append(Row(row_name(source, window), split, sample_role, shape, row))
+    log_sizes(plans)
     return TrainingData(str(columns.folder), tuple(rows))
 
 
@@ -201,14 +201,14 @@ def _samples(planned: ClipPlan, single_frames: int) -> list[tuple[str, str, list
     return clips + [("frames", role, [[index] for index in chosen]) for role, chosen in stills if chosen]
 
 
-def _row_name(source: Source, indices: list[int]) -> str:
+def row_name(source: Source, indices: list[int]) -> str:
     if source.photo:
         return source.name
     frames = f"frame {indices[0]}" if len(indices) == 1 else f"frames {indices[0]}-{indices[-1]}"
     return f"{source.name} {frames}"
 
 
-def _log_sizes(plans: list[ClipPlan]) -> None:
+def log_sizes(plans: list[ClipPlan]) -> None:
     for planned in plans:
         source = planned.clip.source
         if planned.width > source.width or planned.height > source.height:

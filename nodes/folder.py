@@ -5,6 +5,7 @@ from pathlib import Path
 from .captions import read_captions
 from .clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, images_in, natural_key, open_source
 from .encode import Clip, ClipPlan, Options, plan
+from .framing import SIDE
 
 MASK = ".mask"
 
@@ -34,7 +35,9 @@ def check_links(folder: Path, root: Path) -> None:
         raise ValueError(f"{folder.name} holds links that lead out of the input folder: {names}. Copy the files")
 
 
-def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step: int) -> list[ClipPlan]:
+def plan_folder(
+    root: Path, name: str, frames_fps: float, options: Options, step: int, *, side: int = SIDE, captioned: bool = True
+) -> list[ClipPlan]:
     """A plan per clip, in natural order. One ValueError names every clip that cannot be used, and why."""
     folder = resolve_folder(root, name)
     check_links(folder, root)
@@ -42,7 +45,7 @@ def plan_folder(root: Path, name: str, frames_fps: float, options: Options, step
     plans, problems = [], stray_masks(folder, entries)
     for entry in entries:
         try:
-            plans.append(plan(read_clip(entry, frames_fps, options), options, step))
+            plans.append(plan(read_clip(entry, frames_fps, options, captioned), options, step, side))
         except ValueError as error:
             problems.append(f"{entry.name}: {error}")
     if problems:
@@ -63,9 +66,11 @@ def stray_masks(folder: Path, clips: list[Path]) -> list[str]:
     return [f"{mask.name}: no clip is called {_mask_of(mask)}" for mask in masks if _mask_of(mask) not in stems]
 
 
-def read_clip(path: Path, frames_fps: float, options: Options) -> Clip:
+def read_clip(path: Path, frames_fps: float, options: Options, captioned: bool) -> Clip:
     source = open_source(path, frames_fps)
-    captions = read_captions(path, photo=source.photo, with_frames=options.single_frames > 0)
+    captions = None
+    if captioned:
+        captions = read_captions(path, photo=source.photo, with_frames=options.single_frames > 0)
     return Clip(source, captions, read_mask(path, frames_fps))
 
 

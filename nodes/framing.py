@@ -66,18 +66,18 @@ def spread(values: list[int], count: int) -> list[int]:
     return [values[place * (len(values) - 1) // max(count - 1, 1)] for place in range(count)]
 
 
-def bucket(width: int, height: int, area: int) -> tuple[int, int]:
-    """Width and height, multiples of 16 of about `area` pixels, with the aspect ratio nearest to the source's."""
+def bucket(width: int, height: int, area: int, side: int = SIDE) -> tuple[int, int]:
+    """Width and height, multiples of `side`, of about `area` pixels, with the aspect ratio nearest to the source's."""
 
     def misfit(size: tuple[int, int]) -> tuple[float, int]:
         w, h = size
         return 2 * abs(math.log(w * height / (h * width))) + abs(math.log(w * h / area)), abs(w - h)
 
     ideal = math.sqrt(area * width / height)
-    tokens = max(int(ideal // SIDE), 1)
-    widths = [SIDE * n for n in range(max(tokens - 1, 1), tokens + 3)]
+    tokens = max(int(ideal // side), 1)
+    widths = [side * n for n in range(max(tokens - 1, 1), tokens + 3)]
     return min(
-        ((w, SIDE * n) for w in widths for n in {max(int(area / w // SIDE), 1), int(area / w // SIDE) + 1}), key=misfit
+        ((w, side * n) for w in widths for n in {max(int(area / w // side), 1), int(area / w // side) + 1}), key=misfit
     )
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import folder_paths
 from aiohttp import web
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
 from ..lora_io.file import load
@@ -33,12 +35,13 @@ from .widgets import TrainingJobType
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
+OUTPUTS = ("loras", MOTION_LORAS, "diffusion_models")  # model folders that runs write into
 ROOM_SECONDS = 10
 
 
 def output_folders(run_name: str) -> dict[str, str]:
     """Where a run's files go, by the model folder that their loaders look in."""
-    folders = {folder: folder_paths.get_folder_paths(folder)[0] for folder in ("loras", MOTION_LORAS)}
+    folders = {folder: folder_paths.get_folder_paths(folder)[0] for folder in OUTPUTS}
     return {folder: str(Path(path) / "kinoloom" / run_name) for folder, path in folders.items()}
 
 
@@ -266,7 +269,11 @@ class TrainingResult(io.ComfyNode):
             logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
         if not found.parts:
             raise RuntimeError(f"Training run {name!r} ended before it saved a LoRA")
-        loras = [load(Path(path))[0] for path in found.parts]
+        if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
+            lora = ExecutionBlocker(f"run {name!r} made a model, no LoRA: connect path to Load Trained Model")
+            loras = [lora]
+        else:
+            loras = [load(Path(path))[0] for path in found.parts]
         outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
         return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),)})
 
@@ -291,4 +298,26 @@ def _wait(job: Job, node_id: str) -> None:
         raise
 
 
-NODES = [TrainingResult]
+class TrainedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomTrainedModel",
+            display_name="Load Trained Model",
+            category="Kinoloom/training",
+            description="Loads the model that a fine-tune run made, in the same graph. Load Diffusion Model lists it "
+            "too.",
+            search_aliases=["fine-tune", "load checkpoint"],
+            inputs=[io.String.Input("path", force_input=True, tooltip="path of Training Result.")],
+            outputs=[io.Model.Output(tooltip="The fine-tuned model.")],
+        )
+
+    @classmethod
+    def execute(cls, path: str) -> io.NodeOutput:
+        known = {file for job in registry().jobs.copy().values() for file in job.files.values()}
+        if path not in known:
+            raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")
+        return io.NodeOutput(comfy.sd.load_diffusion_model(path))
+
+
+NODES = [TrainingResult, TrainedModel]

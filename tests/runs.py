@@ -19,7 +19,7 @@ from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
 from kinoloom.trainers.core.record import Spec
 from torch import Tensor
-from toyworld.pack import unet
+from toyworld.pack import unet, video_unet
 
 TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
 SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
@@ -28,10 +28,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},
     "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
     "KinoloomTrainMotionDirector": {"steps": 5, "preset": "custom", "spatial_learning_rate": 1e-2},
+    "KinoloomTrainSvdLora": {"steps": 5},
+    "KinoloomTrainSvdFinetune": {"steps": 5, "learning_rate": 1e-3},
 }
 SHAPES = {
     "wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)},
     "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
+    "svd": {"clips": (4, 3, 8, 16)},
 }
 LAYERS = {"spatial": 192, "temporal": 200}  # of a file's export; 20 of the tiny Wan's
 
@@ -59,6 +62,9 @@ def load_tiny(folder: Path, backbone: str) -> Any:
     """The tiny MODEL of a backbone."""
     if backbone == "animatediff":
         return load_animatediff(folder)
+    if backbone == "svd":
+        with torch.inference_mode():
+            return video_unet.load_unet(folder / "diffusion_models" / "tiny_svd.safetensors")
     return load_model(folder / "diffusion_models" / "tiny_wan.safetensors")
 
 
@@ -72,11 +78,24 @@ def prompt(name: str, *, variants: int = 2, tokens: int = TOKENS, width: int = T
     }
 
 
+def image(name: str, *, height: int, width: int) -> dict[str, Tensor]:
+    """The column `image` as the SVD encode nodes write it, with two noisings of the first frame."""
+    return {
+        "image_embeds": random(1024, name=f"{name} embeds"),
+        "first_frames": random(3, 4, height, width, name=f"{name} first frame"),
+        "augmentations": torch.tensor([0.0, 0.03, 0.08]),
+        "fps": torch.tensor(7.0),
+        "motion_bucket": torch.tensor(127.0),
+    }
+
+
 def write_row(
     folder: Path, name: str, split: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
 ) -> Row:
     """One sample of random latents; a keyword replaces or adds a column, None leaves it out."""
     default = {"latents": {"latents": random(*shape, name=name)}, "prompt_embeds": prompt(name)}
+    if shape[0] == 4:
+        default["image"] = image(name, height=shape[-2], width=shape[-1])
     written = {column: tensors for column, tensors in {**default, **columns}.items() if tensors is not None}
     for column, tensors in written.items():
         write_column(folder, name, column, tensors)
@@ -97,7 +116,9 @@ def write_data(
 
 
 def make_config(recipe: str, **options: Any) -> TrainConfig:
-    return recipes()[recipe].Config(**{**SMALL, **RUNS[recipe], **options})
+    config = recipes()[recipe].Config
+    small = {name: value for name, value in SMALL.items() if name in config.__dataclass_fields__}
+    return config(**{**small, **RUNS[recipe], **options})
 
 
 class Published(list):
@@ -134,7 +155,7 @@ def make_job(
             data=data,
             source=source,
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
-            outputs=dict.fromkeys(("loras", "animatediff_motion_lora"), str(folder / "out")),
+            outputs=dict.fromkeys(("loras", "animatediff_motion_lora", "diffusion_models"), str(folder / "out")),
             created=0.0,
         )
     method = recipes()[recipe]
@@ -191,14 +212,16 @@ def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The backbone of a private copy of `model`, as a job makes it, on the CPU."""
     parts, cpu = host.parts_of(model), torch.device("cpu")
     private = host.load_private(model, cpu)
-    load = backbone_modules()["animatediff" if parts else "wan"].load
+    kind = "animatediff" if parts else "svd" if type(private).__name__ == "SVD_img2vid" else "wan"
+    load = backbone_modules()[kind].load
     backbone = load(private, parts, cpu, dtype, host.TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
 
 
 def make_batch(backbone: Any, data: TrainingData, split: str = "clips", size: int = 1) -> dict[str, Any]:
-    return PhaseData(data, split, ("latents", "prompt_embeds"), size, 0, backbone.prepare)[0]
+    columns = tuple(data.rows[0].columns.keys() - {"mask"})
+    return PhaseData(data, split, columns, size, 0, backbone.prepare)[0]
 
 
 def leaves(loss: Tensor) -> set[Tensor]:

@@ -21,6 +21,7 @@ from kinoloom.trainers.core.job import Job
 from .runs import RUNS, Published, events, finish, make_config, make_job, state_of
 
 SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
+SVD_LORA, FINETUNE = "KinoloomTrainSvdLora", "KinoloomTrainSvdFinetune"
 
 
 def every_option() -> list[Any]:
@@ -112,9 +113,11 @@ BASE = {
     WAN_LORA: {"steps": 3},
     SNS: {"set_steps": 2, "sequence_steps": 2, "gradient_accumulation": 1},
     DIRECTOR: {"steps": 3},
+    SVD_LORA: {"steps": 3},
+    FINETUNE: {"steps": 3},
 }
-STEPS, WEIGHTS, FILES, DTYPE, METADATA, PLAN, VALIDATIONS, SAVED = (
-    "steps", "weights", "files", "dtype", "metadata", "plan", "validations", "saved",
+STEPS, WEIGHTS, FILES, CONTENT, DTYPE, METADATA, PLAN, VALIDATIONS, SAVED = (
+    "steps", "weights", "files", "content", "dtype", "metadata", "plan", "validations", "saved",
 )  # fmt: skip
 # option -> (another value, what it changes); None: another test shows its effect
 SHARED: dict[str, tuple[Any, str]] = {
@@ -134,6 +137,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "stratified_timesteps": (False, WEIGHTS),
     "precision": ("bf16", WEIGHTS),
     "prior_weight": (0.25, WEIGHTS),
+    "ema_decay": (0.9, CONTENT),
     "checkpointing": ("on", PLAN),
     "validate_every": (1, VALIDATIONS),
     "save_every": (1, SAVED),
@@ -166,6 +170,16 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "spatial_off_prob": (1.0, WEIGHTS),
         "debias_weight": (0.0, WEIGHTS),
         "dropout": (0.0, WEIGHTS),
+    },
+    SVD_LORA: {
+        "steps": (2, STEPS),
+        "target_layers": ("temporal", FILES),
+        "conditioning_dropout": (0.3, WEIGHTS),
+    },
+    FINETUNE: {
+        "steps": (2, STEPS),
+        "layers": ("temporal", WEIGHTS),
+        "conditioning_dropout": (0.3, WEIGHTS),
     },
 }
 ELSEWHERE = {
@@ -203,6 +217,7 @@ def observed(folder: Path, model: Any, data: TrainingData, name: str, **options:
     return {
         WEIGHTS: state_of(job).recipe,
         FILES: sorted(tensors),
+        CONTENT: float(sum(tensor.double().square().sum() for tensor in tensors.values())),
         DTYPE: {tensor.dtype for tensor in tensors.values()},
         METADATA: {k: v for k, v in metadata.items() if k != "kinoloom.config"},
         PLAN: [event["checkpointing"] for event in events(job, "plan")],
@@ -222,6 +237,7 @@ def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         pytest.param(name, option, id=f"{name.removeprefix('KinoloomTrain')}-{option}")
         for name in sorted(recipes())
         for option in {**SHARED, **OWN[name]}
+        if option in recipes()[name].Config.__dataclass_fields__
     ],
 )
 def test_an_option_changes_what_it_says(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backbones.animatediff import AnimateDiff
-from .core.config import TrainConfig, knob
+from .core.config import LoraConfig, knob
 from .core.data import TrainingData
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
@@ -48,7 +48,7 @@ class MotionDirector:
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(LoraConfig):
         preset: str = knob(
             "preferred",
             "Sets rank, the two learning rates and weight_decay, Lion's too. Encode the clips at size 256 for low, 384 "

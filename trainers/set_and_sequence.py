@@ -17,7 +17,7 @@ from torch import Tensor
 from ..lora_io.file import load
 from ..lora_io.keys import from_comfy
 from .backbones.wan import Wan
-from .core.config import TrainConfig, knob
+from .core.config import LoraConfig, knob
 from .core.lora import LoraGroups
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
@@ -39,7 +39,7 @@ class SetAndSequence:
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(LoraConfig):
         rank: int = knob(
             32, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256
         )

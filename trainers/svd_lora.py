@@ -1,4 +1,4 @@
-"""LoRA for Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127) on clips, conditioned on their first frame."""
+"""LoRA for Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127): clips from their first frames."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .backbones.svd import Svd, video_loss
-from .core.config import TrainConfig, knob
+from .core.config import LoraConfig, knob
 from .core.lora import LoraGroups
 from .core.losses import concept_and_prior
 from .core.noise import Rng
@@ -26,19 +26,19 @@ class SvdLora:
     columns = ("latents", "image")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(LoraConfig):
         steps: int = knob(1000, "Optimizer steps. A few clips want 500 to 2000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",
-            "Attention that gets a LoRA. temporal learns how things move and leaves the look alone. Queries and keys of "
-            "cross-attention are left out: it looks at one token, so they change nothing.",
+            "Attention that gets a LoRA. temporal learns how things move and leaves the look alone. Queries and keys "
+            "of cross-attention are left out: it looks at one token, so they change nothing.",
             choices=tuple(Svd.lora_targets),
             advanced=True,
         )
         conditioning_dropout: float = knob(
             0.1,
-            "Share of clips trained without the image embedding, of clips without the first frame, and of clips without "
-            "both. Keeps cfg at work; 0 turns it off.",
+            "Share of clips trained without the image embedding, of clips without the first frame, and of clips "
+            "without both. Keeps cfg at work; 0 turns it off.",
             min=0.0,
             max=0.33,
             step=0.01,

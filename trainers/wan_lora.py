@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .backbones.wan import Wan
-from .core.config import TrainConfig, knob
+from .core.config import LoraConfig, knob
 from .core.lora import LoraGroups
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
@@ -26,7 +26,7 @@ class WanLora:
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(LoraConfig):
         steps: int = knob(500, "Optimizer steps. One clip wants 300 to 1000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",

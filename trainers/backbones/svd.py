@@ -84,15 +84,16 @@ def video_loss(backbone: Svd, batch: dict[str, Any], rng: Rng, dropout: float, s
 def drawn_conditions(batch: dict[str, Any], rng: Rng, dropout: float) -> dict[str, Any]:
     """The batch with one of the first frame's stored noisings for each clip, and conditions left out.
 
-    Of p = `dropout`, the embedding becomes zero in a share 2 p of clips and the first frame in a share 2 p, both of them
-    in p (svd_xtend spec, 1.4). An evaluation takes the first frame without noise, and leaves nothing out.
+    For p = `dropout`, the embedding becomes zero in a share 2 p of clips, the first frame in a share 2 p, and both of
+    them in p. An evaluation takes the first frame without noise, and leaves nothing out.
     """
     count, stored = batch["augmentations"].shape
     chosen, kept = torch.zeros(count, dtype=torch.long), torch.ones(2, count)
     if not rng.evaluating:
         for i in range(count):
-            chosen[i] = torch.randint(min(1, stored - 1), stored, (), generator=rng.generator("noising", rng.sample + i))
-            drawn = float(torch.rand((), generator=rng.generator("conditioning", rng.sample + i)))
+            noising, left_out = (rng.generator(name, rng.sample + i) for name in ("noising", "conditioning"))
+            chosen[i] = torch.randint(1, stored, (), generator=noising)
+            drawn = float(torch.rand((), generator=left_out))
             kept[0, i], kept[1, i] = drawn >= 2 * dropout, not dropout <= drawn < 3 * dropout
     clips = torch.arange(count)
     return {

@@ -66,6 +66,7 @@ class State:
     best: float = float("inf")
     recipe: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
     schedule: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
 

@@ -259,10 +259,10 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:
-    """Linear that keeps no cast or dequantised copy of its weight for backward; unknown cases go the host's way."""
+    """Linear that keeps no cast or dequantised copy of a frozen weight for backward; other cases go the host's way."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if self.weight_function or getattr(self, "pre_quant_scale", None) is not None:
+        if self.weight.requires_grad or self.weight_function or getattr(self, "pre_quant_scale", None) is not None:
             return host_forward(self, x)
         weight, bias = self.weight, self.bias
         if isinstance(weight, QuantizedTensor) or weight.dtype != x.dtype or weight.device != x.device:

@@ -4,9 +4,11 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch.nn.utils import clip_grad_norm_
 
 from .checkpoint import State
@@ -71,6 +73,7 @@ def train(
             if not last and state.step % config.save_every == 0:
                 run.snapshot("checkpoint")
         run.snapshot("phase")
+        run.finish()
         vars(state).update(vars(State(phase=index + 1, scaler=state.scaler)))
     return True
 
@@ -95,6 +98,10 @@ class PhaseRun:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if state.recipe is not None:
             recipe.load_state_dict(state.recipe)
+        self.average = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
+        if state.average is not None:
+            self.average.load_state_dict(state.average)
+            self.average.to(self.parameters[0].device)
         if state.optimizer is not None:
             self.optimizer.load_state_dict(state.optimizer)
             self.schedule.load_state_dict(state.schedule)
@@ -119,6 +126,8 @@ class PhaseRun:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        if self.average:
+            self.average.step(self.parameters)
         self.state.step += 1
         return losses, norm, rate
 
@@ -139,7 +148,8 @@ class PhaseRun:
                 )
 
     def validate(self) -> None:
-        loss = validation_loss(self.recipe, self.batches.validation(), self.phase, self.config.seed)
+        with self.averaged():
+            loss = validation_loss(self.recipe, self.batches.validation(), self.phase, self.config.seed)
         best = loss < self.state.best
         self.state.best = min(self.state.best, loss)
         self.session.emit(Validation(self.phase.name, self.state.step, loss, best, self.batches.held_out))
@@ -149,7 +159,27 @@ class PhaseRun:
     def snapshot(self, why: str) -> None:
         self.state.recipe, self.state.scaler = self.recipe.state_dict(), self.scaler.state_dict()
         self.state.optimizer, self.state.schedule = self.optimizer.state_dict(), self.schedule.state_dict()
-        self.session.save(self.phase, self.state, why)
+        self.state.average = self.average and self.average.state_dict()
+        with self.averaged():
+            self.session.save(self.phase, self.state, why)
+
+    def finish(self) -> None:
+        """What the phase made is what the next one goes on from."""
+        if self.average:
+            self.average.copy_to(self.parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the trained weights, if the run keeps one."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
 
 
 @torch.no_grad()

@@ -100,9 +100,9 @@ class Ddpm:
 
 
 class Edm:
-    """Noise of any level t = sigma > 0 over data of spread 1; the model predicts v (Karras et al. 2022, arXiv 2206.00364).
+    """Noise of any level t = sigma > 0 over data of spread 1; the model predicts v (Karras et al., arXiv 2206.00364).
 
-    Its weighted loss on the denoised latents, (1 + sigma^2) / sigma^2 |D - x_0|^2, is the plain one on v, and v does not
+    The loss on the denoised latents, (1 + sigma^2) / sigma^2 |D - x_0|^2, is the plain one on v, which does not
     overflow where sigma nears 0.
     """
 

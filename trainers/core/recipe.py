@@ -24,8 +24,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Export:
-    """One file a recipe writes: what it is for, the phase that makes it, its key format (see lora_io.keys.FORMATS) and
-    the model folder of ComfyUI that its loaders look in.
+    """One file a recipe writes: what it is for, the phase that makes it, its key format (one of
+    lora_io.keys.FORMATS; "model" is a whole one) and the model folder of ComfyUI that loaders look in.
 
     The last export of a recipe is its main one.
     """

@@ -1,0 +1,254 @@
+"""Training clips for Stable Video Diffusion: latents, and the first frame as the model is given it."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import cv2
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..lora_io.file import load
+from ..trainers.core.config import knob
+from ..trainers.core.data import Row, TrainingData, column_path
+from ..trainers.core.noise import derived_generator
+from . import clips, identity
+from .columns import Columns, data_folder, encode_pixels
+from .data import ClipsFromFolder, video_source
+from .encode import Clip, ClipPlan, Options, assign_roles, log_sizes, plan, row_name
+from .folder import plan_folder
+from .framing import fit
+from .widgets import TrainingDataType, widget
+
+SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
+NOISINGS = 16  # of each first frame, one of which a training step draws
+LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)
+FLOW_WIDTH = 256  # pixels, at which motion is measured
+LARGEST_BUCKET = 255
+CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdOptions(Options):
+    """How clips are cut and sized for Stable Video Diffusion."""
+
+    frames_per_clip: int = knob(
+        14, "Frames in one training clip: 14 for svd, 25 for svd_xt. Lower it if memory runs out.", min=2, max=256
+    )
+    fps: float = knob(
+        7.0,
+        "Frame rate the clips are brought to, which the model is told. Sample with the same fps in "
+        "SVD_img2vid_Conditioning. 0 keeps each file's rate.",
+        min=0.0,
+        max=240.0,
+        step=0.01,
+    )
+    single_frames: int = knob(0, "Not used: every clip is trained as a whole.", min=0, max=0)
+    token_variants: int = knob(0, "Not used: the model reads no text.", min=0, max=0)
+
+
+def encode(
+    plans: list[ClipPlan], role: str, options: SvdOptions, motion_bucket: int, vae: Any, clip_vision: Any
+) -> tuple[TrainingData, list[str]]:
+    """The clips as training data, and a line about the motion of each."""
+    for planned in plans:
+        if planned.clip.source.photo:
+            raise ValueError(f"{planned.clip.source.name}: is a photo, expected clips of several frames")
+    plans = assign_roles(plans, role, options.hold_out)
+    columns = Columns(data_folder(), comfy.utils.ProgressBar(2 * sum(len(p.windows) for p in plans)))
+    vae_id, vision_id = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
+    rows, lines = [], []
+    for planned in plans:
+        source, size = planned.clip.source, (planned.width, planned.height)
+        windows, fps = [list(window) for window in planned.windows], round(options.fps or source.fps)
+
+        def condition(frames: list[Tensor], size: tuple = size, fps: int = fps, key: str = source.digest) -> dict:
+            pixels = torch.stack([fit(frame, *size) for frame in frames])
+            return {
+                **first_frame(pixels[:1], vae, clip_vision, key),
+                "fps": torch.tensor(float(fps)),
+                "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
+            }
+
+        latents = columns.latents(vae, vae_id, source, windows, *size)
+        key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
+        images = columns.of_windows("image", source, windows, *key, condition)
+        for window, own, stem, image in zip(windows, planned.roles, latents, images, strict=True):
+            row = Row(row_name(source, window), "clips", own, columns.shape(stem), {"latents": stem, "image": image})
+            rows.append(row)
+            bucket = int(load(column_path(columns.folder, image, "image"))[0]["motion_bucket"])
+            lines.append(f"{row.name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
+    log_sizes(plans)
+    for line in lines:
+        logging.info("Kinoloom: %s", line)
+    return TrainingData(str(columns.folder), tuple(rows)), lines
+
+
+def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[str, Tensor]:
+    """What the model is told of a first frame [1, H, W, 3] in 0..1: its embedding, and its latents under noise.
+
+    augmentations [1 + N], of which the first is 0, is the noise's spread over pixels in -1..1.
+    """
+    generator = derived_generator("augmentation", key, tuple(pixels.shape))
+    mean, std = LOG_NOISE
+    levels = torch.exp(mean + std * torch.randn(NOISINGS, generator=generator))
+    levels = torch.cat([torch.zeros(1), levels])
+    latents = [
+        encode_pixels(vae, pixels + level / 2 * torch.randn(pixels.shape, generator=generator)) for level in levels
+    ]
+    return {
+        "image_embeds": clip_vision.encode_image(pixels).image_embeds[0].float().cpu(),
+        "first_frames": torch.cat(latents, dim=1).movedim(0, 1).contiguous(),
+        "augmentations": levels,
+    }
+
+
+def estimate_motion_bucket(pixels: Tensor) -> int:
+    """1..255 for frames [F, H, W, 3]: 127 where an average pixel moves by 1 % of the diagonal from frame to frame.
+
+    Stability AI has not said how its own numbers come about; this is dense optical flow (Farneback 2003).
+    """
+    height, width = pixels.shape[1:3]
+    size = (FLOW_WIDTH, max(1, round(height * FLOW_WIDTH / width)))
+    grey = [
+        cv2.resize(cv2.cvtColor((frame.cpu().numpy() * 255).astype("uint8"), cv2.COLOR_RGB2GRAY), size)
+        for frame in pixels
+    ]
+    moved = [_flow_length(before, after) for before, after in zip(grey, grey[1:], strict=False)]
+    diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
+    return min(max(round(127 * 100 * sum(moved) / len(moved) / diagonal), 1), LARGEST_BUCKET)
+
+
+def _flow_length(before: Any, after: Any) -> float:
+    flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 4, 15, 3, 5, 1.2, 0)
+    return float(((flow**2).sum(-1) ** 0.5).mean())
+
+
+def inputs() -> Iterable[io.Input]:
+    """The widgets that both nodes end with."""
+    yield from (widget(option) for option in fields(SvdOptions) if option.name not in CAPTIONS)
+    yield io.Int.Input(
+        "motion_bucket",
+        default=0,
+        min=0,
+        max=LARGEST_BUCKET,
+        tooltip="How much moves, which the model is told: 127 is usual. 0 estimates it for each clip, and shows it.",
+    )
+    yield io.Float.Input(
+        "source_fps",
+        default=7.0,
+        min=0.01,
+        max=240.0,
+        step=0.01,
+        advanced=True,
+        tooltip="Frame rate of images and folders of frames, which do not tell their own.",
+    )
+
+
+def encoders() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
+        io.ClipVision.Input("clip_vision", tooltip="CLIP vision of the SVD checkpoint."),
+    ]
+
+
+def output(data: TrainingData, lines: list[str]) -> io.NodeOutput:
+    return io.NodeOutput(data, ui={"text": ("\n".join(lines),)})
+
+
+class EncodeSvdClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomEncodeSvdClips",
+            display_name="Encode Training Clips (SVD)",
+            category="Kinoloom/data",
+            description="Encodes one clip for training Stable Video Diffusion. What was encoded before is taken from "
+            "disk.",
+            search_aliases=["dataset", "image to video training data", "stable video diffusion"],
+            inputs=[
+                *encoders(),
+                io.Image.Input(
+                    "images", optional=True, tooltip="The frames of the clip. Connect either this or video."
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="The clip as a video, whose own frame rate is used. Connect either this or images.",
+                ),
+                *inputs(),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        clip_vision: Any,
+        motion_bucket: int,
+        source_fps: float,
+        images: Any = None,
+        video: Any = None,
+        **options: Any,
+    ) -> io.NodeOutput:
+        chosen = SvdOptions(**options)
+        if (images is None) == (video is None):
+            raise ValueError("connect either images or video")
+        source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
+        try:
+            planned = plan(Clip(source, None), chosen, 1, SIDE)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
+        return output(*encode([planned], "train", chosen, motion_bucket, vae, clip_vision))
+
+
+class SvdClipsFromFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomSvdClipsFromFolder",
+            display_name="Training Clips from Folder (SVD)",
+            category="Kinoloom/data",
+            description="Encodes the videos and folders of numbered frames in a folder of ComfyUI's input folder for "
+            "training Stable Video Diffusion. It needs no captions.",
+            search_aliases=["dataset", "image to video training data", "load folder"],
+            inputs=[
+                *encoders(),
+                io.Combo.Input(
+                    "folder",
+                    options=folder_paths.get_input_subfolders(),
+                    tooltip="The folder with the clips, inside ComfyUI's input folder.",
+                ),
+                io.Combo.Input(
+                    "role",
+                    options=["train", "validation", "prior"],
+                    default="train",
+                    tooltip="train: learn the clips. validation: only measure the loss on them. prior: clips of other "
+                    "subjects, so that the model does not forget them.",
+                ),
+                *inputs(),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+        return ClipsFromFolder.fingerprint_inputs(folder)
+
+    @classmethod
+    def execute(
+        cls, vae: Any, clip_vision: Any, folder: str, role: str, motion_bucket: int, source_fps: float, **options: Any
+    ) -> io.NodeOutput:
+        chosen = SvdOptions(**options)
+        root = Path(folder_paths.get_input_directory())
+        plans = plan_folder(root, folder, source_fps, chosen, 1, side=SIDE, captioned=False)
+        return output(*encode(plans, role, chosen, motion_bucket, vae, clip_vision))
+
+
+NODES = [EncodeSvdClips, SvdClipsFromFolder]
