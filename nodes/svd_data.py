@@ -111,7 +111,8 @@ def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[st
 def estimate_motion_bucket(pixels: Tensor) -> int:
     """1..255 for frames [F, H, W, 3]: 127 where an average pixel moves by 1 % of the diagonal from frame to frame.
 
-    Stability AI has not said how its own numbers come about; this is dense optical flow (Farneback 2003).
+    Stability AI has not said how its own numbers come about; this is dense optical flow (Kroeger et al., arXiv
+    1603.03590).
     """
     height, width = pixels.shape[1:3]
     size = (FLOW_WIDTH, max(1, round(height * FLOW_WIDTH / width)))
@@ -119,14 +120,13 @@ def estimate_motion_bucket(pixels: Tensor) -> int:
         cv2.resize(cv2.cvtColor((frame.cpu().numpy() * 255).astype("uint8"), cv2.COLOR_RGB2GRAY), size)
         for frame in pixels
     ]
-    moved = [_flow_length(before, after) for before, after in zip(grey, grey[1:], strict=False)]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    moved = [
+        float(((flow.calc(before, after, None) ** 2).sum(-1) ** 0.5).mean())
+        for before, after in zip(grey, grey[1:], strict=False)
+    ]
     diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
     return min(max(round(127 * 100 * sum(moved) / len(moved) / diagonal), 1), LARGEST_BUCKET)
-
-
-def _flow_length(before: Any, after: Any) -> float:
-    flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 4, 15, 3, 5, 1.2, 0)
-    return float(((flow**2).sum(-1) ** 0.5).mean())
 
 
 def inputs() -> Iterable[io.Input]:

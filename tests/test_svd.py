@@ -15,18 +15,15 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.trainers.backbones.svd import Svd, check, drawn_conditions, video_loss
-from kinoloom.trainers.core import host
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Edm, Rng
 from kinoloom.trainers.svd_finetune import SvdFinetune
 from kinoloom.trainers.svd_lora import SvdLora
 from torch import Tensor
-from toyworld.pack import video_unet
 
 from .runs import (
     Published,
     finish,
-    image,
     leaves,
     load_model,
     load_tiny,
