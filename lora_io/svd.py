@@ -5,6 +5,7 @@ The modules are the same and so are their shapes; only names differ.
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,14 +156,22 @@ def lora_to_comfy(tensors: dict[str, Tensor], alpha: float | None = None) -> dic
     _check_pairs(named)
     if alpha is not None:
         paths = [key.removesuffix(ENDS["A"]) for key in named if key.endswith(ENDS["A"])]
-        named = {**{f"{path}.alpha": torch.tensor(alpha) for path in paths}, **named}
+        named = {**{f"{path}.alpha": torch.tensor(float(alpha)) for path in paths}, **named}
     return named
+
+
+def alpha_of(config: dict[str, Any]) -> float | None:
+    """The alpha of a PEFT LoraConfig, as `lora_to_comfy` takes it; ValueError if layers are scaled in another way."""
+    other = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if config.get(name)]
+    if other:
+        raise ValueError(f"LoRA with {', '.join(other)}: expected one alpha for all layers, divided by the rank")
+    return config.get("lora_alpha")
 
 
 def lora_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Back to `unet.<module>.lora.down/up.weight`, with alpha / rank in the up factor: these files hold no alpha."""
-    _check_pairs(tensors)
     native, named = from_comfy(tensors), {}
+    _check_pairs(tensors)
     for key, tensor in native.items():
         path, _, side = key.partition(".lora_")
         if side:
@@ -173,6 +182,8 @@ def lora_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_pairs(tensors: dict[str, Tensor]) -> None:
+    if not any(key.endswith(ENDS["A"]) for key in tensors):
+        raise ValueError("no layers in it, expected a LoRA for Stable Video Diffusion")
     for key in tensors:
         for one, other in ((ENDS["A"], ENDS["B"]), (ENDS["B"], ENDS["A"])):
             if key.endswith(one) and (missing := key.removesuffix(one) + other) not in tensors:
