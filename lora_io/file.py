@@ -1,11 +1,14 @@
 """Files that are either complete or absent: every write goes to a temporary name and is renamed into place."""
 
 import hashlib
+import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -48,13 +51,50 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError names a file that is missing or damaged."""
+    with _opened(path) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+
+
+def load_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors, and metadata, of a safetensors file; ValueError as in `load`."""
+    with _opened(path) as opened:
+        return list(opened.keys()), opened.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"file {path}: not found")
     try:
         with safetensors.safe_open(str(path), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+            yield opened
     except safetensors.SafetensorError as error:
         raise ValueError(f"file {path}: not a readable safetensors file ({error})") from error
+
+
+def copy_renamed(source: Path, path: Path, names: dict[str, str], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically: that of `source`, byte for byte, tensor `name` as `names[name]`.
+
+    Only the header is read into memory. https://huggingface.co/docs/safetensors/index#format
+    """
+    with open(source, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        entries = {names[name]: entry for name, entry in header.items() if name != "__metadata__"}
+        text = json.dumps({"__metadata__": metadata, **entries}).encode()
+        text += b" " * (-len(text) % 8)
+
+        def write(temporary: str) -> None:
+            with open(temporary, "wb") as target:
+                target.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(opened, target, 1 << 22)
+
+        atomic_write(path, write)
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """folder/name.safetensors, with a number after the name if there is one already."""
+    names = (f"{name}.safetensors", *(f"{name}-{number}.safetensors" for number in range(2, 1000)))
+    return next(folder / file for file in names if not (folder / file).exists())
 
 
 def sha256(path: Path) -> str:

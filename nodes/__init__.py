@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import data, jobs, motion, svd_data, train
+from . import data, jobs, motion, svd, svd_data, train
 
 
 class Kinoloom(ComfyExtension):
@@ -10,7 +10,7 @@ class Kinoloom(ComfyExtension):
         jobs.start_registry()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*data.NODES, *svd_data.NODES, *train.NODES, *jobs.NODES, *motion.NODES]
+        return [*data.NODES, *svd_data.NODES, *train.NODES, *jobs.NODES, *motion.NODES, *svd.NODES]
 
 
 async def comfy_entrypoint() -> Kinoloom:

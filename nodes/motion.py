@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lora_io.file import save
+from ..lora_io.file import free_path, save
 from ..lora_io.keys import from_motion_lora, to_motion_lora
 from ..lora_io.merge import merge
 from ..trainers.backbones.animatediff import check_model
@@ -351,8 +351,7 @@ class MergeMotionLoras(io.ComfyNode):
                 raise ValueError(f"{file}: {error}") from error
         merged = to_motion_lora(merge(parts, rank))
         folder = Path(folder_paths.get_folder_paths(MOTION_LORAS)[0]) / "kinoloom"
-        names = (f"{name}.safetensors", *(f"{name}-{number}.safetensors" for number in range(2, 1000)))
-        path = next(folder / file for file in names if not (folder / file).exists())
+        path = free_path(folder, name)
         described = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in chosen)
         save(path, merged, {"format": "pt", "kinoloom.merged": described})
         return io.NodeOutput(merged, str(path), ui={"text": (str(path),)})
