@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import data, jobs, motion, train
+from . import data, jobs, motion, tracklets, train
 
 
 class Kinoloom(ComfyExtension):
@@ -10,7 +10,7 @@ class Kinoloom(ComfyExtension):
         jobs.start_registry()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*data.NODES, *train.NODES, *jobs.NODES, *motion.NODES]
+        return [*data.NODES, *train.NODES, *jobs.NODES, *motion.NODES, *tracklets.NODES]
 
 
 async def comfy_entrypoint() -> Kinoloom:
