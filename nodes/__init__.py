@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import data, jobs, motion, svd, svd_data, train
+from . import data, jobs, motion, svd, svd_data, tracklets, train
 
 
 class Kinoloom(ComfyExtension):
@@ -10,7 +10,8 @@ class Kinoloom(ComfyExtension):
         jobs.start_registry()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*data.NODES, *svd_data.NODES, *train.NODES, *jobs.NODES, *motion.NODES, *svd.NODES]
+        modules = (data, svd_data, train, jobs, motion, svd, tracklets)
+        return [node for module in modules for node in module.NODES]
 
 
 async def comfy_entrypoint() -> Kinoloom:

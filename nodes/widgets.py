@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
 TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
+TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
 
 

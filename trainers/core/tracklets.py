@@ -1,0 +1,358 @@
+"""Tracklets: boxes that follow objects through a clip, as JSON, as tensors and as painted outlines."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_OBJECTS = 20  # slots of Tracklet2Video (TrackDiffusion, SVD branch: "fixed_objs")
+MAX_FRAMES, MAX_SIDE, MAX_ID = 4096, 16384, 2**31 - 1
+REACH = 10.0  # a box may lie outside of the frame, but one in pixels is a mistake
+MIN_SIDE = 0.01  # of the frame; a box that shows less is not there
+INTERPOLATED = ("hard", "soft")
+PALETTE = (
+    "#ff0000 #00ff00 #1e3cff #ffff00 #e100ff #00f0ff #ffb400 #8700e1 #00c387 #e178b4 #0096d2 #b47800 #a5c3ff #1e7800 "
+    "#ff781e #874b87 #c3ffc3 #d20096 #9678ff #b42d00 #a5d21e #ffa5ff #2d6996 #009678 #ffb4a5 #00a500 #0ff0a5 #ff69ff "
+    "#00c3e1"
+).split()  # at least 0.12 apart in Oklab, visible on black and on white
+
+
+def palette(count: int) -> list[str]:
+    """The first `count` colours, each as far from the others as `count` of them allow. ValueError beyond 29."""
+    _whole("colours", count, 0, len(PALETTE))
+    return PALETTE[:count]
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """box: x1, y1, x2, y2 as fractions of the frame. hard: the object fills the box; soft: it is somewhere in it."""
+
+    frame: int
+    box: tuple[float, float, float, float]
+    hard: bool = True
+
+    def __post_init__(self) -> None:
+        _whole("frame", self.frame, 0, MAX_FRAMES - 1)
+        _expect(isinstance(self.hard, bool), "hard", self.hard, "true or false")
+        right = isinstance(self.box, tuple) and len(self.box) == 4 and all(map(_coordinate, self.box))
+        wanted = f"x1, y1, x2, y2 as fractions of the frame, which is 0..1, within {-REACH:g}..{REACH:g}"
+        _expect(right, "box", self.box, wanted)
+        x1, y1, x2, y2 = self.box
+        _expect(x1 < x2 and y1 < y2, "box", self.box, "x1, y1, x2, y2 with x1 < x2 and y1 < y2")
+
+
+@dataclass(frozen=True)
+class Tracklet:
+    """One object, there from frame `enter` to frame `leave`, both included; None is the first and the last."""
+
+    id: int
+    name: str
+    color: str
+    keyframes: tuple[Keyframe, ...]
+    enter: int | None = None
+    leave: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("id", self.id, 1, MAX_ID)
+        _expect(isinstance(self.name, str), "name", self.name, "text")
+        right = isinstance(self.color, str) and re.fullmatch("#[0-9a-fA-F]{6}", self.color)
+        _expect(bool(right), "color", self.color, "a colour such as #ff0000")
+        frames = [key.frame for key in self.keyframes]
+        _expect(frames != [], "keyframes", [], "at least one key frame")
+        _expect(frames == sorted(set(frames)), "keyframes", frames, "ascending frames, each once")
+        for name in ("enter", "leave"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_FRAMES - 1)
+        if self.enter is not None and self.leave is not None:
+            _expect(self.enter <= self.leave, "leave", self.leave, f"a frame not before enter={self.enter}")
+
+
+@dataclass(frozen=True)
+class Tracklets:
+    """The value on a TRACKLETS wire: objects in a clip of `frames` frames of `width` x `height` pixels.
+
+    Between key frames boxes move linearly, beyond the outermost they stand still. `interpolated` "hard" makes those
+    frames hard where the key frames around them are, "soft" makes all of them soft. Errors are one ValueError that
+    names field, value and what was expected.
+    """
+
+    width: int
+    height: int
+    frames: int
+    tracklets: tuple[Tracklet, ...] = ()
+    interpolated: str = "hard"
+
+    def __post_init__(self) -> None:
+        _whole("width", self.width, 1, MAX_SIDE)
+        _whole("height", self.height, 1, MAX_SIDE)
+        _whole("frames", self.frames, 1, MAX_FRAMES)
+        _expect(self.interpolated in INTERPOLATED, "interpolated", self.interpolated, "hard or soft")
+        _expect(len(self.tracklets) <= MAX_OBJECTS, "tracklets", len(self.tracklets), f"at most {MAX_OBJECTS}")
+        ids = [tracklet.id for tracklet in self.tracklets]
+        for index, tracklet in enumerate(self.tracklets):
+            with _inside(f"tracklets[{index}]"):
+                _expect(tracklet.id not in ids[:index], "id", tracklet.id, "an id that no other tracklet has")
+                numbers = {f"keyframes[{place}].frame": key.frame for place, key in enumerate(tracklet.keyframes)}
+                for name, frame in (numbers | {"enter": tracklet.enter, "leave": tracklet.leave}).items():
+                    if frame is not None:
+                        _whole(name, frame, 0, self.frames - 1)
+
+    @staticmethod
+    def from_json(value: str | dict) -> "Tracklets":
+        """From the text or the parsed JSON. Key frames may be in any order; a missing colour is the palette's."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value, parse_constant=float)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"not JSON ({error})") from None
+        given = _known(Tracklets, value, required=("width", "height", "frames", "tracklets"))
+        return Tracklets(**{**given, "tracklets": tuple(_parsed(given, "tracklets", _tracklet))})
+
+    def to_json(self) -> str:
+        """One line of JSON, from which from_json makes an equal value."""
+        value = asdict(self)
+        for tracklet in value["tracklets"]:
+            for name in ("enter", "leave"):
+                if tracklet[name] is None:
+                    del tracklet[name]
+        return json.dumps(value, allow_nan=False)
+
+    def add(self, tracklet: Tracklet, name: str = "") -> "Tracklets":
+        """With one more, in the colour of its place; `name` renames it."""
+        color = PALETTE[len(self.tracklets) % len(PALETTE)]
+        added = replace(tracklet, color=color, name=name or tracklet.name)
+        return replace(self, tracklets=(*self.tracklets, added))
+
+    def retime(self, frames: int) -> "Tracklets":
+        """The same movement in another number of frames: first and last stay so, others go to the nearest."""
+        _whole("frames", frames, 1, MAX_FRAMES)
+        if frames == self.frames:
+            return self
+        scale = (frames - 1) / max(self.frames - 1, 1)
+
+        def nearest(frame: int) -> int:
+            return math.floor(frame * scale + 0.5)
+
+        moved = []
+        for tracklet in self.tracklets:
+            keys: dict[int, Keyframe] = {}  # of several that go to one frame the one nearest in time, then the first
+            for key in sorted(tracklet.keyframes, key=lambda key: abs(key.frame * scale - nearest(key.frame))):
+                keys.setdefault(nearest(key.frame), replace(key, frame=nearest(key.frame)))
+            enter, leave = (None if at is None else nearest(at) for at in (tracklet.enter, tracklet.leave))
+            ordered = tuple(keys[frame] for frame in sorted(keys))
+            moved.append(replace(tracklet, keyframes=ordered, enter=enter, leave=leave))
+        return replace(self, frames=frames, tracklets=tuple(moved))
+
+    def crop(self, left: int, top: int, width: int, height: int) -> "Tracklets":
+        """As seen in a part of the frame, given in pixels. What leaves it stays, outside of 0..1."""
+
+        def seen(key: Keyframe) -> Keyframe:
+            x1, y1, x2, y2 = key.box
+            x1, x2 = ((x * self.width - left) / width for x in (x1, x2))
+            y1, y2 = ((y * self.height - top) / height for y in (y1, y2))
+            return replace(key, box=(x1, y1, x2, y2))
+
+        moved = (replace(item, keyframes=tuple(map(seen, item.keyframes))) for item in self.tracklets)
+        return replace(self, width=width, height=height, tracklets=tuple(moved))
+
+    def fit(self, width: int, height: int) -> "Tracklets":
+        """As seen after the largest central crop to width / height, as nodes/framing.py cuts it, and a resize."""
+        scale = max(width / self.width, height / self.height)
+        crop_w, crop_h = min(round(width / scale), self.width), min(round(height / scale), self.height)
+        whole = (crop_w, crop_h) == (self.width, self.height)
+        left, top = (self.width - crop_w) // 2, (self.height - crop_h) // 2
+        return replace(self if whole else self.crop(left, top, crop_w, crop_h), width=width, height=height)
+
+
+def to_tensors(
+    tracklets: Tracklets, frames: int | None = None, size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Boxes [T, 20, 8] (x1, y1, x2, y2 in 0..1, R, G, B in 0..1, 1 if hard) and mask [T, 20], 1 where an object is.
+
+    The slot is the place in the list. `frames` other than the JSON's takes the same time, `size` (width, height) of
+    another shape cuts the frame. Boxes end at the frame; where less than 0.01 of a side is left the slot is masked,
+    and a masked slot is all zeros.
+    """
+    tracklets = tracklets.retime(tracklets.frames if frames is None else frames)
+    tracklets = tracklets if size is None else tracklets.fit(*size)
+    boxes = torch.zeros(tracklets.frames, MAX_OBJECTS, 8)
+    mask = torch.zeros(tracklets.frames, MAX_OBJECTS)
+    for slot, tracklet in enumerate(tracklets.tracklets):
+        color = [int(tracklet.color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        last = tracklets.frames - 1 if tracklet.leave is None else tracklet.leave
+        for frame in range(tracklet.enter or 0, last + 1):
+            box, hard = _at(tracklet, frame, tracklets.interpolated == "hard")
+            x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in box)
+            if min(x2 - x1, y2 - y1) >= MIN_SIDE:
+                boxes[frame, slot] = torch.tensor([x1, y1, x2, y2, *color, float(hard)])
+                mask[frame, slot] = 1
+    return boxes, mask
+
+
+def paint(frames: Tensor, boxes: Tensor, mask: Tensor, width: int = 4, skip_first: bool = False) -> Tensor:
+    """A copy of frames [T, H, W, 3] in 0..1 with the outline of every box that is there, `width` pixels inwards.
+
+    `skip_first` leaves the first frame clean, as self-tracking needs it (Boximator, arXiv 2402.01566).
+    """
+    painted = frames.clone()
+    high, wide = frames.shape[1:3]
+    scale = torch.tensor([wide, high, wide, high])
+    for frame, slot in mask.nonzero().tolist():
+        if frame == 0 and skip_first:
+            continue
+        x1, y1, x2, y2 = (boxes[frame, slot, :4].cpu() * scale).round().int().tolist()
+        inside = torch.zeros(high, wide, dtype=torch.bool)
+        inside[y1:y2, x1:x2] = True
+        inside[y1 + width : max(y2 - width, 0), x1 + width : max(x2 - width, 0)] = False
+        painted[frame, inside] = boxes[frame, slot, 4:7].to(painted)
+    return painted
+
+
+def from_mot(text: str, width: int, height: int, frames: int | None = None) -> Tracklets:
+    """From MOT Challenge's CSV `frame,id,x,y,w,h,conf,class,vis`: frames from 1, pixels of a width x height video.
+
+    Lines need the first six; conf 0 means "ignore". An object is there from its first line to its last.
+    ValueError names the line.
+    """
+    seen: dict[int, dict[int, Keyframe]] = {}
+    for number, row in enumerate(csv.reader(text.splitlines()), 1):
+        if not row or (number == 1 and row[0].strip() == "frame"):
+            continue
+        with _inside(f"line {number}", ": "):
+            _expect(len(row) >= 6, "line", ",".join(row), "frame,id,x,y,w,h,conf,class,vis")
+            frame, name = (_number(field, cell, whole=True) for field, cell in zip(("frame", "id"), row, strict=False))
+            x, y, w, h = (_number(field, cell) for field, cell in zip("xywh", row[2:], strict=False))
+            if len(row) > 6 and _number("conf", row[6]) == 0:
+                continue
+            _whole("frame", frame, 1, frames or MAX_FRAMES)
+            _whole("id", name, 1, MAX_ID)
+            key = Keyframe(frame - 1, (x / width, y / height, (x + w) / width, (y + h) / height))
+            _expect(key.frame not in seen.get(name, {}), "frame", frame, f"each frame of id {name} once")
+            seen.setdefault(name, {})[key.frame] = key
+    _expect(bool(seen), "lines", 0, "at least one box")
+    last = max(frame for keys in seen.values() for frame in keys)
+    return _collect(seen, width, height, frames or last + 1)
+
+
+def to_mot(tracklets: Tracklets) -> str:
+    """MOT Challenge's CSV of the boxes that are seen, clipped to the frame; conf, class and vis are 1."""
+    boxes, mask = to_tensors(tracklets)
+    lines = []
+    for frame, slot in mask.nonzero().tolist():
+        x1, y1, x2, y2 = boxes[frame, slot, :4].double().tolist()
+        x, y, w, h = x1 * tracklets.width, y1 * tracklets.height, x2 * tracklets.width, y2 * tracklets.height
+        lines.append(f"{frame + 1},{tracklets.tracklets[slot].id},{x:.2f},{y:.2f},{w - x:.2f},{h - y:.2f},1,1,1\n")
+    return "".join(lines)
+
+
+def from_masks(labels: Tensor) -> Tracklets:
+    """From whole numbers [T, H, W] that say which object a pixel belongs to, 0 none: its bounding box in each frame.
+
+    An object is there from the first frame with a pixel of it to the last.
+    """
+    frames, height, width = labels.shape
+    seen: dict[int, dict[int, Keyframe]] = {}
+    for label in labels.unique().tolist():
+        if label <= 0:
+            continue
+        for frame in range(frames):
+            y, x = (labels[frame] == label).nonzero(as_tuple=True)
+            if len(y):
+                left, top, right, bottom = (int(edge) for edge in (x.min(), y.min(), x.max() + 1, y.max() + 1))
+                box = (left / width, top / height, right / width, bottom / height)
+                seen.setdefault(int(label), {})[frame] = Keyframe(frame, box)
+    return _collect(seen, width, height, frames)
+
+
+def _collect(seen: dict[int, dict[int, Keyframe]], width: int, height: int, frames: int) -> Tracklets:
+    _expect(len(seen) <= MAX_OBJECTS, "objects", len(seen), f"at most {MAX_OBJECTS}")
+    made = []
+    for color, (name, keys) in zip(PALETTE, sorted(seen.items()), strict=False):
+        first, last = min(keys), max(keys)
+        enter, leave = first or None, None if last == frames - 1 else last
+        ordered = tuple(keys[frame] for frame in sorted(keys))
+        made.append(Tracklet(name, f"object {name}", color, ordered, enter, leave))
+    return Tracklets(width, height, frames, tuple(made))
+
+
+def _at(tracklet: Tracklet, frame: int, hard_between: bool) -> tuple[list[float], bool]:
+    """The box at a frame, and whether it is hard."""
+    keys = tracklet.keyframes
+    before = next((key for key in reversed(keys) if key.frame <= frame), keys[0])
+    after = next((key for key in keys if key.frame >= frame), keys[-1])
+    if before.frame == frame:
+        return list(before.box), before.hard
+    part = (frame - before.frame) / max(after.frame - before.frame, 1)
+    moved = [a + (b - a) * part for a, b in zip(before.box, after.box, strict=True)]
+    return moved, hard_between and before.hard and after.hard
+
+
+def _tracklet(value: Any, index: int) -> Tracklet:
+    given = _known(Tracklet, value, required=("id", "keyframes"))
+    keys = _parsed(given, "keyframes", _keyframe)
+    defaults = {"name": f"object {given['id']}", "color": PALETTE[index % len(PALETTE)]}
+    return Tracklet(**{**defaults, **given, "keyframes": tuple(sorted(keys, key=lambda key: key.frame))})
+
+
+def _keyframe(value: Any, _: int) -> Keyframe:
+    given = _known(Keyframe, value, required=("frame", "box"))
+    box = given["box"]
+    return Keyframe(**{**given, "box": tuple(box) if isinstance(box, list) else box})
+
+
+def _known(kind: type, value: Any, required: tuple[str, ...]) -> dict[str, Any]:
+    names = [field.name for field in fields(kind)]
+    _expect(isinstance(value, dict), kind.__name__.lower(), value, f"an object with {', '.join(required)}")
+    for name in value:
+        _expect(name in names, name, value[name], f"one of {', '.join(names)}")
+    for name in required:
+        _expect(name in value, name, None, f"a value; {', '.join(required)} are needed")
+    return dict(value)
+
+
+def _parsed(given: dict[str, Any], name: str, parse: Callable[[Any, int], Any]) -> list[Any]:
+    _expect(isinstance(given[name], list), name, given[name], "a list")
+    made = []
+    for index, item in enumerate(given[name]):
+        with _inside(f"{name}[{index}]"):
+            made.append(parse(item, index))
+    return made
+
+
+@contextmanager
+def _inside(place: str, separator: str = ".") -> Iterator[None]:
+    """Errors from within say where they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}{separator}{error}") from None
+
+
+def _expect(right: bool, name: str, value: Any, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _expect(right, name, value, f"a whole number {low}..{high}")
+
+
+def _coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -REACH <= value <= REACH
+
+
+def _number(name: str, cell: str, whole: bool = False) -> Any:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    _expect(math.isfinite(value) and not (whole and value % 1), name, cell, "a whole number" if whole else "a number")
+    return int(value) if whole else value

@@ -1,0 +1,100 @@
+// Puts the editor on Draw Tracklets. All of its state is the node's JSON text, so workflows and prompts carry it.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { TrackletEditor } from "./tracklets.js";
+
+const editors = new Map(); // node -> its editor
+
+app.registerExtension({
+    name: "Kinoloom.Tracklets",
+    setup() {
+        api.addEventListener("graphChanged", showFrames); // another file in Load Image
+    },
+    nodeCreated(node) {
+        if (node.constructor.comfyClass === "KinoloomTracklets") addEditor(node);
+    },
+    afterConfigureGraph: showFrames,
+});
+
+function addEditor(node) {
+    const widget = (name) => node.widgets.find((found) => found.name === name);
+    const text = widget("json");
+    const editor = new TrackletEditor({
+        read: () => text.value ?? "",
+        write(value) {
+            app.canvas?.emitBeforeChange();
+            text.value = value;
+            app.canvas?.emitAfterChange(); // what ComfyUI's own undo goes back to
+        },
+        size: () => ["width", "height", "frames"].map((name) => widget(name).value),
+    });
+    text.hidden = text.options.hidden = true; // the editor shows it
+    for (const name of ["width", "height", "frames", "json"]) after(widget(name), "callback", () => editor.load());
+
+    const shown = node.addDOMWidget("editor", "kinoloom_tracklets", editor.root, {
+        serialize: false,
+        hideOnZoom: false,
+        getMinHeight: () => 420,
+    });
+    shown.serialize = false;
+    forwardPanAndZoom(editor.root);
+    node.setSize([Math.max(node.size[0], 560), Math.max(node.size[1], 640)]);
+
+    editors.set(node, editor);
+    after(node, "onConnectionsChange", showFrames);
+    after(node, "onExecuted", (output) => {
+        node.kinoloomFrame = output.kinoloom_frame?.[0];
+        showFrames();
+    });
+    after(node, "onRemoved", () => {
+        editor.remove();
+        editors.delete(node);
+    });
+}
+
+function showFrames() {
+    for (const [node, editor] of editors) editor.show(frameOf(node));
+}
+
+/** The address of the first frame: the file of a Load Image, else what the last run left; null without an image. */
+function frameOf(node) {
+    const slot = node.inputs?.findIndex((input) => input.name === "image") ?? -1;
+    const source = slot < 0 ? null : node.getInputNode(slot);
+    if (!source) return null;
+    const loads = source.comfyClass?.startsWith("LoadImage");
+    const file = loads && source.widgets?.find(({ name }) => name === "image")?.value;
+    const place = file ? fileOf(file) : node.kinoloomFrame ?? app.nodeOutputs?.[node.id]?.kinoloom_frame?.[0];
+    return place ? api.apiURL(`/view?${new URLSearchParams(place)}`) : null;
+}
+
+/** "folder/name.png [output]" as ComfyUI's route for files wants it. */
+function fileOf(value) {
+    const [, path, type] = /^(.*?)(?: \[(\w+)\])?$/.exec(value);
+    const cut = path.lastIndexOf("/");
+    return { filename: path.slice(cut + 1), subfolder: path.slice(0, Math.max(cut, 0)), type: type ?? "input" };
+}
+
+/** The classic renderer lays elements over its canvas and expects these events back. */
+function forwardPanAndZoom(element) {
+    const forward = (method) => (event) => {
+        if (event.button === 1 || event.buttons & 4 || event.type === "wheel") app.canvas[method](event);
+    };
+    element.addEventListener("pointerdown", forward("processMouseDown"));
+    element.addEventListener("pointermove", forward("processMouseMove"));
+    element.addEventListener("pointerup", forward("processMouseUp"));
+    element.addEventListener("wheel", (event) => {
+        if (event.target.closest(".kl-scroll")) return;
+        event.preventDefault();
+        forward("processMouseWheel")(event);
+    });
+}
+
+function after(object, name, then) {
+    const before = object[name];
+    object[name] = function (...given) {
+        const result = before?.apply(this, given);
+        then(...given);
+        return result;
+    };
+}
