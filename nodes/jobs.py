@@ -31,11 +31,11 @@ from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
 from .motion import LONGEST_NAME, MOTION_LORAS
-from .widgets import TrainingJobType
+from .widgets import TRACKLET_CONTROL, TrainingJobType
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
-OUTPUTS = ("loras", MOTION_LORAS, "diffusion_models")  # model folders that runs write into
+OUTPUTS = ("loras", MOTION_LORAS, "diffusion_models", TRACKLET_CONTROL)  # model folders that runs write into
 ROOM_SECONDS = 10
 
 
@@ -270,7 +270,7 @@ class TrainingResult(io.ComfyNode):
         if not found.parts:
             raise RuntimeError(f"Training run {name!r} ended before it saved a LoRA")
         if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
-            lora = ExecutionBlocker(f"run {name!r} made a model, no LoRA: connect path to Load Trained Model")
+            lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of what it made")
             loras = [lora]
         else:
             loras = [load(Path(path))[0] for path in found.parts]
@@ -298,6 +298,14 @@ def _wait(job: Job, node_id: str) -> None:
         raise
 
 
+def trained_file(path: str) -> str:
+    """`path`; ValueError unless a run has made that file."""
+    known = {file for job in registry().jobs.copy().values() for file in job.files.values()}
+    if path not in known:
+        raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")
+    return path
+
+
 class TrainedModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -314,10 +322,7 @@ class TrainedModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, path: str) -> io.NodeOutput:
-        known = {file for job in registry().jobs.copy().values() for file in job.files.values()}
-        if path not in known:
-            raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")
-        return io.NodeOutput(comfy.sd.load_diffusion_model(path))
+        return io.NodeOutput(comfy.sd.load_diffusion_model(trained_file(path)))
 
 
 NODES = [TrainingResult, TrainedModel]

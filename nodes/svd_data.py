@@ -17,15 +17,17 @@ from ..lora_io.file import load
 from ..trainers.core.config import knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
+from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, from_mot, paint, to_tensors
 from . import clips, identity
 from .columns import Columns, data_folder, encode_pixels
 from .data import ClipsFromFolder, video_source
 from .encode import Clip, ClipPlan, Options, assign_roles, log_sizes, plan, row_name
-from .folder import plan_folder
+from .folder import plan_folder, resolve_folder
 from .framing import fit
-from .widgets import TrainingDataType, widget
+from .widgets import TrackletsType, TrainingDataType, widget
 
 SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
+DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws
 LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)
 FLOW_WIDTH = 256  # pixels, at which motion is measured
@@ -53,14 +55,21 @@ class SvdOptions(Options):
 
 
 def encode(
-    plans: list[ClipPlan], role: str, options: SvdOptions, motion_bucket: int, vae: Any, clip_vision: Any
+    plans: list[ClipPlan],
+    role: str,
+    options: SvdOptions,
+    motion_bucket: int,
+    vae: Any,
+    clip_vision: Any,
+    tracked: dict[str, Tracklets],
 ) -> tuple[TrainingData, list[str]]:
-    """The clips as training data, and a line about the motion of each."""
+    """The clips as training data, and a line about the motion of each. `tracked` has tracklets by a clip's name."""
     for planned in plans:
         if planned.clip.source.photo:
             raise ValueError(f"{planned.clip.source.name}: is a photo, expected clips of several frames")
     plans = assign_roles(plans, role, options.hold_out)
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(2 * sum(len(p.windows) for p in plans)))
+    files = sum(len(p.windows) * (3 if p.clip.source.name in tracked else 2) for p in plans)
+    columns = Columns(data_folder(), comfy.utils.ProgressBar(files))
     vae_id, vision_id = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
     rows, lines = [], []
     for planned in plans:
@@ -78,8 +87,14 @@ def encode(
         latents = columns.latents(vae, vae_id, source, windows, *size)
         key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
         images = columns.of_windows("image", source, windows, *key, condition)
-        for window, own, stem, image in zip(windows, planned.roles, latents, images, strict=True):
-            row = Row(row_name(source, window), "clips", own, columns.shape(stem), {"latents": stem, "image": image})
+        named = [{"latents": stem, "image": image} for stem, image in zip(latents, images, strict=True)]
+        if source.name in tracked:
+            for window, row_columns in zip(windows, named, strict=True):
+                found = tracklet_column(columns, vae, vae_id, source, window, size, tracked[source.name])
+                row_columns["tracklets"] = found
+        for window, own, row_columns in zip(windows, planned.roles, named, strict=True):
+            shape, image = columns.shape(row_columns["latents"]), row_columns["image"]
+            row = Row(row_name(source, window), "clips", own, shape, row_columns)
             rows.append(row)
             bucket = int(load(column_path(columns.folder, image, "image"))[0]["motion_bucket"])
             lines.append(f"{row.name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
@@ -87,6 +102,29 @@ def encode(
     for line in lines:
         logging.info("Kinoloom: %s", line)
     return TrainingData(str(columns.folder), tuple(rows)), lines
+
+
+def tracklet_column(
+    columns: Columns, vae: Any, vae_id: str, source: clips.Source, window: list[int], size: tuple, tracklets: Tracklets
+) -> str:
+    """boxes [T, 20, 8] and box_mask [T, 20]; colors [K, 20, 3], dealt out anew K times, and painted [K, 4, T, h, w]:
+    latents of the clip with boxes painted in all frames but the first."""
+    boxes, mask = (value[window] for value in to_tensors(tracklets, source.count, size))
+
+    def make(frames: list[Tensor]) -> dict[str, Tensor]:
+        pixels = torch.stack([fit(frame, *size) for frame in frames])
+        palette = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in PALETTE])
+        colors, painted = [], []
+        for deal in range(DEALS):
+            generator = derived_generator("colors", source.digest, deal)
+            colors.append(palette[torch.randperm(len(palette), generator=generator)[:MAX_OBJECTS]])
+            colored = torch.cat([boxes[..., :4], colors[-1].expand(len(boxes), -1, -1), boxes[..., 7:]], dim=-1)
+            painted.append(encode_pixels(vae, paint(pixels, colored, mask, skip_first=True)))
+        dealt = {"colors": torch.stack(colors), "painted": torch.stack(painted)}
+        return {"boxes": boxes, "box_mask": mask, **dealt}
+
+    key = (vae_id, source.digest, tracklets.to_json())
+    return columns.of_windows("tracklets", source, [window], key, size, make)[0]
 
 
 def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[str, Tensor]:
@@ -127,6 +165,24 @@ def estimate_motion_bucket(pixels: Tensor) -> int:
     ]
     diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
     return min(max(round(127 * 100 * sum(moved) / len(moved) / diagonal), 1), LARGEST_BUCKET)
+
+
+def read_tracklets(folder: Path, sources: Iterable[clips.Source]) -> dict[str, Tracklets]:
+    """Tracklets beside clips, by the clip's name: dance.json or dance.csv for dance.mp4 and for the folder dance."""
+    found = {}
+    for source in sources:
+        path = folder / source.name
+        stem = path.name if path.is_dir() else path.stem
+        for file in (folder / f"{stem}.json", folder / f"{stem}.csv"):
+            if file.is_file():
+                text = file.read_text(encoding="utf-8-sig")
+                try:
+                    read = Tracklets.from_json(text) if file.suffix == ".json" else None
+                    found[source.name] = read or from_mot(text, source.width, source.height, source.count)
+                except ValueError as error:
+                    raise ValueError(f"{file.name}: {error}") from error
+                break
+    return found
 
 
 def inputs() -> Iterable[io.Input]:
@@ -181,6 +237,11 @@ class EncodeSvdClips(io.ComfyNode):
                     optional=True,
                     tooltip="The clip as a video, whose own frame rate is used. Connect either this or images.",
                 ),
+                TrackletsType.Input(
+                    "tracklets",
+                    optional=True,
+                    tooltip="Boxes of the objects in the clip, over all of its frames. For Train SVD Tracklets.",
+                ),
                 *inputs(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
@@ -195,6 +256,7 @@ class EncodeSvdClips(io.ComfyNode):
         source_fps: float,
         images: Any = None,
         video: Any = None,
+        tracklets: Tracklets | None = None,
         **options: Any,
     ) -> io.NodeOutput:
         chosen = SvdOptions(**options)
@@ -205,7 +267,8 @@ class EncodeSvdClips(io.ComfyNode):
             planned = plan(Clip(source, None), chosen, 1, SIDE)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
-        return output(*encode([planned], "train", chosen, motion_bucket, vae, clip_vision))
+        tracked = {source.name: tracklets} if tracklets else {}
+        return output(*encode([planned], "train", chosen, motion_bucket, vae, clip_vision, tracked))
 
 
 class SvdClipsFromFolder(io.ComfyNode):
@@ -216,7 +279,8 @@ class SvdClipsFromFolder(io.ComfyNode):
             display_name="Training Clips from Folder (SVD)",
             category="Kinoloom/data",
             description="Encodes the videos and folders of numbered frames in a folder of ComfyUI's input folder for "
-            "training Stable Video Diffusion. It needs no captions.",
+            "training Stable Video Diffusion. It needs no captions. Tracklets of dance.mp4 are dance.json, or "
+            "dance.csv as trackers write it (MOT Challenge).",
             search_aliases=["dataset", "image to video training data", "load folder"],
             inputs=[
                 *encoders(),
@@ -248,7 +312,8 @@ class SvdClipsFromFolder(io.ComfyNode):
         chosen = SvdOptions(**options)
         root = Path(folder_paths.get_input_directory())
         plans = plan_folder(root, folder, source_fps, chosen, 1, side=SIDE, captioned=False)
-        return output(*encode(plans, role, chosen, motion_bucket, vae, clip_vision))
+        tracked = read_tracklets(resolve_folder(root, folder), [planned.clip.source for planned in plans])
+        return output(*encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked))
 
 
 NODES = [EncodeSvdClips, SvdClipsFromFolder]

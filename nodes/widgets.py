@@ -10,6 +10,7 @@ TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
 TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
 TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
+TRACKLET_CONTROL = "tracklet_control"  # a model folder
 
 
 def widget(option: Field) -> io.Input:

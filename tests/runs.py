@@ -8,6 +8,7 @@ from typing import Any
 import comfy.sd
 import torch
 from kinoloom.nodes import motion
+from kinoloom.nodes.jobs import OUTPUTS
 from kinoloom.trainers import backbone_modules, recipes
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state
@@ -30,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainMotionDirector": {"steps": 5, "preset": "custom", "spatial_learning_rate": 1e-2},
     "KinoloomTrainSvdLora": {"steps": 5},
     "KinoloomTrainSvdFinetune": {"steps": 5, "learning_rate": 1e-3},
+    "KinoloomTrainSvdTracklets": {"self_tracking_steps": 3, "clean_steps": 3, "learning_rate": 1e-3},
 }
 SHAPES = {
     "wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)},
@@ -89,13 +91,29 @@ def image(name: str, *, height: int, width: int) -> dict[str, Tensor]:
     }
 
 
+def boxes(name: str, frames: int, *, height: int, width: int) -> dict[str, Tensor]:
+    """The column `tracklets`, of two objects and two deals of colours."""
+    corner = 0.4 * random(frames, 20, 2, name=f"{name} corner").sigmoid()
+    side = 0.2 + 0.4 * random(frames, 20, 2, name=f"{name} side").sigmoid()
+    places = torch.cat([corner, corner + side, torch.zeros(frames, 20, 3), torch.ones(frames, 20, 1)], dim=-1)
+    mask = torch.zeros(frames, 20)
+    mask[:, :2] = 1
+    return {
+        "boxes": places * mask.unsqueeze(-1),
+        "box_mask": mask,
+        "colors": random(2, 20, 3, name=f"{name} colors").sigmoid(),
+        "painted": random(2, 4, frames, height, width, name=f"{name} painted"),
+    }
+
+
 def write_row(
     folder: Path, name: str, split: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
 ) -> Row:
     """One sample of random latents; a keyword replaces or adds a column, None leaves it out."""
     default = {"latents": {"latents": random(*shape, name=name)}, "prompt_embeds": prompt(name)}
     if shape[0] == 4:
-        default["image"] = image(name, height=shape[-2], width=shape[-1])
+        size = {"height": shape[-2], "width": shape[-1]}
+        default |= {"image": image(name, **size), "tracklets": boxes(name, shape[1], **size)}
     written = {column: tensors for column, tensors in {**default, **columns}.items() if tensors is not None}
     for column, tensors in written.items():
         write_column(folder, name, column, tensors)
@@ -155,7 +173,7 @@ def make_job(
             data=data,
             source=source,
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
-            outputs=dict.fromkeys(("loras", "animatediff_motion_lora", "diffusion_models"), str(folder / "out")),
+            outputs=dict.fromkeys(OUTPUTS, str(folder / "out")),
             created=0.0,
         )
     method = recipes()[recipe]

@@ -22,6 +22,7 @@ from .runs import RUNS, Published, events, finish, make_config, make_job, state_
 
 SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
 SVD_LORA, FINETUNE = "KinoloomTrainSvdLora", "KinoloomTrainSvdFinetune"
+TRACKLETS = "KinoloomTrainSvdTracklets"
 
 
 def every_option() -> list[Any]:
@@ -115,6 +116,7 @@ BASE = {
     DIRECTOR: {"steps": 3},
     SVD_LORA: {"steps": 3},
     FINETUNE: {"steps": 3},
+    TRACKLETS: {"self_tracking_steps": 2, "clean_steps": 2},
 }
 STEPS, WEIGHTS, FILES, CONTENT, DTYPE, METADATA, PLAN, VALIDATIONS, SAVED = (
     "steps", "weights", "files", "content", "dtype", "metadata", "plan", "validations", "saved",
@@ -180,6 +182,15 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "steps": (2, STEPS),
         "layers": ("temporal", WEIGHTS),
         "conditioning_dropout": (0.3, WEIGHTS),
+    },
+    TRACKLETS: {
+        "self_tracking_steps": (1, STEPS),
+        "clean_steps": (1, STEPS),
+        "clean_learning_rate": (1e-3, WEIGHTS),
+        "soft_boxes": (0.8, WEIGHTS),
+        "box_weight": (3.0, WEIGHTS),
+        "conditioning_dropout": (0.3, WEIGHTS),
+        "lr_schedule": ("constant", WEIGHTS),
     },
 }
 ELSEWHERE = {

@@ -19,11 +19,12 @@ ATTENTION = r"\.0\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(v|out\.0))"
 
 def check(model: Any, parts: dict[str, nn.Module], rows: Iterable[Row]) -> None:
     """ValueError unless `model` (a comfy BaseModel) is Stable Video Diffusion, and the data's rows are for it."""
-    _check_model(model)
+    check_model(model)
     check_channels(rows, LATENT_CHANNELS)
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is Stable Video Diffusion."""
     if (kind := type(model).__name__) != "SVD_img2vid":
         raise ValueError(f"model: found {kind}, expected Stable Video Diffusion (SVD_img2vid)")
 
@@ -46,7 +47,7 @@ class Svd:
         self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
         """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
-        _check_model(model)
+        check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = [module for module in self.module.modules() if type(module).__name__ in CHECKPOINTED]
         self.device, self.dtype = device, dtype

@@ -170,7 +170,7 @@ def load_private(model: Any, device: torch.device) -> Any:
     for child in module.modules():
         if isinstance(child, comfy.ops.CastWeightBiasOp):
             child.comfy_cast_weights = True
-        child.__class__ = _private_class(type(child))
+    make_private(module)
     assert not any(p.is_inference() for p in module.parameters())
     logging.info("Kinoloom: private copy of %s on %s", type(private.model).__name__, device)
     return private.model
@@ -231,7 +231,15 @@ class Rope(torch.autograd.Function):
 # process-wide flag, which other prompts would see.
 PRIVATE_GLOBALS = {"run_every_op": lambda: None, "apply_rope1": Rope.apply}
 
+OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the input's type
+
 _private_classes: dict[type, type] = {}
+
+
+def make_private(module: nn.Module) -> None:
+    """Have all layers of a module, of ComfyUI's classes, use PRIVATE_GLOBALS."""
+    for child in module.modules():
+        child.__class__ = _private_class(type(child))
 
 
 def _private_class(cls: type) -> type:

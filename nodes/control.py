@@ -1,0 +1,143 @@
+"""Tracklet control in ComfyUI: boxes that objects of a Stable Video Diffusion video follow, in any sampler."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..trainers.backbones.svd import check_model
+from ..trainers.backbones.tracklet_control import Controlled, TrackletControl, read, widths_of
+from ..trainers.core.tracklets import Tracklets, to_tensors
+from .jobs import trained_file
+from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType
+
+PIXELS = 8  # of a latent's side
+TrackletControlType = io.Custom("TRACKLET_CONTROL")  # (ModelPatcher of a TrackletControl, layers of the base model)
+
+folder_paths.add_model_folder_path(TRACKLET_CONTROL, os.path.join(folder_paths.models_dir, TRACKLET_CONTROL))
+folder_paths.folder_names_and_paths[TRACKLET_CONTROL][1].update(folder_paths.supported_pt_extensions)
+
+
+def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""
+    tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    try:
+        widths, numbers, base = read(tensors)
+    except ValueError as error:
+        raise ValueError(f"file={Path(path).name!r}: {error}") from error
+    size = sum(tensor.numel() for tensor in tensors.values())
+    dtype = comfy.model_management.unet_dtype(model_params=size, weight_dtype=comfy.utils.weight_dtype(tensors))
+    offload = comfy.model_management.unet_offload_device()
+    made = {"operations": comfy.ops.manual_cast, "dtype": dtype, "device": offload}
+    control = TrackletControl(widths, numbers=numbers, **made).load(tensors)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(control, load_device=device, offload_device=offload), base
+
+
+class LoadTrackletControl(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomLoadTrackletControl",
+            display_name="Load Tracklet Control",
+            category="Kinoloom/tracklets",
+            description="Loads what Train SVD Tracklets learned.",
+            search_aliases=["boximator", "trackdiffusion", "box control"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[NO_FILE, *folder_paths.get_filename_list(TRACKLET_CONTROL)],
+                    tooltip="A file in models/tracklet_control, such as kinoloom/<run name>/...-tracklets-....",
+                ),
+                io.String.Input(
+                    "path",
+                    optional=True,
+                    force_input=True,
+                    tooltip="path of Training Result, to go on in the same graph. Takes the place of file.",
+                ),
+            ],
+            outputs=[TrackletControlType.Output(display_name="control", tooltip="For Apply Tracklets.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str, path: str = "") -> io.NodeOutput:
+        if path:
+            return io.NodeOutput(load_control(trained_file(path)))
+        return io.NodeOutput(load_control(folder_paths.get_full_path_or_raise(TRACKLET_CONTROL, file)))
+
+
+class ApplyTracklets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomApplyTracklets",
+            display_name="Apply Tracklets",
+            category="Kinoloom/tracklets",
+            description="Has the objects of a Stable Video Diffusion video follow boxes, in any sampler.",
+            search_aliases=["boximator", "trackdiffusion", "box control", "motion control"],
+            inputs=[
+                io.Model.Input("model", tooltip="The SVD model that the control was trained on, or one like it."),
+                TrackletControlType.Input("control", tooltip="From Load Tracklet Control."),
+                TrackletsType.Input(
+                    "tracklets", tooltip="The boxes. They are fitted to the video's shape and number of frames."
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, control: tuple[Any, dict[str, Tensor]], tracklets: Tracklets) -> io.NodeOutput:
+        check_model(model.model)
+        patcher, base = control
+        require_fit(model.model.diffusion_model, patcher.model)
+        applied = model.clone()
+        applied.add_patches({f"diffusion_model.{key}": ("set", (value,)) for key, value in base.items()})
+        applied.set_additional_models(TRACKLET_CONTROL, [patcher.clone()])
+        applied.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, TRACKLET_CONTROL)
+        run = sampling_with(patcher.model, tracklets)
+        applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TRACKLET_CONTROL, run)
+        return io.NodeOutput(applied)
+
+
+def require_fit(unet: Any, control: TrackletControl) -> None:
+    here = widths_of(unet)
+    made_for = {path.replace("/", "."): fuser.norm1.weight.shape[0] for path, fuser in control.fusers.items()}
+    if made_for != here:
+        raise ValueError(
+            f"control: made for a model of {len(made_for)} transformers of {sorted(set(made_for.values()))} channels, "
+            f"this one has {len(here)} of {sorted(set(here.values()))}"
+        )
+
+
+def sampling_with(control: TrackletControl, tracklets: Tracklets) -> Callable:
+    """A wrapper of the UNet's forward with the boxes at work in it; the negative's images get the null tokens."""
+
+    def run(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        halves = options.get("cond_or_uncond", [0])
+        frames = len(x) // len(halves)
+        window = options.get("context_window")
+        total = frames if window is None else window.total_frames
+        height, width = (side * PIXELS for side in x.shape[-2:])
+        boxes, mask = to_tensors(tracklets, total, (width, height))
+        if window is not None:
+            boxes, mask = boxes[window.index_list], mask[window.index_list]
+        with Controlled(executor.class_obj, control) as controlled:
+            controlled.boxes = torch.cat([boxes] * len(halves)).to(x.device)
+            controlled.mask = torch.cat([mask * (half == 0) for half in halves]).to(x.device)
+            return executor(x, *args, **kwargs)
+
+    return run
+
+
+NODES = [LoadTrackletControl, ApplyTracklets]

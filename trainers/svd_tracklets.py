@@ -1,0 +1,197 @@
+"""Tracklet control of Stable Video Diffusion: objects follow given boxes (TrackDiffusion, arXiv 2312.00651).
+
+Self-tracking (Boximator, arXiv 2402.01566) comes first: the model learns to paint each object's box in its colour, and
+so ties tokens to places; then clean clips unlearn the paint and keep the tie.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbones.svd import Svd, video_loss
+from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, widths_of
+from .core.config import TrainConfig, knob
+from .core.host import OPERATIONS, make_private
+from .core.losses import concept_and_prior
+from .core.noise import Rng, derived_generator
+from .core.recipe import Batch, Export, Phase
+
+PAINTED, CLEAN = "self-tracking", "clean"
+CONTROL = "tracklets"
+MODULE = "tracklet_control"
+GROWTH = 0.5  # a soft box reaches beyond the hard one by up to this share of its side, on each edge
+
+
+class SvdTracklets:
+    """Trains position net, fusers, time mixers and the first and last layer; everything else is frozen."""
+
+    name = "KinoloomTrainSvdTracklets"
+    title = "Train SVD Tracklets"
+    description = "Teaches Stable Video Diffusion to move objects along boxes, from clips whose objects are tracked."
+    backbone = "svd"
+    columns = ("latents", "image", "tracklets")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainConfig):
+        self_tracking_steps: int = knob(
+            20_000,
+            "Optimizer steps on clips with painted boxes. The sampled videos should show the boxes before you go on.",
+            min=0,
+            max=1_000_000,
+        )
+        clean_steps: int = knob(
+            10_000, "Optimizer steps on clean clips, which take the paint away again.", min=0, max=1_000_000
+        )
+        learning_rate: float = knob(
+            2e-4,
+            "Of self-tracking. Lower it if the loss jumps; raise it if no boxes appear. Prodigy wants 1.0.",
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+        )
+        clean_learning_rate: float = knob(
+            3e-5, "Of the clean steps. Raise it if boxes stay visible.", min=0.0, max=10.0, step=1e-6
+        )
+        soft_boxes: float = knob(
+            0.0,
+            "Share of boxes that are widened at random and marked soft, so that a box may also mean somewhere in here. "
+            "0.8 for tracklets with soft key frames; a file trained with 0 ignores them.",
+            min=0.0,
+            max=1.0,
+            step=0.05,
+        )
+        box_weight: float = knob(
+            1.0,
+            "Weight of the loss inside boxes against outside. Try 2 if small objects are ignored.",
+            min=1.0,
+            max=100.0,
+            step=0.5,
+            advanced=True,
+        )
+        conditioning_dropout: float = knob(
+            0.1,
+            "Share of clips trained without the image embedding, of clips without the first frame, and of clips "
+            "without both. Keeps cfg at work; 0 turns it off.",
+            min=0.0,
+            max=0.33,
+            step=0.01,
+            advanced=True,
+        )
+        lr_schedule: str = knob(
+            "linear",
+            "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
+            choices=("constant", "linear", "cosine"),
+            advanced=True,
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.self_tracking_steps + self.clean_steps:
+                raise ValueError("self_tracking_steps=0 and clean_steps=0: expected steps in one of them")
+
+    def __init__(self, backbone: Svd, config: Any) -> None:
+        self.backbone, self.config = backbone, config
+        numbers = NUMBERS + (config.soft_boxes > 0)
+        control = TrackletControl(widths_of(backbone.module), numbers=numbers, operations=OPERATIONS)
+        make_private(control.initialise(derived_generator(config.seed, "tracklet control")))
+        self.control = control.to(backbone.device)
+        self.base: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in backbone.module.named_parameters() if re.fullmatch(BASE_LAYERS, name)
+        }
+        self.controlled = Controlled(backbone.module, self.control).__enter__()  # for good: the copy is the run's own
+        backbone.module.add_module(MODULE, self.control)
+
+    @staticmethod
+    def phases(config: Any) -> list[Phase]:
+        steps = {PAINTED: config.self_tracking_steps, CLEAN: config.clean_steps}
+        return [Phase(name, count, "clips") for name, count in steps.items() if count]
+
+    @staticmethod
+    def exports(config: Any) -> dict[str, Export]:
+        phase = SvdTracklets.phases(config)[-1].name
+        return {CONTROL: Export("the control, for Apply Tracklets", phase, "model", "tracklet_control")}
+
+    def start(self, phase: Phase) -> None:
+        self.phase = phase.name
+        for parameter in self.base.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        rates = {PAINTED: self.config.learning_rate, CLEAN: self.config.clean_learning_rate}
+        return [{"params": [*self.control.parameters(), *self.base.values()], "lr": rates[phase.name]}]
+
+    def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
+        return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)
+
+    def _loss(self, batch: Batch, rng: Rng) -> Tensor:
+        c, (count, variants) = self.config, batch["colors"].shape[:2]
+        chosen = torch.zeros(count, dtype=torch.long)
+        if not rng.evaluating:
+            draws = [rng.generator("colors", rng.sample + i) for i in range(count)]
+            chosen = torch.stack([torch.randint(variants, (), generator=generator) for generator in draws])
+        clips, frames = torch.arange(count), batch["latents"].shape[2]
+        colors = batch["colors"][clips, chosen].unsqueeze(1).expand(-1, frames, -1, -1)
+        boxes = torch.cat([batch["boxes"][..., :4], colors, batch["boxes"][..., 7:]], dim=-1)
+        if not rng.evaluating:
+            boxes = soften(boxes, c.soft_boxes, rng)
+        self.controlled.boxes, self.controlled.mask = boxes.flatten(0, 1), batch["box_mask"].flatten(0, 1)
+        if self.phase == PAINTED:
+            painted = batch["painted"][clips, chosen].to(batch["latents"])
+            batch = {**batch, "latents": self.backbone.process_latent_in(painted)}
+        if c.box_weight > 1:
+            weight = box_weights(batch["boxes"], batch["box_mask"], batch["latents"].shape[-2:], c.box_weight)
+            batch = {**batch, "mask": batch.get("mask", 1) * weight.to(batch["latents"])}
+        return video_loss(self.backbone, batch, rng, c.conditioning_dropout, c.stratified_timesteps)
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        """The control under TrackDiffusion's names in ComfyUI's layout, and the trained layers of the base model."""
+        tensors = {**self.control.tensors(), **self.base}
+        return {key: value.detach().cpu() for key, value in tensors.items()}
+
+    def metadata(self, name: str) -> dict[str, str]:
+        return {"modelspec.architecture": "stable-video-diffusion-img2vid/tracklets"}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._trained().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """ValueError if the state is of another architecture."""
+        trained = self._trained()
+        if different := trained.keys() ^ state.keys():
+            raise ValueError(f"tracklet state: layers do not match, for example {sorted(different)[:3]}")
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {**{f"{MODULE}.{name}": p for name, p in self.control.named_parameters()}, **self.base}
+
+
+def soften(boxes: Tensor, share: float, rng: Rng) -> Tensor:
+    """Boxes [B, T, 20, 8], of which a random share is widened on every side and marked soft, 0 in the last place."""
+    generator = rng.generator("soft boxes")
+    soft = torch.rand(boxes.shape[:-1], generator=generator) < share
+    reach = GROWTH * torch.rand(*boxes.shape[:-1], 4, generator=generator)
+    sides = (boxes[..., 2:4] - boxes[..., :2]).repeat(1, 1, 1, 2)
+    wide = (boxes[..., :4] + torch.tensor([-1.0, -1.0, 1.0, 1.0]) * reach * sides).clamp(0, 1)
+    softened = torch.cat([wide, boxes[..., 4:7], torch.zeros_like(boxes[..., 7:])], dim=-1)
+    return torch.where(soft.unsqueeze(-1), softened, boxes)
+
+
+def box_weights(boxes: Tensor, mask: Tensor, size: tuple[int, int], weight: float) -> Tensor:
+    """Weights [B, 1, T, h, w] of mean 1 for each clip, `weight` times as high in boxes [B, T, 20, 8] as outside."""
+    height, width = size
+    y, x = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    x1, y1, x2, y2 = (edge.unsqueeze(-1) for edge in boxes[..., :4].unbind(-1))
+    inside = ((y >= y1) & (y < y2)).unsqueeze(-1) & ((x >= x1) & (x < x2)).unsqueeze(-2)
+    covered = (inside & mask.bool()[..., None, None]).any(2).unsqueeze(1)
+    weights = torch.where(covered, weight, 1.0)
+    return weights / weights.mean((1, 2, 3, 4), keepdim=True)
+
+
+RECIPE = SvdTracklets
