@@ -31,12 +31,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainMotionDirector": {"steps": 5, "preset": "custom", "spatial_learning_rate": 1e-2},
     "KinoloomTrainSvdLora": {"steps": 5},
     "KinoloomTrainSvdFinetune": {"steps": 5, "learning_rate": 1e-3},
-    "KinoloomTrainSvdTracklets": {"self_tracking_steps": 3, "clean_steps": 3, "learning_rate": 1e-3},
+    "KinoloomTrainSvdTracklets": {
+        "self_tracking_steps": 3,
+        "clean_steps": 3,
+        "learning_rate": 3e-3,
+        "clean_learning_rate": 3e-3,
+    },
 }
 SHAPES = {
     "wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)},
     "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
-    "svd": {"clips": (4, 3, 8, 16)},
+    "svd": {"clips": (4, 3, 8, 8)},
 }
 LAYERS = {"spatial": 192, "temporal": 200}  # of a file's export; 20 of the tiny Wan's
 

@@ -186,7 +186,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
     TRACKLETS: {
         "self_tracking_steps": (1, STEPS),
         "clean_steps": (1, STEPS),
-        "clean_learning_rate": (1e-3, WEIGHTS),
+        "clean_learning_rate": (1e-4, WEIGHTS),
         "soft_boxes": (0.8, WEIGHTS),
         "box_weight": (3.0, WEIGHTS),
         "conditioning_dropout": (0.3, WEIGHTS),

@@ -1,6 +1,7 @@
 """Clips for Stable Video Diffusion: latents, first frames under noise, motion buckets, and what is refused."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import svd_data
 from kinoloom.trainers.core.data import TrainingData, column_path
+from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -172,3 +174,59 @@ def test_what_cannot_be_used_is_refused(vae: Any, clip_vision: Any, images: int,
 def test_one_source_is_asked_for(vae: Any, clip_vision: Any) -> None:
     with pytest.raises(ValueError, match="connect either images or video"):
         svd_data.EncodeSvdClips.execute(vae, clip_vision, **OPTIONS)
+
+
+# -- tracklets ---------------------------------------------------------------------------------------------------------------
+
+TRACKED = Tracklets(
+    128, 64, 4, (Tracklet(5, "a", "#123456", (Keyframe(0, (0.1, 0.2, 0.5, 0.8)), Keyframe(3, (0.4, 0.2, 0.8, 0.8)))),)
+)
+
+
+def test_tracked_clips_hold_their_boxes_and_painted_frames(vae: Any, clip_vision: Any) -> None:
+    """Fact 15: outlines of 4 px on all frames but the first; each deal of colours in boxes and paint alike."""
+    images = moving(1)
+    data, _ = encode(vae, clip_vision, images, tracklets=TRACKED)
+    stored = column(data, "tracklets")
+    boxes, mask = to_tensors(TRACKED)
+    assert torch.equal(stored["boxes"], boxes) and torch.equal(stored["box_mask"], mask)
+    assert stored["colors"].shape == (4, 20, 3) and len(stored["colors"].flatten(1).unique(dim=0)) == 4
+    for colors, painted in zip(stored["colors"], stored["painted"], strict=True):
+        assert len(colors.unique(dim=0)) == 20
+        colored = torch.cat([boxes[..., :4], colors.expand(4, -1, -1), boxes[..., 7:]], dim=-1)
+        frames = paint(images, colored, mask, 4, skip_first=True)
+        assert torch.equal(frames[0], images[0]) and not torch.equal(frames[1], images[1])
+        assert torch.allclose(painted, vae.encode(frames).movedim(0, 1), atol=1e-4)
+
+
+def test_a_window_of_a_tracked_clip_has_the_boxes_of_its_frames(vae: Any, clip_vision: Any) -> None:
+    long = replace(TRACKED, frames=9, tracklets=(replace(TRACKED.tracklets[0], keyframes=(
+        Keyframe(0, (0.0, 0.2, 0.2, 0.8)), Keyframe(8, (0.8, 0.2, 1.0, 0.8)))),))  # fmt: skip
+    options = {"window_mode": "sliding", "window_stride": 5}
+    data, _ = encode(vae, clip_vision, moving(1, 9), tracklets=long, **options)
+    whole, _ = to_tensors(long)
+    assert [row.name for row in data.rows] == ["images frames 0-3", "images frames 5-8"]
+    for row, start in enumerate((0, 5)):
+        assert torch.equal(column(data, "tracklets", row)["boxes"], whole[start : start + 4])
+
+
+def test_boxes_are_cut_as_the_frames_are(vae: Any, clip_vision: Any) -> None:
+    """A 160x64 video becomes 128x64: 16 px are cut off on either side."""
+    tracked = Tracklets(160, 64, 4, (Tracklet(1, "a", "#ff0000", (Keyframe(0, (16 / 160, 0.0, 80 / 160, 1.0)),)),))
+    data, _ = encode(vae, clip_vision, moving(1, 4, 64, 160), size=90, tracklets=tracked)
+    assert data.rows[0].shape[-2:] == (8, 16)
+    assert torch.allclose(column(data, "tracklets")["boxes"][0, 0, :4], torch.tensor([0.0, 0.0, 0.5, 1.0]))
+
+
+def test_tracklets_lie_beside_clips_in_a_folder(folder: Path, vae: Any, clip_vision: Any) -> None:
+    for name in ("a", "b", "c"):
+        write_video(folder / f"{name}.mp4", 5, fps=8, size=(128, 64))
+    (folder / "a.json").write_text(TRACKED.to_json())
+    (folder / "b.csv").write_text("1,3,12.8,12.8,51.2,38.4,1,1,1\n5,3,51.2,12.8,51.2,38.4,1,1,1\n")
+    made = svd_data.SvdClipsFromFolder.execute(vae, clip_vision, folder="set", role="train", **OPTIONS)
+    rows = made.result[0].rows
+    assert [("tracklets" in row.columns) for row in rows] == [True, True, False]
+    assert torch.allclose(column(made.result[0], "tracklets", 1)["boxes"][0, 0, :4], torch.tensor([0.1, 0.2, 0.5, 0.8]))
+    (folder / "c.csv").write_text("1,3,a,12,51,38,1,1,1\n")
+    with pytest.raises(ValueError, match="c.csv: line 1: x='a': expected a number"):
+        svd_data.SvdClipsFromFolder.execute(vae, clip_vision, folder="set", role="train", **OPTIONS)

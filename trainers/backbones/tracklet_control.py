@@ -169,6 +169,8 @@ class Controlled:
         self.handles: list[Any] = []
 
     def __enter__(self) -> "Controlled":
+        first = self.unet.input_blocks[0][0]
+        self.handles.append(first.register_forward_pre_hook(self._make_tokens))
         for path, block in transformers(self.unet).items():
             added: list[Tensor] = []
             fuser = self.control.fusers[path.replace(".", "/")]
@@ -180,11 +182,15 @@ class Controlled:
         while self.handles:
             self.handles.pop().remove()
 
+    def _make_tokens(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0]
+        boxes, mask = (value.to(x.device, torch.float32) for value in (self.boxes, self.mask))
+        self.tokens = self.control.position_net(boxes, mask, x.dtype)
+
     def _before_norm(self, fuser: Fuser, added: list[Tensor]) -> Any:
         def hook(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             (x,) = inputs
-            boxes, mask = (value.to(x.device, torch.float32) for value in (self.boxes, self.mask))
-            added[:] = [fuser(x, self.control.position_net(boxes, mask, x.dtype))]
+            added[:] = [fuser(x, self.tokens)]
             return (x + added[0],)
 
         return hook
