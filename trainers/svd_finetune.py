@@ -57,6 +57,14 @@ class SvdFinetune:
             advanced=True,
         )
 
+        save_every: int = knob(
+            500,
+            "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 12 bytes per weight.",
+            min=1,
+            max=100_000,
+            advanced=True,
+        )
+
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
         named = backbone.module.named_parameters()

@@ -153,7 +153,8 @@ class Job(Record):
         private = host.load_private(self._model, device)
         self._model = None  # the MODEL of other workflows may go from memory now
         dtype = host.compute_dtype(self.config.precision, device)
-        host.narrow(private, dtype)
+        if not any(export.keys == "model" for export in self.recipe_class.exports(self.config).values()):
+            host.narrow(private, dtype)  # else the file would hold the model's own weights rounded
         backbone = self.backbone.load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
         recipe = self.recipe_class(backbone, self.config)
