@@ -35,6 +35,7 @@ class DrawTracklets(io.ComfyNode):
             description="Says where objects of a video shall be: draw boxes on the first frame and move them through "
             "the clip. Each move makes a key frame; between key frames boxes glide.",
             search_aliases=["bounding box", "trajectory", "motion control", "boximator", "box animation"],
+            has_intermediate_output=True,  # else the editor gets no first frame when the node is cached
             inputs=[
                 io.Image.Input(
                     "image",

@@ -44,7 +44,7 @@ function addEditor(node) {
     editors.set(node, editor);
     after(node, "onConnectionsChange", showFrames);
     after(node, "onExecuted", (output) => {
-        node.kinoloomFrame = output.kinoloom_frame?.[0];
+        node.kinoloomFrame = output?.kinoloom_frame?.[0];
         showFrames();
     });
     after(node, "onRemoved", () => {
