@@ -241,6 +241,7 @@ def test_json_by_hand_changes_the_picture_and_bad_json_says_what_is_wrong(editor
     expect(error).to_contain_text("tracklets[0].keyframes[0].box=[0.9,0.2,0.5,0.6]: expected x1, y1, x2, y2")
     text.fill("{")
     expect(error).to_contain_text("JSON")
+    expect(page.locator(".kl-bar select")).to_be_disabled()
     text.fill("")
     expect(error).to_be_hidden()
     assert page.locator(".kl-row").count() == 1, "only the ruler"

@@ -9,7 +9,8 @@ export function paintFrame(context, view, { data, frame, image, selected, drawn 
     context.fillStyle = "#000";
     context.fillRect(view.x, view.y, view.w, view.h);
     if (image) paintImage(context, view, image, frame);
-    for (const tracklet of data.tracklets) {
+    const others = data.tracklets.filter((tracklet) => tracklet !== selected);
+    for (const tracklet of selected ? [...others, selected] : others) {
         const at = boxAt(data, tracklet, frame);
         if (at) paintBox(context, view, tracklet, at, tracklet === selected);
     }

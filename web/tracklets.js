@@ -337,6 +337,7 @@ export class TrackletEditor {
         this.enterButton.disabled = this.leaveButton.disabled = !this.tracklet;
         this.undoButton.disabled = !this.history.length;
         this.between.value = this.data.interpolated;
+        this.between.disabled = !this.error.hidden; // nothing may overwrite a text that is being mended
         this.hint.textContent = !tracklets.length
             ? "Drag on the frame to draw a box around an object."
             : !this.tracklet
