@@ -43,7 +43,7 @@ def unet(make: Weights, widths: tuple[int, ...], context: int) -> StateDict:
 
 
 def write_checkpoint(path: Path, widths: tuple[int, ...] = NARROW, seed: int = 0) -> None:
-    """A checkpoint for ImageOnlyCheckpointLoader: such a UNet and a tiny image VAE in fp16, ViT-H in fp8 (650 MB).
+    """A checkpoint for ImageOnlyCheckpointLoader: such a UNet and a tiny image VAE in fp16, ViT-H in fp8 (1.1 GB).
 
     Core takes SVD's own VAE, the one with the temporal decoder, at its full width only.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_sd
+import tiny_svd
 from playwright.sync_api import Browser, Page, sync_playwright
 from toyworld.install import install
 
@@ -107,6 +108,14 @@ def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPa
     settings.write_text('{"Comfy.TutorialCompleted": true}')  # no first-run dialog over the page fixture's canvas
     with Server(comfyui_dir, base) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def narrow_svd(server: Server) -> str:
+    """Name of a narrow SVD among the server's checkpoints; a gigabyte, so only written for those who ask for it."""
+    name = "narrow_svd.safetensors"
+    tiny_svd.write_checkpoint(server.base / "models" / "checkpoints" / name)
+    return name
 
 
 @pytest.fixture

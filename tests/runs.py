@@ -43,7 +43,7 @@ SHAPES = {
     "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
     "svd": {"clips": (4, 3, 8, 8)},
 }
-LAYERS = {"spatial": 192, "temporal": 200}  # of a file's export; 20 of the tiny Wan's
+LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 192}  # of a file's export or method; else 20, Wan's
 
 
 def random(*shape: int, name: str) -> Tensor:

@@ -177,7 +177,7 @@ def test_validation_is_repeatable_and_does_not_change_training(
     assert not events(without, "validation") and not any("best" in label for label in without.files)
     assert_same(state_of(without).recipe, state_of(whole(name)).recipe)
 
-    rates = own_options(name, {"learning_rate": 0.0, "spatial_learning_rate": 0.0})
+    rates = own_options(name, {"learning_rate": 0.0, "spatial_learning_rate": 0.0, "clean_learning_rate": 0.0})
     config = make_config(name, validate_every=1, weight_decay=0.0, **rates)
     still = finish(make_job(tmp_path / "b", model, data, config, name), model)
     for phase in recipes()[name].phases(config):
@@ -227,7 +227,7 @@ def velocity(backbone: Any, batch: dict) -> Tensor:
 
 
 @pytest.mark.parametrize(("alpha", "precision"), [(0.0, "fp16"), (6.0, "fp32")])
-@every_recipe
+@pytest.mark.parametrize("name", [name for name in RECIPES if recipes()[name].backbone != "svd"])
 def test_core_loads_every_key_and_has_the_effect_of_training(
     name: str,
     alpha: float,
@@ -292,7 +292,11 @@ def test_a_stopped_run_keeps_a_usable_file_and_resumes_to_the_same_bits(
     assert stopped.resumable and published[-1]["event"] == "status"
     assert Path(stopped.parts[-1]).name.endswith(f"-{done:06d}.safetensors")
     last = stopped.parts[-1]
-    assert count_patches(patched_by_core(model, last, caplog)) == LAYERS.get(export_of(last), 20)
+    if recipes()[name].exports(stopped.config)[export_of(last)].keys == "model":
+        assert not any(value.isnan().any() for value in tensors(last).values())
+    else:
+        layers = LAYERS.get(export_of(last)) or LAYERS.get(name, 20)
+        assert count_patches(patched_by_core(model, last, caplog)) == layers
 
     resumed = make_job(tmp_path, model, data, make_config(name), name)
     assert (resumed.status, resumed.done, resumed.resumable) == ("stopped", done, True)

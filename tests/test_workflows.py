@@ -3,10 +3,16 @@
 import json
 from pathlib import Path
 
+import comfy_extras.nodes_video_model as core
+import folder_paths
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Page
+from safetensors.torch import load_file
+from torch import Tensor
 
+from .media import write_image
 from .server_prompts import write_clips, write_video
 from comfy_client import Client, Server, set_widget, to_prompt
 
@@ -17,9 +23,13 @@ FILES = {
     "CLIPLoader": ("clip_name", "tiny_clip.safetensors"),
     "VAELoader": ("vae_name", "tiny_wan_vae.safetensors"),
     "CheckpointLoaderSimple": ("ckpt_name", "narrow_sd15.safetensors"),
+    "ImageOnlyCheckpointLoader": ("ckpt_name", "narrow_svd.safetensors"),
     "KinoloomLoadMotionModule": ("motion_module", "narrow_motion.safetensors"),
 }
 SMALL = {"frames_per_clip": 9, "size": 32}
+SMALL_SVD = {"frames_per_clip": 2, "size": 64}
+VISION = "conditioner.embedders.0.open_clip.model.visual."
+TIMEOUT = 300.0  # seconds for a prompt; SVD's image encoder comes in one size, which a CPU takes its time for
 TRAINING = {
     "wan_lora": {
         "KinoloomClipsFromFolder": {"folder": "clips", **SMALL},
@@ -34,6 +44,11 @@ TRAINING = {
         "LoadVideo": {"file": "square.mp4"},
         "KinoloomEncodeClips": {"frames_per_clip": 4, "size": 64},
         "KinoloomTrainMotionDirector": {"run_name": "template md", "preset": "low", "steps": 2},
+    },
+    "svd_lora": {
+        "LoadVideo": {"file": "square.mp4"},
+        "KinoloomEncodeSvdClips": SMALL_SVD,
+        "KinoloomTrainSvdLora": {"run_name": "template svd", "steps": 2},
     },
 }
 TEMPORAL = {"KinoloomLoadMotionLora": "template md/template md-temporal-000002.safetensors"}
@@ -52,10 +67,14 @@ LORAS = {  # method -> generation workflow -> the node of each of the method's f
             "Load LoRA: spatial": "template md/template md-spatial-000002.safetensors",
         },
     },
+    "svd_lora": {"svd_lora_generate": {"LoraLoaderModelOnly": "template svd/template svd-lora-000002.safetensors"}},
 }
-LATENTS = {
+SAMPLED = {
     "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
     "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
+    "SVD_img2vid_Conditioning": {"width": 64, "height": 64, "video_frames": 2},
+    "LoadImage": {"image": "square.png"},
+    "KSampler": {"steps": 2},
 }
 
 
@@ -72,30 +91,64 @@ def with_values(client: Client, name: str, values: dict[str, dict]) -> dict:
     for node_type, (widget, file) in FILES.items():
         if node_type in types(workflow):
             set_widget(workflow, info, node_type, widget, file)
-    for node, widgets in values.items():
+    sampled = {node: widgets for node, widgets in SAMPLED.items() if node in types(workflow)}
+    for node, widgets in {**sampled, **values}.items():
         for widget, value in widgets.items():
             set_widget(workflow, info, node, widget, value)
     return workflow
 
 
 @pytest.mark.parametrize("method", TRAINING)
-def test_train_then_generate(server: Server, client: Client, method: str) -> None:
+def test_train_then_generate(server: Server, client: Client, method: str, request: pytest.FixtureRequest) -> None:
+    if method == "svd_lora":
+        request.getfixturevalue("narrow_svd")
     write_clips(server.base)
     (server.base / "input" / "clips" / "square.txt").unlink(missing_ok=True)
     write_video(server.base / "input" / "square.mp4")
+    write_image(server.base / "input" / "square.png", 90)
     if method == "wan_lora":  # one caption, as its note says
         (server.base / "input" / "clips" / "square.static.txt").rename(server.base / "input" / "clips" / "square.txt")
         (server.base / "input" / "clips" / "square.motion.txt").unlink()
-    outputs = client.run_workflow(with_values(client, f"{method}_train", TRAINING[method]))
+    outputs = client.run_workflow(with_values(client, f"{method}_train", TRAINING[method]), TIMEOUT)
     assert any(file.endswith(".png") for file in client.files(outputs)), "the loss graph"
     client._object_info = None  # the list of LoRA files has grown
     for name, files in LORAS[method].items():
         loras = {node: {"lora_name": f"kinoloom/{file}"} for node, file in files.items()}
-        latents = {node: values for node, values in LATENTS.items() if node in types(load(name))}
-        values = {"KSampler": {"steps": 2}, **latents, **loras}
-        (video,) = client.files(client.run_workflow(with_values(client, name, values)))
+        (video,) = client.files(client.run_workflow(with_values(client, name, loras), TIMEOUT))
         assert video.endswith(".mp4") and (server.base / video).stat().st_size > 0
     assert "lora key not loaded" not in server.log.read_text()
+
+
+def test_svd_finetune(server: Server, client: Client, narrow_svd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model trained is the one sampled from, and the one in the checkpoint that core's loader takes."""
+    write_clips(server.base)
+    write_image(server.base / "input" / "square.png", 90)
+    run = {"run_name": "template svd model", "steps": 2, "learning_rate": 1e-3, "precision": "fp32"}
+    values = {
+        "KinoloomSvdClipsFromFolder": {"folder": "clips", **SMALL_SVD},
+        "KinoloomTrainSvdFinetune": run,
+    }
+    outputs = client.run_workflow(with_values(client, "svd_finetune", values), TIMEOUT)
+    assert sorted(file.rsplit(".", 1)[1] for file in client.files(outputs)) == ["mp4", "png"]
+
+    checkpoints = server.base / "output" / "checkpoints"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(checkpoints)], {".safetensors"}))
+    (saved,) = checkpoints.glob("my_svd_model_*.safetensors")
+    model, vision, vae = core.ImageOnlyCheckpointLoader().load_checkpoint(saved.name)
+    assert type(model.model).__name__ == "SVD_img2vid"
+    base = load_file(server.base / "models" / "checkpoints" / narrow_svd)
+    assert differing(vae.get_sd(), base, "first_stage_model.") == []
+    assert differing({"ln_post.bias": vision.get_sd()["vision_model.post_layernorm.bias"]}, base, VISION) == []
+    (file,) = server.base.glob("models/*/kinoloom/*/template svd model-unet-000002.safetensors")
+    unet = model.model.diffusion_model.state_dict()
+    assert len(unet) > 1000 and differing(unet, load_file(file)) == []
+    trained = differing(unet, base, "model.diffusion_model.")
+    assert len(trained) > 100 and all(".time_stack.0." in key for key in trained)
+
+
+def differing(tensors: dict[str, Tensor], others: dict[str, Tensor], prefix: str = "") -> list[str]:
+    """Names of the tensors that the others, under a prefix, are not equal to."""
+    return [key for key, tensor in tensors.items() if not torch.equal(tensor.float(), others[prefix + key].float())]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,7 +168,7 @@ def test_front_end_opens_it_whole_and_submits_what_we_submit(page: Page, client:
 
 def test_template_browser_offers_them_with_thumbnails(client: Client) -> None:
     assert sorted(client.get("/workflow_templates")["kinoloom"]) == NAMES
-    assert {name.rsplit("_", 1)[1] for name in NAMES} == {"train", "generate"}
+    assert {name.rsplit("_", 1)[1] for name in NAMES} == {"train", "generate", "finetune"}
     for name in NAMES:
         assert json.loads(client.read(f"/api/workflow_templates/kinoloom/{name}.json")) == load(name)
         picture = FOLDER / f"{name}.jpg"

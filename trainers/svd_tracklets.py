@@ -112,8 +112,12 @@ class SvdTracklets:
 
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:
-        phase = SvdTracklets.phases(config)[-1].name
-        return {CONTROL: Export("the control, for Apply Tracklets", phase, "model", "tracklet_control")}
+        files = {PAINTED: ("painting", "the control that paints boxes too"), CLEAN: (CONTROL, "the control")}
+        return {
+            name: Export(f"{description}, for Load Tracklet Control", phase.name, "model", "tracklet_control")
+            for phase in SvdTracklets.phases(config)
+            for name, description in [files[phase.name]]
+        }
 
     def start(self, phase: Phase) -> None:
         self.phase = phase.name
