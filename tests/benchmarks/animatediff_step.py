@@ -25,19 +25,15 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from motion_rivals import (
-    DEVICE,
     DROPOUT,
     POSITIONS,
     TEXT_DIM,
@@ -49,12 +45,24 @@ from motion_rivals import (
     reference,
 )
 from safetensors.torch import load_file, save_file
-from steps import Tick, Trainer, batches, enter_comfyui, growth, make_recipe, measure, train
+from steps import (
+    CUDA,
+    DEVICE,
+    Tick,
+    Trainer,
+    apart,
+    batches,
+    enter_comfyui,
+    make_recipe,
+    measure,
+    prompt,
+    table,
+    train,
+)
 from tiny_sd import write_motion_module, write_unet
 from torch import Tensor, nn
 
 LAYERS = {"spatial": 192, "temporal": 200}
-CUDA = torch.cuda.is_available()
 
 
 # -- ours ------------------------------------------------------------------------------------------------------------
@@ -75,7 +83,11 @@ def our_recipe(shape: Shape, folder: Path, **options: Any) -> Any:
 
 def ours(shape: Shape, folder: Path, tick: Tick, *, checkpointing: bool, precision: str) -> None:
     recipe = our_recipe(shape, folder, checkpointing="on" if checkpointing else "off", precision=precision)
-    train(recipe, batches(recipe, folder / f"data-{os.getpid()}", shape.latents(), shape.prompt_embeds()), tick)
+    train(recipe, clip(recipe, shape, folder / f"data-{os.getpid()}"), tick)
+
+
+def clip(recipe: Any, shape: Shape, folder: Path) -> Any:
+    return batches(recipe, folder, shape.latents(), prompt_embeds=prompt(shape.prompt_embeds()))
 
 
 # -- do they compute the same? ---------------------------------------------------------------------------------------
@@ -88,7 +100,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, float], Any]:
     from kinoloom.trainers.core.noise import Rng
 
     recipe.start(recipe.phases(recipe.config)[0])
-    batch, rng = batches(recipe, folder / "data", shape.latents(), shape.prompt_embeds())[0], Rng(0, "clips", 0)
+    batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)
     latents = batch["latents"]
     t = recipe.backbone.schedule.timesteps(rng.uniform(1, recipe.config.stratified_timesteps))
     picked = [motion_director.pick_frames(rng, purpose, 1, shape.frames) for purpose in ("frame", "anchor")]
@@ -130,12 +142,6 @@ def _numbers(losses: Iterator[tuple[str, Tensor]], factors: dict[str, list[nn.Pa
     for kind, found in factors.items():
         numbers[f"{kind} gradient"] = float(torch.stack([p.grad.norm() for p in found]).norm())
     return numbers
-
-
-def apart(function: Callable, *args: Any, **options: Any) -> Any:
-    """What `function` returns in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *args, **options).result()
 
 
 def require_equal(shape: Shape, folder: Path, checkout: Path | None) -> None:
@@ -184,33 +190,6 @@ def trainers(shape: Shape, folder: Path, checkout: Path | None) -> tuple[dict[st
         found[name] = partial(plain_loop, reference, shape, folder, checkpointing=True, checkout=checkout)
         pairs[name] = f"ours, {'bf16' if CUDA else 'fp32'}, checkpointed"
     return found, pairs
-
-
-def table(results: list[dict[str, Any]], pairs: dict[str, str]) -> str:
-    by_name = {row["variant"]: row for row in results if "failed" not in row}
-    lines = [
-        f"| variant | {'' if CUDA else 'CPU '}s/step | ours / this (least-most) | resident MiB | peak MiB over it | ours / this |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results:
-        name = row["variant"]
-        if "failed" in row:
-            lines.append(f"| {name} | {row['failed']} | | | | |")
-            continue
-        cells = [
-            name,
-            f"{row['seconds']:.3f}",
-            "",
-            f"{row['resident_bytes'] / 2**20:.0f}",
-            f"{growth(row) / 2**20:.0f}",
-            "",
-        ]
-        if mine := by_name.get(pairs.get(name, "")):
-            ratios = [a / b for a, b in zip(mine["times"], row["times"], strict=True)]
-            cells[2] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            cells[5] = f"{growth(mine) / growth(row):.2f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from steps import Tick
+from steps import DEVICE, DTYPES, Tick
 from torch import Tensor, nn
 
 CHANNELS, TEXT_TOKENS, TEXT_DIM, POSITIONS = 4, 77, 768, 32
 BLOCK = r"transformer_blocks\.0\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 PEFT_TARGETS = rf".*\.(attentions\.\d\.(proj_in|proj_out|{BLOCK})|motion_modules\.\d\.{BLOCK})"
 DROPOUT = 0.1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
 
 from comfy_library import register_pack, start_comfyui  # noqa: E402
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 1  # steps before the first timed one
 # What a trainer runs after every step; raises Done when no more steps are wanted.
 Tick = Callable[[], None]
@@ -64,16 +69,21 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) ->
     return method(backbone, config)
 
 
-def batches(recipe: Any, folder: Path, latents: torch.Tensor, prompt_embeds: torch.Tensor) -> Any:
-    """One clip [C, F, h, w] and its prompt [n, D] on disk, as micro-batches for `recipe`."""
+def batches(recipe: Any, folder: Path, latents: Tensor, **columns: dict[str, Tensor]) -> Any:
+    """One clip [C, F, h, w] and its other columns on disk, as micro-batches for `recipe`."""
     from kinoloom.trainers.core import data
 
-    text = {"prompt_embeds": prompt_embeds[None], "prompt_length": torch.tensor(len(prompt_embeds))}
-    data.write_column(folder, "clip", "latents", {"latents": latents})
-    data.write_column(folder, "clip", "prompt_embeds", text)
-    row = data.Row("clip", "clips", "train", tuple(latents.shape), dict.fromkeys(("latents", "prompt_embeds"), "clip"))
+    columns = {"latents": {"latents": latents}, **columns}
+    for column, tensors in columns.items():
+        data.write_column(folder, "clip", column, tensors)
+    row = data.Row("clip", "clips", "train", tuple(latents.shape), dict.fromkeys(columns, "clip"))
     rows, c = data.TrainingData(str(folder), (row,)), recipe.config
     return data.PhaseData(rows, "clips", recipe.columns, c.batch_size, c.seed, recipe.backbone.prepare)
+
+
+def prompt(prompt_embeds: Tensor) -> dict[str, Tensor]:
+    """The column `prompt_embeds` of one prompt [n, D]."""
+    return {"prompt_embeds": prompt_embeds[None], "prompt_length": torch.tensor(len(prompt_embeds))}
 
 
 def train(recipe: Any, rows: Any, tick: Tick) -> None:
@@ -93,11 +103,20 @@ def train(recipe: Any, rows: Any, tick: Tick) -> None:
     loop.train(recipe, lambda phase: rows, recipe.config, State(), session, scaler)
 
 
+# -- do they compute the same? ---------------------------------------------------------------------------------------
+
+
+def apart(function: Callable, *args: Any, **options: Any) -> Any:
+    """What `function` returns in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **options).result()
+
+
 # -- one trainer's process -------------------------------------------------------------------------------------------
 
 
 def _clock() -> float:
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+    return time.perf_counter() if CUDA else time.process_time()
 
 
 class Meter:
@@ -108,7 +127,7 @@ class Meter:
         self.left, self.times, self.resident, self.began = WARM_UP, [], 0, 0.0
 
     def tick(self) -> None:
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.synchronize()
         self.times.append(_clock() - self.began)
         self.left -= 1
@@ -125,13 +144,13 @@ class Meter:
 def _trim() -> None:
     """Give what is not in use to the processes whose turn it is."""
     gc.collect()
-    if not torch.cuda.is_available():
+    if not CUDA:
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> int:
     """Forget the peak so far; bytes in use now."""
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
@@ -139,7 +158,7 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _proc_status("VmHWM")
+    return torch.cuda.max_memory_allocated() if CUDA else _proc_status("VmHWM")
 
 
 def _proc_status(field: str) -> int:
@@ -149,7 +168,7 @@ def _proc_status(field: str) -> int:
 
 def _worker(connection: Connection, trainer: Trainer, log: Path) -> None:
     sys.stderr = log.open("w")
-    if not torch.cuda.is_available():
+    if not CUDA:
         torch.set_num_threads(1)
     try:
         trainer(Meter(connection).tick)
@@ -236,7 +255,7 @@ class Runner:
 
 def measure(trainers: dict[str, Trainer], folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
     """`rounds` times `steps` steps of every trainer, side by side on a CPU and one trainer after the other on a GPU."""
-    results, take_turns = [], not torch.cuda.is_available()
+    results, take_turns = [], not CUDA
     for group in [list(trainers)] if take_turns else [[variant] for variant in trainers]:
         runners = [Runner(variant, trainers[variant], folder) for variant in group]
         for runner in runners:
@@ -255,3 +274,31 @@ def measure(trainers: dict[str, Trainer], folder: Path, rounds: int, steps: int)
 def growth(row: dict[str, Any]) -> float:
     """Bytes at the peak over what is resident."""
     return row["peak_bytes"] - row["resident_bytes"]
+
+
+def table(results: list[dict[str, Any]], pairs: dict[str, str]) -> str:
+    """`pairs`: a rival's row to the row of ours that it is compared with."""
+    by_name = {row["variant"]: row for row in results if "failed" not in row}
+    lines = [
+        f"| variant | {'' if CUDA else 'CPU '}s/step | ours / this (least-most) | resident MiB | peak MiB over it | ours / this |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        name = row["variant"]
+        if "failed" in row:
+            lines.append(f"| {name} | {row['failed']} | | | | |")
+            continue
+        cells = [
+            name,
+            f"{row['seconds']:.3f}",
+            "",
+            f"{row['resident_bytes'] / 2**20:.0f}",
+            f"{growth(row) / 2**20:.0f}",
+            "",
+        ]
+        if mine := by_name.get(pairs.get(name, "")):
+            ratios = [a / b for a, b in zip(mine["times"], row["times"], strict=True)]
+            cells[2] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            cells[5] = f"{growth(mine) / growth(row):.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

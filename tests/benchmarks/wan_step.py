@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import Tick, batches, enter_comfyui, growth, make_recipe, measure, train
+from steps import CUDA, DEVICE, DTYPES, Tick, batches, enter_comfyui, growth, make_recipe, measure, prompt, train
 
 from tiny import write_wan
 
@@ -48,7 +48,7 @@ class Shape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        return DTYPES[self.dtype]
 
     def latents(self) -> torch.Tensor:
         frames, height, width = self.grid
@@ -78,7 +78,7 @@ def ours(shape: Shape, model_path: Path, tick: Tick, *, checkpointing: str, prec
     options = {"rank": shape.rank, "checkpointing": checkpointing, "precision": precision}
     recipe = make_recipe("KinoloomTrainWanLora", model, {}, **options)
     folder = model_path.parent / f"data-{os.getpid()}"
-    train(recipe, batches(recipe, folder, shape.latents(), shape.prompt_embeds()), tick)
+    train(recipe, batches(recipe, folder, shape.latents(), prompt_embeds=prompt(shape.prompt_embeds())), tick)
 
 
 def core(shape: Shape, model_path: Path, tick: Tick, *, sdpa: bool = False, **changed: Any) -> None:
@@ -111,7 +111,6 @@ def diffusers_peft(shape: Shape, model_path: Path, tick: Tick, *, checkpointing:
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         transformer = WanTransformer3DModel(
             num_attention_heads=shape.dim // HEAD_DIM,
@@ -122,10 +121,10 @@ def diffusers_peft(shape: Shape, model_path: Path, tick: Tick, *, checkpointing:
             ffn_dim=shape.ffn,
             num_layers=shape.blocks,
         )
-    weights = convert_wan_transformer_to_diffusers(load_file(model_path, device=str(device)))
+    weights = convert_wan_transformer_to_diffusers(load_file(model_path, device=str(DEVICE)))
     transformer.load_state_dict(weights, assign=True)
     rope = type(transformer.rope)(HEAD_DIM, transformer.config.patch_size, transformer.config.rope_max_seq_len)
-    transformer.rope = rope.to(device)
+    transformer.rope = rope.to(DEVICE)
     transformer.requires_grad_(False).train()
     config = LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=PEFT_TARGETS)
     network = get_peft_model(transformer, config)  # fp32 factors, also on a bf16 model
@@ -133,10 +132,10 @@ def diffusers_peft(shape: Shape, model_path: Path, tick: Tick, *, checkpointing:
         transformer.enable_gradient_checkpointing()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    latents = shape.latents()[None].to(device)
-    prompt_embeds = shape.prompt_embeds()[None].to(device, shape.torch_dtype)
+    latents = shape.latents()[None].to(DEVICE)
+    prompt_embeds = shape.prompt_embeds()[None].to(DEVICE, shape.torch_dtype)
     while True:
-        noise, t = torch.randn_like(latents), torch.rand(1, device=device)
+        noise, t = torch.randn_like(latents), torch.rand(1, device=DEVICE)
         noisy_latents = ((1 - t) * latents + t * noise).to(shape.torch_dtype)
         pred = network(noisy_latents, 1000 * t, prompt_embeds, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(pred.float(), noise - latents)
@@ -186,7 +185,7 @@ def measured(shape: Shape, variants: list[str], rounds: int, steps: int) -> list
         row["shape"] = asdict(shape)
         if "failed" not in row:
             row["tflops"] = shape.step_tflop() / row["seconds"]
-            if torch.cuda.is_available() and (peak := _peak_tflops()):
+            if CUDA and (peak := _peak_tflops()):
                 row["mfu"] = row["tflops"] / peak
     return results
 
@@ -199,7 +198,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Ratios are to the first variant and to core with its defaults."""
     by_name = {row["variant"]: row for row in results if "failed" not in row}
     lines = [
-        f"| variant | {'' if torch.cuda.is_available() else 'CPU '}s/step | / core default | / ours | peak MiB over resident | / core default | TFLOP/s | MFU |",
+        f"| variant | {'' if CUDA else 'CPU '}s/step | / core default | / ours | peak MiB over resident | / core default | TFLOP/s | MFU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
@@ -244,16 +243,15 @@ def main() -> None:
     parser.add_argument("--cuda-sizes", action="store_true", help="Wan 1.3B in bf16 at 512x512x33 and 480x832x81")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if options.cuda_sizes and not cuda:
+    if options.cuda_sizes and not CUDA:
         parser.error("--cuda-sizes needs a CUDA device")
     shape = Shape("small", options.dim, 4 * options.dim, options.blocks, grid_of(options.tokens), options.rank, "fp32")
-    shapes = [replace(shape, dtype="bf16") if cuda else shape]
+    shapes = [replace(shape, dtype="bf16") if CUDA else shape]
     if options.cuda_sizes:
         full = Shape("1.3B 512x512x33", 1536, 8960, 30, (9, 32, 32), options.rank, "bf16")
         shapes = [full, replace(full, name="1.3B 480x832x81", grid=(21, 30, 52))]
-    variants = options.only or [*VARIANTS, *({} if cuda else CPU_VARIANTS)]
-    where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
+    variants = options.only or [*VARIANTS, *({} if CUDA else CPU_VARIANTS)]
+    where = torch.cuda.get_device_name() if CUDA else f"{platform.processor() or platform.machine()} CPU"
     results = []
     for shape in shapes:
         results.append(measured(shape, variants, options.rounds, options.steps))
