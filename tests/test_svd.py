@@ -19,7 +19,9 @@ from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Edm, Rng
 from kinoloom.trainers.svd_finetune import SvdFinetune
 from kinoloom.trainers.svd_lora import SvdLora
+from safetensors.torch import save_file
 from torch import Tensor
+from toyworld.pack import video_unet
 
 from .runs import (
     Published,
@@ -295,6 +297,24 @@ def test_gradients_of_trained_weights_are_those_of_a_plain_model(model: Any, dat
     assert math.isclose((values[0] - values[1]) / (2 * step), squares, rel_tol=0.02)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
+def test_weights_stored_narrower_than_the_arithmetic_train(tmp_path: Path, data: Any, stored: torch.dtype) -> None:
+    """As those of a half-precision file on a CPU are: gradients are those of the same numbers in fp32."""
+    tiny_svd.write_unet(tmp_path / "narrow.safetensors", tiny_svd.TINY, dtype=stored)
+    tensors = {key: value.float() for key, value in load(tmp_path / "narrow.safetensors")[0].items()}
+    save_file(tensors, tmp_path / "wide.safetensors")
+    gradients = []
+    for name in ("narrow", "wide"):
+        with torch.inference_mode():
+            loaded = video_unet.load_unet(tmp_path / f"{name}.safetensors")
+        backbone = make_backbone(loaded)
+        lora = LoraGroups(backbone.module, 0)
+        lora.add_group("lora", Svd.lora_targets["all"], 2, 2)
+        video_loss(backbone, make_batch(backbone, data), Rng(0, "clips", 0), 0.0, True).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in lora.factors("lora", "up").values()]))
+    assert torch.allclose(*gradients, atol=1e-5 * float(gradients[1].abs().max()))
+
+
 def test_a_fine_tuned_model_loads_as_stable_video_diffusion(tmp_path: Path) -> None:
     """Fact 10: core's own loader knows the file, frozen weights are those of the base model, trained ones close to them."""
     tiny_svd.write_unet(tmp_path / "svd.safetensors", tiny_svd.NARROW, dtype=torch.float16)
@@ -313,7 +333,7 @@ def test_a_fine_tuned_model_loads_as_stable_video_diffusion(tmp_path: Path) -> N
         assert torch.equal(weight.float(), expected), name
         assert torch.allclose(weight.float(), before[name].float(), atol=4e-6), name
     changed = [name for name, weight in trained.items() if not torch.equal(weight, before[name].float())]
-    assert len(changed) > 400
+    assert len(changed) > 300  # queries and keys of cross-attention have no gradient
 
 
 # -- moving average --------------------------------------------------------------------------------------------------------------

@@ -274,7 +274,10 @@ def _frozen_linear(host_forward: Callable) -> Callable:
             return host_forward(self, x)
         weight, bias = self.weight, self.bias
         if isinstance(weight, QuantizedTensor) or weight.dtype != x.dtype or weight.device != x.device:
-            return CastLinear.apply(x, weight, bias)
+            flat = CastLinear.apply(
+                x.flatten(0, -2), weight, bias
+            )  # 2-D: no view, which layers could not add to in place
+            return flat.view(*x.shape[:-1], -1)
         return nn.functional.linear(x, weight, None if bias is None else bias.to(x))
 
     return forward
