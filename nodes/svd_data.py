@@ -11,6 +11,7 @@ import cv2
 import folder_paths
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor
 
 from ..lora_io.file import load
@@ -213,8 +214,11 @@ def encoders() -> list[io.Input]:
     ]
 
 
-def output(data: TrainingData, lines: list[str]) -> io.NodeOutput:
-    return io.NodeOutput(data, ui={"text": ("\n".join(lines),)})
+def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
+    text = "\n".join(lines)
+    if node.hidden:  # in a prompt
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(data, ui={"text": (text,)})
 
 
 class EncodeSvdClips(io.ComfyNode):
@@ -245,6 +249,7 @@ class EncodeSvdClips(io.ComfyNode):
                 *inputs(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -268,7 +273,7 @@ class EncodeSvdClips(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
         tracked = {source.name: tracklets} if tracklets else {}
-        return output(*encode([planned], "train", chosen, motion_bucket, vae, clip_vision, tracked))
+        return output(cls, *encode([planned], "train", chosen, motion_bucket, vae, clip_vision, tracked))
 
 
 class SvdClipsFromFolder(io.ComfyNode):
@@ -299,6 +304,7 @@ class SvdClipsFromFolder(io.ComfyNode):
                 *inputs(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -313,7 +319,7 @@ class SvdClipsFromFolder(io.ComfyNode):
         root = Path(folder_paths.get_input_directory())
         plans = plan_folder(root, folder, source_fps, chosen, 1, side=SIDE, captioned=False)
         tracked = read_tracklets(resolve_folder(root, folder), [planned.clip.source for planned in plans])
-        return output(*encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked))
+        return output(cls, *encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked))
 
 
 NODES = [EncodeSvdClips, SvdClipsFromFolder]

@@ -39,7 +39,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                     TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
                     io.String.Input(
                         "run_name",
-                        default="my_lora",
+                        default="my_run",
                         tooltip="Names the run and its files. Running again under "
                         "the same name resumes what was stopped and leaves a finished run as it is.",
                     ),

@@ -57,6 +57,14 @@ class SvdFinetune:
             advanced=True,
         )
 
+        validate_every: int = knob(
+            500,
+            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 turns "
+            "them off.",
+            min=0,
+            max=100_000,
+            advanced=True,
+        )
         save_every: int = knob(
             500,
             "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 12 bytes per weight.",

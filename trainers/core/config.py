@@ -77,7 +77,7 @@ class TrainConfig:
     )
     weight_decay: float = knob(
         0.01,
-        "Pull of the LoRA towards zero. Raise it against over-fitting.",
+        "Pull of the trained weights towards zero. Raise it against over-fitting.",
         min=0.0,
         max=10.0,
         step=1e-3,
@@ -110,7 +110,7 @@ class TrainConfig:
     precision: str = knob(
         "auto",
         "Arithmetic of the frozen model. Auto is bf16 where the device has it, else fp16 on a GPU "
-        "and fp32 on a CPU. The LoRA itself is always fp32.",
+        "and fp32 on a CPU. What is trained is always fp32.",
         choices=("auto", "bf16", "fp16", "fp32"),
         advanced=True,
     )
@@ -139,7 +139,7 @@ class TrainConfig:
     save_every: int = knob(
         100, "Steps between checkpoints: what a crash can lose at most.", min=1, max=100_000, advanced=True
     )
-    save_precision: str = knob("fp16", "Number format of the LoRA file.", choices=("fp16", "fp32"), advanced=True)
+    save_precision: str = knob("fp16", "Number format of the saved file.", choices=("fp16", "fp32"), advanced=True)
     trigger_words: str = knob(
         "", "Words that call the concept, written into the file for other tools to show, such as [v].", advanced=True
     )
