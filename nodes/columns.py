@@ -35,6 +35,8 @@ def frame_step(vae: Any) -> int:
 def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
     """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
     latents = vae.encode(frames)
+    if not latents.isfinite().all():
+        raise ValueError(f"vae: encodes into values that are no numbers, in {vae.vae_dtype}: expected bf16 or fp32")
     return (latents[0] if latents.ndim == 5 else latents.movedim(0, 1)).float().cpu()
 
 

@@ -1,7 +1,8 @@
 """Tracklet control in ComfyUI: boxes that objects of a Stable Video Diffusion video follow, in any sampler."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..trainers.backbones.svd import check_model
 from ..trainers.backbones.tracklet_control import Controlled, TrackletControl, read, widths_of
@@ -31,15 +32,15 @@ folder_paths.folder_names_and_paths[TRACKLET_CONTROL][1].update(folder_paths.sup
 def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
     """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""
     tensors = comfy.utils.load_torch_file(path, safe_load=True)
-    try:
-        widths, numbers, base = read(tensors)
-    except ValueError as error:
-        raise ValueError(f"file={Path(path).name!r}: {error}") from error
     size = sum(tensor.numel() for tensor in tensors.values())
     dtype = comfy.model_management.unet_dtype(model_params=size, weight_dtype=comfy.utils.weight_dtype(tensors))
     offload = comfy.model_management.unet_offload_device()
     made = {"operations": comfy.ops.manual_cast, "dtype": dtype, "device": offload}
-    control = TrackletControl(widths, numbers=numbers, **made).load(tensors)
+    try:
+        widths, numbers, base = read(tensors)
+        control = TrackletControl(widths, numbers=numbers, **made).load(tensors)
+    except ValueError as error:
+        raise ValueError(f"file={Path(path).name!r}: {error}") from error
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(control, load_device=device, offload_device=offload), base
 
@@ -83,7 +84,7 @@ class ApplyTracklets(io.ComfyNode):
             node_id="KinoloomApplyTracklets",
             display_name="Apply Tracklets",
             category="Kinoloom/tracklets",
-            description="Has the objects of a Stable Video Diffusion video follow boxes, in any sampler.",
+            description="Has the objects of a Stable Video Diffusion video follow boxes; for KSampler and CFG Guider.",
             search_aliases=["boximator", "trackdiffusion", "box control", "motion control"],
             inputs=[
                 io.Model.Input("model", tooltip="The SVD model that the control was trained on, or one like it."),
@@ -101,10 +102,12 @@ class ApplyTracklets(io.ComfyNode):
         patcher, base = control
         require_fit(model.model.diffusion_model, patcher.model)
         applied = model.clone()
-        applied.add_patches({f"diffusion_model.{key}": ("set", (value,)) for key, value in base.items()})
+        mixers = {key: value for key, value in base.items() if key.endswith("mix_factor")}
+        layers = {f"diffusion_model.{key}": ("set", (base[key],)) for key in base.keys() - mixers.keys()}
+        applied.add_patches(layers)
         applied.set_additional_models(TRACKLET_CONTROL, [patcher.clone()])
         applied.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, TRACKLET_CONTROL)
-        run = sampling_with(patcher.model, tracklets)
+        run = sampling_with(patcher.model, mixers, tracklets)
         applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TRACKLET_CONTROL, run)
         return io.NodeOutput(applied)
 
@@ -119,8 +122,11 @@ def require_fit(unet: Any, control: TrackletControl) -> None:
         )
 
 
-def sampling_with(control: TrackletControl, tracklets: Tracklets) -> Callable:
-    """A wrapper of the UNet's forward with the boxes at work in it; the negative's images get the null tokens."""
+def sampling_with(control: TrackletControl, mixers: dict[str, Tensor], tracklets: Tracklets) -> Callable:
+    """A wrapper of the UNet's forward with the boxes at work in it; the negative's images get the null tokens.
+
+    Time mixers are set here and not as patches, which dynamic VRAM applies to layers alone.
+    """
 
     def run(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
@@ -131,13 +137,30 @@ def sampling_with(control: TrackletControl, tracklets: Tracklets) -> Callable:
         height, width = (side * PIXELS for side in x.shape[-2:])
         boxes, mask = to_tensors(tracklets, total, (width, height))
         if window is not None:
-            boxes, mask = boxes[window.index_list], mask[window.index_list]
-        with Controlled(executor.class_obj, control) as controlled:
+            anchor = getattr(window, "causal_anchor_index", -1)
+            places = [*([anchor] if anchor >= 0 else []), *window.index_list]
+            boxes, mask, kwargs = boxes[places], mask[places], {**kwargs, "num_video_frames": frames}
+        unet = executor.class_obj
+        with replaced(unet, mixers), Controlled(unet, control) as controlled:
             controlled.boxes = torch.cat([boxes] * len(halves)).to(x.device)
             controlled.mask = torch.cat([mask * (half == 0) for half in halves]).to(x.device)
             return executor(x, *args, **kwargs)
 
     return run
+
+
+@contextmanager
+def replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Parameters of a module have these values within."""
+    parameters = {name: module.get_parameter(name) for name in values}
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
 
 
 NODES = [LoadTrackletControl, ApplyTracklets]

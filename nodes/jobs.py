@@ -31,7 +31,7 @@ from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
 from .motion import LONGEST_NAME, MOTION_LORAS
-from .widgets import TRACKLET_CONTROL, TrainingJobType
+from .widgets import TRACKLET_CONTROL, TrainingJobType, output_folder
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
@@ -41,8 +41,7 @@ ROOM_SECONDS = 10
 
 def output_folders(run_name: str) -> dict[str, str]:
     """Where a run's files go, by the model folder that their loaders look in."""
-    folders = {folder: folder_paths.get_folder_paths(folder)[0] for folder in OUTPUTS}
-    return {folder: str(Path(path) / "kinoloom" / run_name) for folder, path in folders.items()}
+    return {folder: str(output_folder(folder) / run_name) for folder in OUTPUTS}
 
 
 class Registry:
@@ -268,7 +267,7 @@ class TrainingResult(io.ComfyNode):
         if status != "finished":
             logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
         if not found.parts:
-            raise RuntimeError(f"Training run {name!r} ended before it saved a LoRA")
+            raise RuntimeError(f"Training run {name!r} ended before it saved anything")
         if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
             lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of what it made")
             loras = [lora]

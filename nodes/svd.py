@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..lora_io.file import copy_renamed, free_path, load, load_names, save
 from ..lora_io.keys import PREFIX
 from ..lora_io.svd import alpha_of, layout_of, lora_to_comfy, lora_to_diffusers, unet_names
+from .widgets import output_folder
 
 MODELS, DIFFUSERS, LORAS = "diffusion_models", "diffusers", "loras"
 FILES = (".safetensors", ".sft")
@@ -80,12 +81,6 @@ def _title(name: PurePath) -> str:
     return next((part for part in reversed(name.parent.parts) if not part.startswith("unet")), name.stem)
 
 
-def _output_folder(kind: str) -> Path:
-    """kinoloom/ in ComfyUI's first folder of that kind, but for models/unet, the old name of diffusion_models."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
-    return next((folder for folder in folders if folder.name != "unet"), folders[0]) / "kinoloom"
-
-
 class ConvertSvd(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -114,7 +109,7 @@ class ConvertSvd(io.ComfyNode):
         source = Path(folder_paths.get_full_path_or_raise(folder, name))
         convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, MODELS)
         try:
-            path = convert(source, _title(PurePath(name)), _output_folder(kind))
+            path = convert(source, _title(PurePath(name)), output_folder(kind))
         except ValueError as error:
             raise ValueError(f"file={file!r}: {error}") from error
         return io.NodeOutput(str(path), ui={"text": (str(path),)})

@@ -68,41 +68,56 @@ def encode(
     for planned in plans:
         if planned.clip.source.photo:
             raise ValueError(f"{planned.clip.source.name}: is a photo, expected clips of several frames")
+        if found := tracked.get(planned.clip.source.name):
+            check_tracklets(found, planned.clip.source)
     plans = assign_roles(plans, role, options.hold_out)
-    files = sum(len(p.windows) * (3 if p.clip.source.name in tracked else 2) for p in plans)
+    each = [2 + bool(p.clip.mask) + (p.clip.source.name in tracked) for p in plans]
+    files = sum(count * len(p.windows) for count, p in zip(each, plans, strict=True))
     columns = Columns(data_folder(), comfy.utils.ProgressBar(files))
     vae_id, vision_id = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
     rows, lines = [], []
     for planned in plans:
         source, size = planned.clip.source, (planned.width, planned.height)
-        windows, fps = [list(window) for window in planned.windows], round(options.fps or source.fps)
+        fps = round(options.fps or source.fps)
+        for window, own in zip(map(list, planned.windows), planned.roles, strict=True):
 
-        def condition(frames: list[Tensor], size: tuple = size, fps: int = fps, key: str = source.digest) -> dict:
-            pixels = torch.stack([fit(frame, *size) for frame in frames])
-            return {
-                **first_frame(pixels[:1], vae, clip_vision, key),
-                "fps": torch.tensor(float(fps)),
-                "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
-            }
+            def image(frames: list[Tensor], window: list = window, size: tuple = size, fps: int = fps) -> dict:
+                pixels = torch.stack([fit(frame, *size) for frame in frames])
+                return {
+                    **first_frame(pixels[:1], vae, clip_vision, f"{window}"),
+                    "fps": torch.tensor(float(fps)),
+                    "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
+                }
 
-        latents = columns.latents(vae, vae_id, source, windows, *size)
-        key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
-        images = columns.of_windows("image", source, windows, *key, condition)
-        named = [{"latents": stem, "image": image} for stem, image in zip(latents, images, strict=True)]
-        if source.name in tracked:
-            for window, row_columns in zip(windows, named, strict=True):
-                found = tracklet_column(columns, vae, vae_id, source, window, size, tracked[source.name])
-                row_columns["tracklets"] = found
-        for window, own, row_columns in zip(windows, planned.roles, named, strict=True):
-            shape, image = columns.shape(row_columns["latents"]), row_columns["image"]
-            row = Row(row_name(source, window), "clips", own, shape, row_columns)
-            rows.append(row)
-            bucket = int(load(column_path(columns.folder, image, "image"))[0]["motion_bucket"])
-            lines.append(f"{row.name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
+            (latents,) = columns.latents(vae, vae_id, source, [window], *size)
+            key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
+            (first,) = columns.of_windows("image", source, [window], *key, image)
+            named, shape = {"latents": latents, "image": first}, columns.shape(latents)
+            if planned.clip.mask:
+                (named["mask"],) = columns.masks(planned.clip.mask, [window], *size, 1, shape[-2:])
+            if source.name in tracked:
+                named["tracklets"] = tracklet_column(columns, vae, vae_id, source, window, size, tracked[source.name])
+            rows.append(Row(row_name(source, window), "clips", own, shape, named))
+            bucket = int(load(column_path(columns.folder, first, "image"))[0]["motion_bucket"])
+            lines.append(f"{rows[-1].name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
     log_sizes(plans)
     for line in lines:
         logging.info("Kinoloom: %s", line)
     return TrainingData(str(columns.folder), tuple(rows)), lines
+
+
+def check_tracklets(tracklets: Tracklets, source: clips.Source) -> None:
+    """ValueError unless the boxes were made for all frames of this clip, in its shape."""
+    if tracklets.frames != source.count:
+        raise ValueError(
+            f"{source.name}: tracklets are for {tracklets.frames} frames, expected {source.count}, all of the clip's"
+        )
+    shape, expected = tracklets.width / tracklets.height, source.width / source.height
+    if abs(shape - expected) > 0.02 * expected:
+        raise ValueError(
+            f"{source.name}: tracklets are for {tracklets.width}x{tracklets.height}, expected the aspect ratio of "
+            f"{source.width}x{source.height}, the clip's size"
+        )
 
 
 def tracklet_column(

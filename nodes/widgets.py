@@ -1,6 +1,7 @@
 """Config fields as inputs, and the types on this pack's wires."""
 
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -11,6 +12,12 @@ TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
 TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
 TRACKLET_CONTROL = "tracklet_control"  # a model folder
+
+
+def output_folder(kind: str) -> Path:
+    """kinoloom/ in ComfyUI's first folder of that kind, but for models/unet, the old name of diffusion_models."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    return next((folder for folder in folders if folder.name != "unet"), folders[0]) / "kinoloom"
 
 
 def widget(option: Field) -> io.Input:

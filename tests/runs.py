@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainSvdTracklets": {
         "self_tracking_steps": 3,
         "clean_steps": 3,
+        "warmup_steps": 0,
         "learning_rate": 3e-3,
         "clean_learning_rate": 3e-3,
     },

@@ -59,8 +59,8 @@ class SvdFinetune:
 
         validate_every: int = knob(
             500,
-            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 turns "
-            "them off.",
+            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 "
+            "turns them off.",
             min=0,
             max=100_000,
             advanced=True,
@@ -90,6 +90,10 @@ class SvdFinetune:
 
     def start(self, phase: Phase) -> None:
         for parameter in self.trained.values():
+            if parameter.dtype.itemsize < 2:
+                raise ValueError(
+                    f"model: stored as {parameter.dtype}, expected fp16, bf16 or fp32, for its weights are saved again"
+                )
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 

@@ -54,7 +54,7 @@ class SvdTracklets:
             step=1e-6,
         )
         clean_learning_rate: float = knob(
-            3e-5, "Of the clean steps. Raise it if boxes stay visible.", min=0.0, max=10.0, step=1e-6
+            3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0.", min=0.0, max=10.0, step=1e-6
         )
         soft_boxes: float = knob(
             0.0,
@@ -85,6 +85,14 @@ class SvdTracklets:
             "linear",
             "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
             choices=("constant", "linear", "cosine"),
+            advanced=True,
+        )
+
+        warmup_steps: int = knob(
+            750,
+            "Steps of each phase over which the learning rate rises from zero. Use fewer for short runs.",
+            min=0,
+            max=100_000,
             advanced=True,
         )
 

@@ -117,8 +117,14 @@ class TrackletControl(nn.Module):
         return {_file_name(key): value for key, value in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> "TrackletControl":
-        """Fill from a file's tensors; what belongs to the base model is left aside."""
-        own = {key: tensors[_file_name(key)] for key in self.state_dict()}
+        """Fill from a file's tensors; what belongs to the base model is left aside. ValueError if one is missing."""
+        state = self.state_dict()
+        for key, value in state.items():
+            name = _file_name(key)
+            if name not in tensors or tensors[name].shape != value.shape:
+                found = (*tensors[name].shape,) if name in tensors else "nothing"
+                raise ValueError(f"{name}: found {found}, expected a tensor of shape {(*value.shape,)}")
+        own = {key: tensors[_file_name(key)] for key in state}
         self.load_state_dict(own, assign=next(self.parameters()).is_meta)
         return self
 

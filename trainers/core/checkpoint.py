@@ -38,8 +38,8 @@ class Identity:
             )
             if ours != theirs
         ]
-        for name in sorted(self.config.keys() | earlier.config.keys()):
-            then, now = earlier.config.get(name), self.config.get(name)
+        for name in sorted(earlier.config):  # what an earlier version did not know is no change
+            then, now = earlier.config[name], self.config.get(name)
             if then != now:
                 changed.append(f"{name} (was {then!r}, now {now!r})")
         changed += [

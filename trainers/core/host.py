@@ -326,9 +326,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. On a CPU torch's own kernel takes three times as long in bf16 as two products do."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CPU_ATTENTION_ENTRIES:
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v
-    return nn.functional.scaled_dot_product_attention(q, k, v)
+    parts = zip(*(x.split(LARGEST_BATCH) for x in (q, k, v)), strict=True)
+    attended = [nn.functional.scaled_dot_product_attention(*part) for part in parts]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
+LARGEST_BATCH = 1 << 13  # with up to 8 heads; CUDA's kernels take 65535 pairs of clip and head
 CPU_ATTENTION_ENTRIES = 1 << 22  # of one head's score matrix, which is kept for backward; longer clips go in pieces
 
 TRANSFORMER_OPTIONS = {"optimized_attention_override": sdpa}

@@ -19,6 +19,7 @@ from .export import export_files
 from .loop import Session, train
 from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
+from .optim import STATE_BYTES
 from .recipe import Phase, Recipe
 from .record import Record, Spec
 
@@ -173,7 +174,8 @@ class Job(Record):
                 return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
 
             trainable, free = count_trainable(backbone.module), host.free_memory(device)
-            self.plan = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), trainable, free)
+            states = trainable * (4 + STATE_BYTES[self.config.optimizer])  # fp32 gradients, and moments
+            self.plan = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
             self._warm_up = []
             self._show(self.plan)
 

@@ -143,8 +143,8 @@ class PhaseRun:
             if not math.isfinite(value):
                 self.snapshot("diverged")
                 raise Diverged(
-                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. The LoRA from "
-                    "before that step was saved. Try a lower learning_rate, or precision bf16 or fp32."
+                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. What was "
+                    "learned before that step was saved. Try a lower learning_rate, or precision bf16 or fp32."
                 )
 
     def validate(self) -> None:

@@ -33,15 +33,14 @@ def _recomputing(forward: Callable, backbone: Backbone) -> Callable:
     return run
 
 
-def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], trainable: int, available: int) -> Plan:
+def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], states: int, available: int) -> Plan:
     """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's losses are `losses()`.
 
     A forward pass of each, which keeps no block's activations, tells what the blocks would keep for backward.
-    `trainable` is the number of trained values, `available` the free memory in bytes with the model loaded.
+    `states` is what gradients and the optimizer take, `available` the free memory with the model loaded, both in bytes.
     """
     backbone.checkpointing = False
     kept, entries = _measure_blocks(backbone, losses)
-    states = trainable * 4 * 3  # gradient and two moments in fp32
     full = int(states + WORKSPACE * sum(kept))
     lean = int(states + WORKSPACE * (max(kept) + sum(entries)))
     fits = full <= HEADROOM * available

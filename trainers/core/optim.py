@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from .config import TrainConfig
 
 BETA1 = 0.9
+STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 0}  # per trained value
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -272,7 +273,9 @@ def from_masks(labels: Tensor) -> Tracklets:
 
 
 def _collect(seen: dict[int, dict[int, Keyframe]], width: int, height: int, frames: int) -> Tracklets:
-    _expect(len(seen) <= MAX_OBJECTS, "objects", len(seen), f"at most {MAX_OBJECTS}")
+    if len(seen) > MAX_OBJECTS:
+        logging.warning("Kinoloom: %d tracked objects, of which the %d longest are kept", len(seen), MAX_OBJECTS)
+        seen = dict(sorted(seen.items(), key=lambda item: -len(item[1]))[:MAX_OBJECTS])
     made = []
     for color, (name, keys) in zip(PALETTE, sorted(seen.items()), strict=False):
         first, last = min(keys), max(keys)
