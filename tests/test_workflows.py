@@ -50,9 +50,14 @@ TRAINING = {
         "KinoloomEncodeSvdClips": SMALL_SVD,
         "KinoloomTrainSvdLora": {"run_name": "template svd", "steps": 2},
     },
+    "svd_tracklets": {
+        "KinoloomSvdClipsFromFolder": {"folder": "tracked", **SMALL_SVD},
+        "KinoloomTrainSvdTracklets": {"run_name": "template boxes", "self_tracking_steps": 1, "clean_steps": 1},
+    },
 }
+LOADED_BY = {"KinoloomLoadTrackletControl": "file"}  # the widget that takes a method's file, else lora_name
 TEMPORAL = {"KinoloomLoadMotionLora": "template md/template md-temporal-000002.safetensors"}
-LORAS = {  # method -> generation workflow -> the node of each of the method's files
+MADE = {  # method -> generation workflow -> the node of each of the method's files
     "wan_lora": {"wan_lora_generate": {"LoraLoaderModelOnly": "template wan/template wan-lora-000003.safetensors"}},
     "set_and_sequence": {
         "set_and_sequence_generate": {
@@ -68,10 +73,16 @@ LORAS = {  # method -> generation workflow -> the node of each of the method's f
         },
     },
     "svd_lora": {"svd_lora_generate": {"LoraLoaderModelOnly": "template svd/template svd-lora-000002.safetensors"}},
+    "svd_tracklets": {
+        "svd_tracklets_generate": {
+            "KinoloomLoadTrackletControl": "template boxes/template boxes-tracklets-000002.safetensors"
+        },
+    },
 }
 SAMPLED = {
     "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
     "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
+    "KinoloomTracklets": {"width": 64, "height": 64, "frames": 2},
     "SVD_img2vid_Conditioning": {"width": 64, "height": 64, "video_frames": 2},
     "LoadImage": {"image": "square.png"},
     "KSampler": {"steps": 2},
@@ -100,22 +111,26 @@ def with_values(client: Client, name: str, values: dict[str, dict]) -> dict:
 
 @pytest.mark.parametrize("method", TRAINING)
 def test_train_then_generate(server: Server, client: Client, method: str, request: pytest.FixtureRequest) -> None:
-    if method == "svd_lora":
+    if method.startswith("svd"):
         request.getfixturevalue("narrow_svd")
     write_clips(server.base)
     (server.base / "input" / "clips" / "square.txt").unlink(missing_ok=True)
     write_video(server.base / "input" / "square.mp4")
     write_image(server.base / "input" / "square.png", 90)
+    tracked = write_video(server.base / "input" / "tracked" / "square.mp4")
+    tracked.with_suffix(".csv").write_text("".join(f"{frame + 1},1,{frame},8,12,12\n" for frame in range(9)))
     if method == "wan_lora":  # one caption, as its note says
         (server.base / "input" / "clips" / "square.static.txt").rename(server.base / "input" / "clips" / "square.txt")
         (server.base / "input" / "clips" / "square.motion.txt").unlink()
     outputs = client.run_workflow(with_values(client, f"{method}_train", TRAINING[method]), TIMEOUT)
     assert any(file.endswith(".png") for file in client.files(outputs)), "the loss graph"
-    client._object_info = None  # the list of LoRA files has grown
-    for name, files in LORAS[method].items():
-        loras = {node: {"lora_name": f"kinoloom/{file}"} for node, file in files.items()}
-        (video,) = client.files(client.run_workflow(with_values(client, name, loras), TIMEOUT))
-        assert video.endswith(".mp4") and (server.base / video).stat().st_size > 0
+    client._object_info = None  # the lists of files have grown
+    for name, files in MADE[method].items():
+        made = {node: {LOADED_BY.get(node, "lora_name"): f"kinoloom/{file}"} for node, file in files.items()}
+        found = client.files(client.run_workflow(with_values(client, name, made), TIMEOUT))
+        videos = [file for file in found if file.endswith(".mp4")]
+        assert len(videos) == types(load(name)).count("SaveVideo") > 0
+        assert all((server.base / video).stat().st_size for video in videos)
     assert "lora key not loaded" not in server.log.read_text()
 
 
