@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.sample
 import comfy.sd
 import comfy.utils
 import pytest
@@ -15,6 +14,7 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.trainers.backbones.svd import Svd, check, drawn_conditions, video_loss
+from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Edm, Rng
 from kinoloom.trainers.svd_finetune import SvdFinetune
@@ -25,6 +25,7 @@ from toyworld.pack import video_unet
 
 from .runs import (
     Published,
+    assert_same,
     finish,
     leaves,
     load_model,
@@ -358,3 +359,18 @@ def test_the_file_of_a_run_with_a_moving_average_holds_it(model: Any, data: Any,
     assert all(torch.allclose(tensors[key], expected[key], atol=1e-6) for key in tensors)
     assert not all(torch.allclose(tensors[key], value, atol=1e-6) for key, value in to_comfy(
         {key.removeprefix("lora/"): value for key, value in weights[-1].items()}).items())  # fmt: skip
+
+
+def test_a_stopped_run_with_a_moving_average_resumes_to_the_same_bits(tiny_models: Path, tmp_path: Path) -> None:
+    """Over a phase's end too, from which the next goes on with the average."""
+    name = "KinoloomTrainSetAndSequence"
+    wan, data = load_tiny(tiny_models, "wan"), write_data(tmp_path / "data", "wan", roles=("train",))
+    config = make_config(name, set_steps=3, sequence_steps=2, gradient_accumulation=1, ema_decay=0.5, validate_every=1)
+    whole = finish(make_job(tmp_path / "whole", wan, data, config, name), wan)
+    for done in (2, 4):
+        folder = tmp_path / f"stopped {done}"
+        finish(make_job(folder, wan, data, config, name, Published().at(done, Job.stop)), wan, "stopped")
+        resumed = finish(make_job(folder, wan, data, config, name), wan)
+        assert_same(state_of(resumed).recipe, state_of(whole).recipe)
+        for ours, theirs in zip(resumed.parts, whole.parts, strict=True):
+            assert_same(load(Path(ours))[0], load(Path(theirs))[0])

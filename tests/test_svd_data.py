@@ -1,5 +1,6 @@
 """Clips for Stable Video Diffusion: latents, first frames under noise, motion buckets, and what is refused."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes import svd_data
 from kinoloom.trainers.core.data import TrainingData, column_path
 from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -176,6 +178,30 @@ def test_one_source_is_asked_for(vae: Any, clip_vision: Any) -> None:
         svd_data.EncodeSvdClips.execute(vae, clip_vision, **OPTIONS)
 
 
+def test_a_mask_beside_a_clip_is_encoded(folder: Path, vae: Any, clip_vision: Any) -> None:
+    write_video(folder / "a.mp4", 5, fps=8, size=(128, 64))
+    half = np.zeros((64, 128), np.uint8)
+    half[:, 64:] = 255
+    Image.fromarray(half).save(folder / "a.mask.png")
+    made = svd_data.SvdClipsFromFolder.execute(vae, clip_vision, folder="set", role="train", **OPTIONS)
+    mask = column(made.result[0], "mask")["mask"]
+    assert mask.shape == (1, 4, 8, 16)
+    assert torch.equal(mask[..., 8:], torch.ones(1, 4, 8, 8)) and not mask[..., :8].any()
+
+
+def test_latents_that_are_no_numbers_are_not_kept(clip_vision: Any) -> None:
+    """As an fp16 VAE may make them."""
+
+    class Overflowing:
+        vae_dtype = torch.float16
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            return torch.full((len(pixels), 4, 8, 8), math.nan)
+
+    with pytest.raises(ValueError, match="vae: encodes into values that are no numbers, in torch.float16"):
+        svd_data.first_frame(moving(0, 1), Overflowing(), clip_vision, "key")
+
+
 # -- tracklets ---------------------------------------------------------------------------------------------------------------
 
 TRACKED = Tracklets(
@@ -208,6 +234,18 @@ def test_a_window_of_a_tracked_clip_has_the_boxes_of_its_frames(vae: Any, clip_v
     assert [row.name for row in data.rows] == ["images frames 0-3", "images frames 5-8"]
     for row, start in enumerate((0, 5)):
         assert torch.equal(column(data, "tracklets", row)["boxes"], whole[start : start + 4])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": 9}, "images: tracklets are for 9 frames, expected 4"),
+        ({"width": 64}, "images: tracklets are for 64x64, expected the aspect ratio of 128x64"),
+    ],
+)
+def test_boxes_of_another_clip_are_refused(vae: Any, clip_vision: Any, changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(vae, clip_vision, moving(1), tracklets=replace(TRACKED, **changed))
 
 
 def test_boxes_are_cut_as_the_frames_are(vae: Any, clip_vision: Any) -> None:

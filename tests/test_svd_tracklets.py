@@ -1,6 +1,7 @@
 """Tracklet control: the modules against GLIGEN's, what is trained on what, and control in ComfyUI's sampler."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import comfy.model_management
 import comfy.sample
 import pytest
 import torch
+from comfy.context_windows import IndexListContextWindow
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from diffusers.models.attention import GatedSelfAttentionDense
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import control as control_nodes
@@ -317,16 +320,68 @@ def test_a_model_without_the_node_is_as_before(model: Any, trained: Any) -> None
     assert torch.equal(denoise(model, [0]), before)
 
 
-def test_context_windows_get_their_own_boxes(model: Any, trained: Any) -> None:
-    """Frames 2 to 4 of six, as a window of a longer clip."""
+@pytest.mark.parametrize("anchor", [-1, 0])
+def test_context_windows_get_their_own_boxes(model: Any, trained: Any, anchor: int) -> None:
+    """Frames of ComfyUI's own windows of a longer clip, which may have an anchor before them."""
     job, path = trained
+    window = IndexListContextWindow([2, 3] if anchor >= 0 else [2, 3, 4], total_frames=6)
+    if anchor >= 0:
+        window.causal_anchor_index = anchor
+    frames = window.get_tensor(torch.arange(6)).tolist()
+    assert frames == ([0, 2, 3] if anchor >= 0 else [2, 3, 4])
+    boxes, mask = (value[frames] for value in to_tensors(PATH, 6))
+    here = denoise(applied(model, path), [0], options={"context_window": window})
+    assert torch.allclose(here[0], expected(model, job, boxes, mask), atol=2e-5)
 
-    class Window:
-        index_list, total_frames = [2, 3, 4], 6
 
-    boxes, mask = to_tensors(PATH, 6)
-    here = denoise(applied(model, path), [0], options={"context_window": Window()})
-    assert torch.allclose(here[0], expected(model, job, boxes[2:5], mask[2:5]), atol=2e-5)
+def test_the_sampler_controls_a_clip_in_context_windows(model: Any, trained: Any) -> None:
+    """ComfyUI's own node and sampler, with what makes them differ from a run without boxes: the boxes."""
+    _, path = trained
+    videos = []
+    for tracklets in (PATH, replace(PATH, tracklets=())):
+        windowed = ContextWindowsManualNode.execute(
+            applied(model, path, tracklets), context_length=3, context_overlap=1, context_schedule="standard_static",
+            context_stride=1, closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
+            cond_retain_index_list="", split_conds_to_windows=False, causal_window_fix=False,
+        ).result[0]  # fmt: skip
+        latents = torch.zeros(5, 4, 8, 16)
+        numbers = {"motion_bucket_id": 127, "fps": 7, "augmentation_level": 0.0}
+        given = [
+            [[random(1, 1, 1024, name="c") * s, {**numbers, "concat_latent_image": random(1, 4, 8, 16, name="i") * s}]]
+            for s in (1, 0)
+        ]
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(latents, 1)
+            videos.append(comfy.sample.sample(windowed, noise, 1, 2.0, "euler", "karras", *given, latents))
+    assert all(video.shape == (5, 4, 8, 16) and video.isfinite().all() for video in videos)
+    assert not torch.allclose(*videos, atol=1e-4)
+
+
+def test_time_mixers_are_at_work_only_in_the_forward(model: Any, trained: Any) -> None:
+    """They are no patches: dynamic VRAM applies those to layers alone."""
+    _, path = trained
+    with_control = applied(model, path)
+    assert not any("mix_factor" in key for key in with_control.patches) and len(with_control.patches) == 4
+    tensors = load(path)[0]
+    unet, seen = model.model.diffusion_model, []
+    mixer = next(name for name in tensors if name.endswith("mix_factor"))
+    before = unet.get_parameter(mixer).clone()
+    hook = unet.out.register_forward_hook(lambda *_: seen.append(unet.get_parameter(mixer).clone()))
+    denoise(with_control, [0])
+    hook.remove()
+    assert torch.allclose(seen[0], tensors[mixer].float()) and not torch.equal(seen[0], before)
+    assert torch.equal(unet.get_parameter(mixer), before)
+
+
+def test_each_phase_has_its_own_rate(model: Any, data: Any, tmp_path: Path) -> None:
+    """Fact 15: 2e-4 for self-tracking, 3e-5 after it."""
+    defaults = SvdTracklets.Config()
+    assert (defaults.learning_rate, defaults.clean_learning_rate) == (2e-4, 3e-5)
+    options = {"self_tracking_steps": 1, "clean_steps": 1, "lr_schedule": "constant", "validate_every": 0}
+    config = make_config(NAME, **options, learning_rate=2e-4, clean_learning_rate=3e-5)
+    job = finish(make_job(tmp_path, model, data, config, NAME), model)
+    rates = [(event["phase"], event["learning_rate"]) for event in job.history if event["event"] == "step"]
+    assert rates == [(PAINTED, 2e-4), (CLEAN, 3e-5)]
 
 
 def test_a_control_for_another_model_and_other_files_are_refused(tiny_models: Path, model: Any, trained: Any) -> None:

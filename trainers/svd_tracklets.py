@@ -96,6 +96,22 @@ class SvdTracklets:
             advanced=True,
         )
 
+        validate_every: int = knob(
+            1000,
+            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a file. 0 turns "
+            "them off.",
+            min=0,
+            max=100_000,
+            advanced=True,
+        )
+        save_every: int = knob(
+            1000,
+            "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 2.5 GB.",
+            min=1,
+            max=100_000,
+            advanced=True,
+        )
+
         def __post_init__(self) -> None:
             super().__post_init__()
             if not self.self_tracking_steps + self.clean_steps:
