@@ -193,14 +193,11 @@ def test_image_vae_reconstructs_at_30_db(images: studio.AnimateDiffStudio) -> No
     assert 10 * torch.log10(1 / (decoded - frames).square().mean()) > 30
 
 
-def test_image_model_shows_the_sprite_that_is_asked_for_and_clips_hang_together(
-    images: studio.AnimateDiffStudio,
-) -> None:
-    """It follows motion words little, as its motion modules see no text."""
+def test_image_model_shows_the_sprite_and_the_motion_that_are_asked_for(images: studio.AnimateDiffStudio) -> None:
     asked = [scene for scene, _ in scenes(16, 77)]
     videos = images.generate(images.model, [scene.caption for scene in asked], range(16))
     read = [oracle.read(video) for video in videos]
-    for name, share in (("shape", 0.5), ("colour", 0.9), ("background", 0.9)):
+    for name, share in (("shape", 0.6), ("motion", 0.7), ("colour", 0.9), ("background", 0.9)):
         assert np.mean([getattr(r, name) == getattr(s, name) for r, s in zip(read, asked, strict=True)]) >= share, name
     steps = [np.linalg.norm(np.diff(reading.track[::STRIDE], axis=0), axis=1).mean() for reading in read]
     shuffled = [np.linalg.norm(np.diff(reading.track[SHUFFLED], axis=0), axis=1).mean() for reading in read]
