@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, lints and runs the tests; arguments go to pytest: bash scripts/test.sh -k client
+# Sets up, lints and runs the tests in two processes; arguments go to pytest: bash scripts/test.sh -n 0 -k client
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,4 +10,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from m
 python="$root/.runtime/venv/bin/python"
 cd "$root"
 "$python" -m ruff check .
-"$python" -m pytest "$@"
+"$python" -m pytest -n 2 --dist loadfile "$@"

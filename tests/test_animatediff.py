@@ -281,7 +281,7 @@ def test_noise_is_added_as_diffusers_adds_it() -> None:
     noise = random(*X.shape, name="noise")
     ours, theirs = Ddpm().add_noise(X, noise, T), scheduler("linear").add_noise(X, noise, T)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(Ddpm().target(X, noise), noise)
+    assert torch.equal(Ddpm().target(X, noise, T), noise)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------------

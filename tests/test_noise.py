@@ -143,7 +143,7 @@ def test_flow_matching_is_comfyuis(tiny_models: Path) -> None:
     noisy = FlowMatch().add_noise(LATENTS, NOISE, T)
     sigma = T.view(2, 1, 1, 1, 1)
     torch.testing.assert_close(noisy, sampling.noise_scaling(sigma, NOISE, LATENTS))
-    denoised = sampling.calculate_denoised(sigma, FlowMatch().target(LATENTS, NOISE), noisy)
+    denoised = sampling.calculate_denoised(sigma, FlowMatch().target(LATENTS, NOISE, sigma), noisy)
     torch.testing.assert_close(denoised, LATENTS, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(FlowMatch.multiplier * T, sampling.timestep(T))
 
@@ -160,7 +160,7 @@ def test_flow_matching_is_diffusers(shift: float) -> None:
     for i in range(2):
         shifted.set_begin_index(int(place[i]))
         shifted._step_index = None
-        velocity = FlowMatch().target(LATENTS, NOISE)[i]
+        velocity = FlowMatch().target(LATENTS, NOISE, T)[i]
         after = shifted.step(velocity, shifted.timesteps[place[i]], noisy[i], return_dict=False)[0]
         torch.testing.assert_close(
             after, FlowMatch().add_noise(LATENTS, NOISE, shifted.sigmas[place + 1])[i], rtol=1e-4, atol=1e-5

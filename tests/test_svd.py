@@ -14,6 +14,7 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.trainers.backbones.svd import Svd, check, drawn_conditions, video_loss
+from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Edm, Rng
@@ -52,7 +53,10 @@ def model(tiny_models: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return write_data(tmp_path_factory.mktemp("data"), "svd", roles=("train",))
+    """Large enough that the innermost level has more than one pixel to attend to."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = tuple(write_row(folder, f"clip {i}", "clips", (4, FRAMES, 8, 16)) for i in range(2))
+    return TrainingData(str(folder), rows)
 
 
 @pytest.fixture(scope="module")

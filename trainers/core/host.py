@@ -185,10 +185,10 @@ def _cast_stored(layer: nn.Module) -> None:
 
 
 def narrow(private: Any, dtype: torch.dtype) -> None:
-    """Store matrices and kernels no narrower than the arithmetic in its type: the same numbers, cast once."""
+    """Store matrices and 2-D kernels no narrower than the arithmetic in its type: the same numbers, cast once."""
     for layer in private.diffusion_model.modules():
         weight = layer._parameters.get("weight")
-        plain = weight is not None and weight.ndim in (2, 4, 5) and not isinstance(weight, QuantizedTensor)
+        plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
         if plain and weight.dtype.itemsize >= dtype.itemsize:
             weight.data = weight.data.to(dtype)
 
