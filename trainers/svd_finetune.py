@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.svd import Svd, video_loss
+from .backbones.svd import Svd, dropout_knob, video_loss
 from .core.config import TrainConfig, knob
 from .core.losses import concept_and_prior
 from .core.noise import Rng
@@ -47,15 +47,7 @@ class SvdFinetune:
             max=10.0,
             step=1e-6,
         )
-        conditioning_dropout: float = knob(
-            0.1,
-            "Share of clips trained without the image embedding, of clips without the first frame, and of clips "
-            "without both. Keeps cfg at work; 0 turns it off.",
-            min=0.0,
-            max=0.33,
-            step=0.01,
-            advanced=True,
-        )
+        conditioning_dropout: float = dropout_knob()
 
         validate_every: int = knob(
             500,

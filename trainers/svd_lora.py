@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbones.svd import Svd, video_loss
+from .backbones.svd import Svd, dropout_knob, video_loss
 from .core.config import LoraConfig, knob
 from .core.lora import LoraGroups
 from .core.losses import concept_and_prior
@@ -35,15 +35,7 @@ class SvdLora:
             choices=tuple(Svd.lora_targets),
             advanced=True,
         )
-        conditioning_dropout: float = knob(
-            0.1,
-            "Share of clips trained without the image embedding, of clips without the first frame, and of clips "
-            "without both. Keeps cfg at work; 0 turns it off.",
-            min=0.0,
-            max=0.33,
-            step=0.01,
-            advanced=True,
-        )
+        conditioning_dropout: float = dropout_knob()
 
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config

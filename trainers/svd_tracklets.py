@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.svd import Svd, video_loss
+from .backbones.svd import Svd, dropout_knob, video_loss
 from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, widths_of
 from .core.config import TrainConfig, knob
 from .core.host import OPERATIONS, make_private
@@ -72,15 +72,7 @@ class SvdTracklets:
             step=0.5,
             advanced=True,
         )
-        conditioning_dropout: float = knob(
-            0.1,
-            "Share of clips trained without the image embedding, of clips without the first frame, and of clips "
-            "without both. Keeps cfg at work; 0 turns it off.",
-            min=0.0,
-            max=0.33,
-            step=0.01,
-            advanced=True,
-        )
+        conditioning_dropout: float = dropout_knob()
         lr_schedule: str = knob(
             "linear",
             "How the learning rate develops after the warm-up. Cosine or linear end at zero.",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.config import knob
 from ..core.data import Row
 from ..core.losses import denoising_loss
 from ..core.noise import Edm, Rng
@@ -74,6 +75,18 @@ class Svd:
             transformer_options=dict(self.transformer_options),
         )
         return v.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def dropout_knob() -> Any:
+    return knob(
+        0.1,
+        "Share of clips trained without the image embedding, of clips without the first frame, and of clips without "
+        "both. Keeps cfg at work; 0 turns it off.",
+        min=0.0,
+        max=0.33,
+        step=0.01,
+        advanced=True,
+    )
 
 
 def video_loss(backbone: Svd, batch: dict[str, Any], rng: Rng, dropout: float, stratified: bool) -> Tensor:
