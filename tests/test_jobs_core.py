@@ -692,14 +692,16 @@ def one_step(folder: Path, model: Any, data: TrainingData, name: str, **options:
 def test_accumulating_four_batches_is_one_batch_of_four(name: str, model: Any, tmp_path: Path) -> None:
     """Four equal rows, so that the order does not matter; noise and timesteps differ per sample and are the same."""
     split = recipes()[name].phases(make_config(name))[0].split
-    shapes = SHAPES[recipes()[name].backbone]
-    row = write_row(tmp_path / "d", "row", split, shapes.get("frames", shapes[split]))
+    shape = SHAPES[recipes()[name].backbone].get(
+        "frames", (4, 2, 16, 16)
+    )  # no norm over two numbers, which has no slope
+    row = write_row(tmp_path / "d", "row", split, shape)
     data = TrainingData(str(tmp_path / "d"), tuple(replace(row, name=str(i)) for i in range(4)))
     accumulated = one_step(tmp_path / "a", model, data, name, gradient_accumulation=4, batch_size=1)
     batched = one_step(tmp_path / "b", model, data, name, gradient_accumulation=1, batch_size=4)
     single = one_step(tmp_path / "c", model, data, name, gradient_accumulation=1, batch_size=1)
     for ours, theirs in zip(first_moments(accumulated), first_moments(batched), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 + 1e-4 * float(theirs.abs().max()))
     [ours], [theirs], [other] = (events(job, "step") for job in (accumulated, batched, single))
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -856,6 +858,7 @@ def deep(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {
         "wan": (load_model(path), (16, 3, 16, 16)),
         "animatediff": (load_tiny(tiny_models, "animatediff"), (4, 8, 32, 32)),
+        "svd": (load_tiny(tiny_models, "svd"), (4, 8, 32, 32)),
     }
 
 
@@ -895,7 +898,7 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
 
     trainable = count_trainable(backbone.module)
     assert trainable == sum(p.numel() for g in recipe.param_groups(phase) for p in g["params"])
-    plans = {choice: make_plan(backbone, choice, losses, trainable, 1 << 40) for choice in ("off", "on")}
+    plans = {choice: make_plan(backbone, choice, losses, 12 * trainable, 1 << 40) for choice in ("off", "on")}
     measured = {}
     for choice in plans:
         backbone.checkpointing = choice == "on"
@@ -906,10 +909,10 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
         assert measured[choice] / 2 < plan.memory_needed < measured[choice] * 2, (choice, plan, measured)
     needed = plans["off"].memory_needed
     assert plans["on"].memory_needed < needed
-    roomy, tight = (make_plan(backbone, "auto", losses, trainable, n) for n in (needed * 2, needed))
+    roomy, tight = (make_plan(backbone, "auto", losses, 12 * trainable, n) for n in (needed * 2, needed))
     assert (roomy.checkpointing, roomy.memory_needed) == (False, needed)
     assert (tight.checkpointing, tight.memory_needed) == (True, plans["on"].memory_needed)
-    hopeless = make_plan(backbone, "off", losses, trainable, 1000)
+    hopeless = make_plan(backbone, "off", losses, 12 * trainable, 1000)
     assert "may run out of memory" in hopeless.reason and not hopeless.checkpointing
 
 

@@ -259,7 +259,7 @@ def test_boxes_are_cut_as_the_frames_are(vae: Any, clip_vision: Any) -> None:
 def test_tracklets_lie_beside_clips_in_a_folder(folder: Path, vae: Any, clip_vision: Any) -> None:
     for name in ("a", "b", "c"):
         write_video(folder / f"{name}.mp4", 5, fps=8, size=(128, 64))
-    (folder / "a.json").write_text(TRACKED.to_json())
+    (folder / "a.json").write_text(replace(TRACKED, frames=5).to_json())
     (folder / "b.csv").write_text("1,3,12.8,12.8,51.2,38.4,1,1,1\n5,3,51.2,12.8,51.2,38.4,1,1,1\n")
     made = svd_data.SvdClipsFromFolder.execute(vae, clip_vision, folder="set", role="train", **OPTIONS)
     rows = made.result[0].rows
