@@ -128,6 +128,23 @@ def video_source(video: Any) -> clips.Source:
     return clips.from_tensor("video", parts.images, float(parts.frame_rate))
 
 
+def folder_and_role() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=folder_paths.get_input_subfolders(),
+            tooltip="The folder with the clips, inside ComfyUI's input folder.",
+        ),
+        io.Combo.Input(
+            "role",
+            options=["train", "validation", "prior"],
+            default="train",
+            tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
+            "clips of other subjects, so that the model does not forget them.",
+        ),
+    ]
+
+
 class ClipsFromFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -141,18 +158,7 @@ class ClipsFromFolder(io.ComfyNode):
             search_aliases=["dataset", "video lora", "training data", "load folder"],
             inputs=[
                 *vae_and_text_encoder(),
-                io.Combo.Input(
-                    "folder",
-                    options=folder_paths.get_input_subfolders(),
-                    tooltip="The folder with the clips, inside ComfyUI's input folder.",
-                ),
-                io.Combo.Input(
-                    "role",
-                    options=["train", "validation", "prior"],
-                    default="train",
-                    tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
-                    "clips of other subjects, so that the model does not forget them.",
-                ),
+                *folder_and_role(),
                 *clip_widgets("folders of frames"),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],

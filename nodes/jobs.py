@@ -30,8 +30,8 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
-from .motion import LONGEST_NAME, MOTION_LORAS
-from .widgets import TRACKLET_CONTROL, TrainingJobType, output_folder
+from .motion import MOTION_LORAS
+from .widgets import TRACKLET_CONTROL, TrainingJobType, output_folder, require_name
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
@@ -88,11 +88,7 @@ class Registry:
 
         ValueError if a run of this name is unfinished and was made of something else, naming what changed.
         """
-        if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", run_name) or len(run_name.encode()) > LONGEST_NAME:
-            raise ValueError(
-                f"run_name={run_name!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, "
-                f"at most {LONGEST_NAME} bytes"
-            )
+        require_name("run_name", run_name)
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:

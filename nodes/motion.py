@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +24,12 @@ from ..lora_io.keys import from_motion_lora, to_motion_lora
 from ..lora_io.merge import merge
 from ..trainers.backbones.animatediff import check_model
 from ..trainers.backbones.motion_module import MID, PART, Attached, MotionModules, read, sites
-from .widgets import NO_FILE
+from .widgets import NO_FILE, output_folder, require_name
 
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
 EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
-LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 LORA_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
@@ -337,11 +335,7 @@ class MergeMotionLoras(io.ComfyNode):
     def execute(
         cls, lora_1: str, strength_1: float, lora_2: str, strength_2: float, name: str, rank: int
     ) -> io.NodeOutput:
-        if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", name) or len(name.encode()) > LONGEST_NAME:
-            raise ValueError(
-                f"name={name!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, at most "
-                f"{LONGEST_NAME} bytes"
-            )
+        require_name("name", name)
         chosen = [(lora_1, strength_1), *([(lora_2, strength_2)] if lora_2 != NO_FILE else [])]
         parts = []
         for file, strength in chosen:
@@ -350,8 +344,7 @@ class MergeMotionLoras(io.ComfyNode):
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
         merged = to_motion_lora(merge(parts, rank))
-        folder = Path(folder_paths.get_folder_paths(MOTION_LORAS)[0]) / "kinoloom"
-        path = free_path(folder, name)
+        path = free_path(output_folder(MOTION_LORAS), name)
         described = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in chosen)
         save(path, merged, {"format": "pt", "kinoloom.merged": described})
         return io.NodeOutput(merged, str(path), ui={"text": (str(path),)})

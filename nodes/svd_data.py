@@ -18,10 +18,10 @@ from ..lora_io.file import load
 from ..trainers.core.config import knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
-from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, from_mot, paint, to_tensors
+from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, from_mot, paint, rgb, to_tensors
 from . import clips, identity
 from .columns import Columns, data_folder, encode_pixels
-from .data import ClipsFromFolder, video_source
+from .data import ClipsFromFolder, folder_and_role, video_source
 from .encode import Clip, ClipPlan, Options, assign_roles, log_sizes, plan, row_name
 from .folder import plan_folder, resolve_folder
 from .framing import fit
@@ -129,7 +129,7 @@ def tracklet_column(
 
     def make(frames: list[Tensor]) -> dict[str, Tensor]:
         pixels = torch.stack([fit(frame, *size) for frame in frames])
-        palette = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in PALETTE])
+        palette = torch.tensor([rgb(color) for color in PALETTE])
         colors, painted = [], []
         for deal in range(DEALS):
             generator = derived_generator("colors", source.digest, deal)
@@ -304,18 +304,7 @@ class SvdClipsFromFolder(io.ComfyNode):
             search_aliases=["dataset", "image to video training data", "load folder"],
             inputs=[
                 *encoders(),
-                io.Combo.Input(
-                    "folder",
-                    options=folder_paths.get_input_subfolders(),
-                    tooltip="The folder with the clips, inside ComfyUI's input folder.",
-                ),
-                io.Combo.Input(
-                    "role",
-                    options=["train", "validation", "prior"],
-                    default="train",
-                    tooltip="train: learn the clips. validation: only measure the loss on them. prior: clips of other "
-                    "subjects, so that the model does not forget them.",
-                ),
+                *folder_and_role(),
                 *inputs(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],

@@ -1,5 +1,6 @@
 """Config fields as inputs, and the types on this pack's wires."""
 
+import re
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
 TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
 TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
+LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 TRACKLET_CONTROL = "tracklet_control"  # a model folder
+
+
+def require_name(field: str, value: str) -> None:
+    """ValueError unless the value of this input may name files and folders."""
+    if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", value) or len(value.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{field}={value!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, at most "
+            f"{LONGEST_NAME} bytes"
+        )
 
 
 def output_folder(kind: str) -> Path:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .backbones.svd import Svd, dropout_knob, video_loss
 from .core.config import TrainConfig, knob
+from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
@@ -108,15 +108,11 @@ class SvdFinetune:
         return {"modelspec.architecture": "stable-video-diffusion-img2vid"}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trained.items()}
+        return copied(self.trained)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError if the state is that of other layers."""
-        if different := self.trained.keys() ^ state.keys():
-            raise ValueError(f"fine-tune state: layers do not match, for example {sorted(different)[:3]}")
-        for name, parameter in self.trained.items():
-            parameter.copy_(state[name])
+        fill(self.trained, state, "fine-tune state: layers do not match")
 
 
 RECIPE = SvdFinetune

@@ -69,7 +69,6 @@ class SvdLora:
         return self.lora.export(name)
 
     def metadata(self, name: str) -> dict[str, str]:
-        """LoRA managers know Stable Video Diffusion by this name."""
         return {"modelspec.architecture": "stable-video-diffusion-img2vid/lora"}
 
 

@@ -16,6 +16,7 @@ from .backbones.svd import Svd, dropout_knob, video_loss
 from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, widths_of
 from .core.config import TrainConfig, knob
 from .core.host import OPERATIONS, make_private
+from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng, derived_generator
 from .core.recipe import Batch, Export, Phase
@@ -79,7 +80,6 @@ class SvdTracklets:
             choices=("constant", "linear", "cosine"),
             advanced=True,
         )
-
         warmup_steps: int = knob(
             750,
             "Steps of each phase over which the learning rate rises from zero. Use fewer for short runs.",
@@ -87,7 +87,6 @@ class SvdTracklets:
             max=100_000,
             advanced=True,
         )
-
         validate_every: int = knob(
             1000,
             "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a file. 0 turns "
@@ -177,18 +176,13 @@ class SvdTracklets:
         return {"modelspec.architecture": "stable-video-diffusion-img2vid/tracklets"}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._trained().items()}
+        return copied(self._trained())
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError if the state is of another architecture."""
-        trained = self._trained()
-        if different := trained.keys() ^ state.keys():
-            raise ValueError(f"tracklet state: layers do not match, for example {sorted(different)[:3]}")
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
+        fill(self._trained(), state, "tracklet state: layers do not match")
 
-    def _trained(self) -> dict[str, Tensor]:
+    def _trained(self) -> dict[str, nn.Parameter]:
         return {**{f"{MODULE}.{name}": p for name, p in self.control.named_parameters()}, **self.base}
 
 

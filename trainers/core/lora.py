@@ -193,7 +193,7 @@ class LoraGroups:
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The group's factors under those names, fp32 copies on the CPU."""
-        return {key: _copy(parameter) for key, parameter in self.named(group).items()}
+        return copied(self.named(group))
 
     def export(self, group: str) -> dict[str, Tensor]:
         """The group as a file: its tensors, and `<module path>.alpha` where the scale alpha / rank is not 1."""
@@ -208,7 +208,7 @@ class LoraGroups:
 
         A down factor that groups share is in the first of them.
         """
-        return {key: _copy(parameter) for key, parameter in self._state().items()}
+        return copied(self._state())
 
     def _state(self) -> dict[str, nn.Parameter]:
         state: dict[nn.Parameter, str] = {}
@@ -219,11 +219,11 @@ class LoraGroups:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError names keys that are missing or do not belong."""
-        _fill(self._state(), state, "LoRA state: keys do not match")
+        fill(self._state(), state, "LoRA state: keys do not match")
 
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
         """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
-        _fill(self.named(group), tensors, "LoRA file: layers do not match this model")
+        fill(self.named(group), tensors, "LoRA file: layers do not match this model")
 
 
 def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
@@ -237,12 +237,14 @@ def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
     return (drawn >= round(probability * 2**16) - 2**15).view(torch.uint8)
 
 
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)
+def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Their values, as copies on the CPU."""
+    return {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items()}
 
 
 @torch.no_grad()
-def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], mismatch: str) -> None:
+def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], mismatch: str) -> None:
+    """Give parameters the values of that name; ValueError names what is missing, extra or of another shape."""
     if different := parameters.keys() ^ tensors.keys():
         raise ValueError(f"{mismatch}, for example {sorted(different)[:3]}")
     for key, tensor in tensors.items():

@@ -31,6 +31,11 @@ def palette(count: int) -> list[str]:
     return PALETTE[:count]
 
 
+def rgb(color: str) -> list[float]:
+    """#rrggbb as three numbers in 0..1."""
+    return [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+
+
 @dataclass(frozen=True)
 class Keyframe:
     """box: x1, y1, x2, y2 as fractions of the frame. hard: the object fills the box; soft: it is somewhere in it."""
@@ -186,7 +191,7 @@ def to_tensors(
     boxes = torch.zeros(tracklets.frames, MAX_OBJECTS, 8)
     mask = torch.zeros(tracklets.frames, MAX_OBJECTS)
     for slot, tracklet in enumerate(tracklets.tracklets):
-        color = [int(tracklet.color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        color = rgb(tracklet.color)
         last = tracklets.frames - 1 if tracklet.leave is None else tracklet.leave
         for frame in range(tracklet.enter or 0, last + 1):
             box, hard = _at(tracklet, frame, tracklets.interpolated == "hard")
