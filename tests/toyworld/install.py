@@ -9,6 +9,9 @@ SAMPLER, STEPS, CFG, SHIFT = "euler", 20, 4.0, 3.0
 # AnimateDiff
 UNET, MOTION, IMAGE_VAE = "toy_sd.safetensors", "toy_motion.safetensors", "toy_sd_vae.safetensors"
 STRIDE = 2  # AnimateDiff's clips are at half the frame rate, as its real ones are at 8 per second
+# Stable Video Diffusion, on AnimateDiff's VAE and frame rate
+VIDEO_UNET, VISION = "toy_svd.safetensors", "toy_vision.safetensors"
+BUCKET, VIDEO_CFG = 127, 2.0  # motion bucket of every clip
 
 
 def install(base: Path) -> None:
