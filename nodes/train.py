@@ -62,7 +62,8 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
             check_data(recipe, config, data)
             job = registry().start(model, recipe.name, config, data, files, run_name)
-            return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
+            shown = {"text": (f"{job.spec.run_name}: {job.status}",), "kinoloom_job": (job.spec.id,)}
+            return io.NodeOutput(job.spec.id, ui=shown)
 
     Train.__name__ = recipe.name
     return Train
