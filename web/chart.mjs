@@ -6,11 +6,14 @@ import uPlot from "./vendor/uplot.mjs";
 const number = (value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))));
 
 export class Chart {
-    /** `compact`: no legend and no cursor. Charts with the same `sync` show the same step under the mouse. */
-    constructor({ height, compact = false, sync }) {
-        Object.assign(this, { height, compact, sync });
+    /**
+     * With a height it has a legend and a cursor, which charts of one `sync` share; without, it has neither and fills
+     * its element.
+     */
+    constructor({ height, sync } = {}) {
+        Object.assign(this, { height, sync });
         addStyle("./vendor/uplot.css");
-        this.root = el("div", { className: "kl-chart", style: { minHeight: `${height}px` } });
+        this.root = el("div", { className: "kl-chart", style: { minHeight: `${height ?? 0}px` } });
         this.observer = new ResizeObserver(() => this.resize());
         this.observer.observe(this.root);
     }
@@ -41,13 +44,14 @@ export class Chart {
     }
 
     resize() {
-        const width = this.root.clientWidth;
-        if (!width || !this.data) return;
-        if (this.plot) this.plot.setSize({ width, height: this.height });
-        else this.plot = new uPlot(this.options(width), this.data, this.root);
+        const { clientWidth: width, clientHeight } = this.root;
+        const height = this.height ?? clientHeight;
+        if (!width || !height || !this.data) return;
+        if (this.plot) this.plot.setSize({ width, height });
+        else this.plot = new uPlot(this.options(width, height), this.data, this.root);
     }
 
-    options(width) {
+    options(width, height) {
         const colour = (name) => () => getComputedStyle(document.body).getPropertyValue(name);
         const [text, faint] = [colour("--descrip-text"), colour("--border-color")];
         const line = { stroke: faint, width: 0.5 };
@@ -56,9 +60,9 @@ export class Chart {
         const near = (_, low, high) => [low * 0.95, high * 1.05]; // not whole decades
         return {
             width,
-            height: this.height,
-            legend: { show: !this.compact },
-            cursor: this.compact ? { show: false } : { y: false, sync: { key: this.sync } },
+            height,
+            legend: { show: Boolean(this.height) },
+            cursor: this.height ? { y: false, sync: { key: this.sync } } : { show: false },
             scales: { x: { time: false }, y: this.log ? { distr: 3, range: near } : {} },
             axes: [
                 { ...axis, size: 22, space: 44 },

@@ -8,7 +8,7 @@ import { curves, lossSeries } from "./series.mjs";
 import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";
 
 const RESULT = "KinoloomTrainingResult";
-const HEIGHT = { train: 150, result: 190 };
+const HEIGHT = { empty: 28, chart: 140, samples: 340 };
 
 export const showsJob = (node) => /^KinoloomTrain(?!ingResult|edModel)/.test(kind(node)) || kind(node) === RESULT;
 
@@ -18,36 +18,50 @@ class JobWidget {
     constructor(node, jobs, open, setting) {
         Object.assign(this, { node, jobs, setting });
         this.result = kind(node) === RESULT;
-        this.chart = new Chart({ height: 84, compact: true });
+        this.chart = new Chart();
         this.head = el("div", { className: "kl-head" });
         this.note = el("div", { className: "kl-note" });
         this.samples = new Samples((name) => jobs.url(this.id, `samples/${encodeURIComponent(name)}`), { strip: false });
         this.open = button("", "pi-external-link", "Open in the training tab", () => open(this.id));
-        const parts = [this.head, this.note, this.chart.root];
-        if (this.result) parts.push(this.samples.root);
+        const parts = [this.head, this.note, this.chart.root, this.samples.root];
         this.root = el("div", { className: "kl-training kl-node" }, ...parts);
+        this.samples.show([]);
         forwardPanAndZoom(this.root);
+    }
+
+    get height() {
+        return this.id ? (this.samples.root.hidden ? HEIGHT.chart : HEIGHT.samples) : HEIGHT.empty;
     }
 
     update() {
         const job = jobOf(this.node, this.jobs);
         this.id = job?.id;
-        const running = job && [job.run_name, job.status, job.pause_requested, job.done, job.total, job.seconds_left];
-        fill(this.head, running ?? null, () => {
+        const seen = job && [job.run_name, job.status, job.pause_requested, job.done, job.total, job.seconds_left];
+        fill(this.head, seen ?? null, () => {
             if (!job) return [el("small", {}, "No run yet.")];
             const facts = [steps(job), timeLeft(job)].filter(Boolean).join(" · ");
             return [stateOf(job), el("small", { className: "kl-title" }, facts), this.open, bar(job)];
         });
-        const entries = job ? this.jobs.follow(job.id).entries : [];
         this.note.textContent = job?.error ?? "";
-        this.note.hidden = !job?.error;
+        const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
         const found = curves(entries);
-        this.chart.root.hidden = !found.x.length || Boolean(job.error);
+        this.chart.root.hidden = !found.x.length;
         if (found.x.length) {
             const shown = lossSeries(found, this.setting("Smoothing"));
             this.chart.show(found.x, shown, { log: this.setting("LogScale"), mark: found.best, markLabel: "best" });
         }
-        if (this.result) this.samples.show(entries.filter(({ event }) => event === "sample"), job && this.jobs.follow(job.id).epoch);
+        this.samples.show(this.result ? entries.filter(({ event }) => event === "sample") : [], epoch);
+        this.grow();
+    }
+
+    /** Make room for what came. */
+    grow() {
+        if (this.grown === this.height) return;
+        this.grown = this.height;
+        this.root.style.minHeight = `${this.height}px`;
+        const [width, height] = this.node.computeSize();
+        this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);
+        this.node.graph?.setDirtyCanvas(true, true);
     }
 }
 
@@ -73,8 +87,7 @@ export function jobWidgets(jobs, open, setting) {
     return (node) => {
         if (!showsJob(node)) return;
         const widget = new JobWidget(node, jobs, open, setting);
-        const least = widget.result ? HEIGHT.result : HEIGHT.train;
-        const options = { serialize: false, hideOnZoom: false, getMinHeight: () => least };
+        const options = { serialize: false, hideOnZoom: false, getMinHeight: () => widget.height };
         node.addDOMWidget("training", "kinoloom_training", widget.root, options).serialize = false;
         shown.set(node, widget);
         setTimeout(() => widget.update());
