@@ -9,7 +9,7 @@ import { Panel } from "./panel.mjs";
 
 const TAB = "kinoloom-training";
 const setting = (name) => app.extensionManager.setting.get(`Kinoloom.Training.${name}`);
-const jobs = new Jobs(api);
+export const jobs = new Jobs(api);
 const panel = new Panel(jobs, setting);
 const addWidget = jobWidgets(jobs, open, setting);
 
