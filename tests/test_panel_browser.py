@@ -1,18 +1,21 @@
 """The training panel on the real front end in both of its renderers: a run watched, steered, reloaded and broken."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from .server_prompts import write_clips
-from .test_workflows import SMALL, with_values
-from comfy_client import Client, Server
+from comfy_client import Client, Server, set_widget
 
+TEMPLATE = Path(__file__).resolve().parent.parent / "workflows" / "wan_lora_train.json"
 HOSTILE = """<img src="x" onerror="window.hacked = true">"""
 READY = "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
 JOBS = "(await import('/extensions/kinoloom/training.js')).jobs"
+RUN = {"steps": 5000, "rank": 4, "validate_every": 4, "pause_when_busy": False}
 LATER = 20_000  # milliseconds, for what a run does
 
 
@@ -28,9 +31,18 @@ def panel(page: Page, server: Server) -> Iterator[Page]:
 
 def load(page: Page, client: Client, run_name: str, **options: object) -> None:
     """The shipped workflow that trains a Wan LoRA, on tiny models and clips."""
-    run = {"run_name": run_name, "steps": 5000, "rank": 4, "validate_every": 4, "pause_when_busy": False, **options}
-    values = {"KinoloomClipsFromFolder": {"folder": "clips", **SMALL}, "KinoloomTrainWanLora": run}
-    page.evaluate("(workflow) => app.loadGraphData(workflow)", with_values(client, "wan_lora_train", values))
+    values = {
+        "UNETLoader": {"unet_name": "tiny_wan.safetensors"},
+        "CLIPLoader": {"clip_name": "tiny_clip.safetensors"},
+        "VAELoader": {"vae_name": "tiny_wan_vae.safetensors"},
+        "KinoloomClipsFromFolder": {"folder": "clips", "frames_per_clip": 9, "size": 32},
+        "KinoloomTrainWanLora": {"run_name": run_name, **RUN, **options},
+    }
+    workflow, info = json.loads(TEMPLATE.read_text()), client.object_info()
+    for node, widgets in values.items():
+        for widget, value in widgets.items():
+            set_widget(workflow, info, node, widget, value)
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
 
 
 def open_panel(page: Page) -> Locator:
@@ -39,7 +51,7 @@ def open_panel(page: Page) -> Locator:
 
 
 def job_of(client: Client, run_name: str) -> dict:
-    return next(job for job in client.get("/kinoloom/jobs")["jobs"] if job["run_name"] == run_name)
+    return next(job for job in client.jobs() if job["run_name"] == run_name)
 
 
 def wait_for_change(page: Page, canvas: Locator) -> None:
@@ -96,7 +108,7 @@ def test_watch_stop_reload_resume_and_delete_a_run(panel: Page, client: Client, 
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator(".kl-list")).to_be_visible()
     expect(row).to_have_count(0)
-    assert all(job["run_name"] != name for job in client.get("/kinoloom/jobs")["jobs"])
+    assert all(job["run_name"] != name for job in client.jobs())
     assert list(server.base.glob(f"models/loras/kinoloom/{name}/*.safetensors")), "LoRA files stay"
 
 

@@ -21,7 +21,7 @@ class JobWidget {
         this.chart = new Chart();
         this.head = el("div", { className: "kl-head" });
         this.note = el("div", { className: "kl-note" });
-        this.samples = new Samples((name) => jobs.url(this.id, `samples/${encodeURIComponent(name)}`), { strip: false });
+        this.samples = new Samples((name) => jobs.sample(this.id, name), { strip: false });
         this.open = button("", "pi-external-link", "Open in the training tab", () => open(this.id));
         const parts = [this.head, this.note, this.chart.root, this.samples.root];
         this.root = el("div", { className: "kl-training kl-node" }, ...parts);

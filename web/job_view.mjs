@@ -5,7 +5,7 @@ import { el, fill } from "./dom.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
 import { curves, lossSeries } from "./series.mjs";
-import { bar, button, duration, size, stateOf, steps, timeLeft } from "./words.mjs";
+import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./words.mjs";
 
 const LOG_SECONDS = 3;
 
@@ -30,7 +30,7 @@ export class JobView {
         this.curves = el("section", {}, el("h4", { textContent: "Loss" }), controls, this.losses.root);
         this.curves.append(el("h4", { textContent: "Learning rate" }), this.rates.root);
 
-        this.samples = new Samples((name) => jobs.url(id, `samples/${encodeURIComponent(name)}`));
+        this.samples = new Samples((name) => jobs.sample(id, name));
         const titled = (title, ...children) => el("section", {}, el("h4", { textContent: title }), ...children);
         this.sampled = titled("Samples", this.samples.root);
         this.plan = part("kl-plan");
@@ -62,7 +62,7 @@ export class JobView {
             el("div", { className: "kl-title" }, el("b", { textContent: job.run_name }), el("small", {}, job.title)),
             stateOf(job),
         ]);
-        fill(this.actions, [status, pause_requested, resumable, job.done, job.lora_names], () => this.buttons(job));
+        fill(this.actions, [status, pause_requested, resumable, job.checkpoint, job.lora_names], () => this.buttons(job));
         fill(this.trouble, [error, advice], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
         this.drawCurves(entries);
@@ -71,7 +71,7 @@ export class JobView {
         this.samples.show(samples, epoch);
         this.planned.hidden = !plan;
         fill(this.plan, plan, () => [plan.text]);
-        fill(this.config, config, () => (config ? rows(Object.entries(config).map(([k, v]) => [k, String(v)])) : []));
+        fill(this.config, config, () => rows(Object.entries(config ?? {}).map(([name, value]) => [name, String(value)])));
         this.listFiles(JSON.stringify([job.files, status]));
         if (status !== this.status) this.readLog();
         this.status = status;
@@ -86,13 +86,13 @@ export class JobView {
             else made.push(button("Pause", "pi-pause", "Pause after this step; the model stays loaded", post("pause")));
             made.push(button("Stop", "pi-stop", "End after this step. What was learned is saved", post("stop")));
         } else if (job.resumable) {
-            const from = job.status === "failed" ? "the last checkpoint" : `step ${job.done}`;
-            made.push(button(`Resume from ${from}`, "pi-play", "Go on from the last checkpoint", post("resume")));
+            const label = `Resume from step ${job.checkpoint}`;
+            made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
         }
         const [name] = Object.values(job.lora_names).slice(-1);
         if (name) made.push(button("Copy LoRA name", "pi-copy", name, () => this.host.copy(name)));
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
-        made.push(el("a", { ...report, className: "kl-button" }, el("i", { className: "pi pi-file" }), " Report"));
+        made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
         if (hasEnded(job)) made.push(button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job)));
         return made;
     }
@@ -107,7 +107,7 @@ export class JobView {
         for (const { text, link } of advice) {
             const safe = link && /^https?:$/.test(new URL(link, location.href).protocol);
             const more = safe ? [" ", el("a", { href: link, target: "_blank", rel: "noopener" }, "More")] : [];
-            shown.push(el("div", { className: "kl-advice" }, el("i", { className: "pi pi-lightbulb" }), ` ${text}`, ...more));
+            shown.push(el("div", { className: "kl-advice" }, icon("pi-lightbulb"), ` ${text}`, ...more));
         }
         return shown;
     }
@@ -147,7 +147,8 @@ export class JobView {
         fill(this.files, found, () => {
             const lines = found.files.map(({ name, bytes, lora_name }) => {
                 const copy = button("", "pi-copy", `Copy ${lora_name}`, () => this.host.copy(lora_name));
-                return el("div", {}, el("span", { title: name }, name), el("small", {}, size(bytes)), lora_name ? copy : "");
+                const parts = [el("span", { title: name }, name), el("small", {}, size(bytes))];
+                return el("div", {}, ...parts, lora_name ? copy : "");
             });
             return [el("small", { textContent: found.folder }), ...lines];
         });
@@ -164,7 +165,8 @@ export class JobView {
         if (atEnd) this.lines.scrollTop = this.lines.scrollHeight;
         clearTimeout(this.timer);
         const job = this.jobs.summaries.get(this.id);
-        if (this.root.isConnected && job && !hasEnded(job)) this.timer = setTimeout(() => this.readLog(), LOG_SECONDS * 1000);
+        const goesOn = this.root.isConnected && job && !hasEnded(job);
+        if (goesOn) this.timer = setTimeout(() => this.readLog(), LOG_SECONDS * 1000);
     }
 }
 

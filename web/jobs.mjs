@@ -25,12 +25,16 @@ export class Jobs extends EventTarget {
     async ask(path, options) {
         const response = await this.api.fetchApi(`/kinoloom/jobs${path}`, options);
         const body = await response.json().catch(() => ({}));
-        if (!response.ok) throw Object.assign(new Error(body.error ?? response.statusText), { status: response.status });
+        if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
         return body;
     }
 
     url(id, path) {
         return this.api.apiURL(`/kinoloom/jobs/${encodeURIComponent(id)}/${path}`);
+    }
+
+    sample(id, name) {
+        return this.url(id, `samples/${encodeURIComponent(name)}`);
     }
 
     /** Errors go to "error", as a toast; what they leave undone is asked for again when the socket is back. */

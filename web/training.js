@@ -8,6 +8,7 @@ import { Jobs } from "./jobs.mjs";
 import { Panel } from "./panel.mjs";
 
 const TAB = "kinoloom-training";
+const ICON = "pi pi-chart-line";
 const setting = (name) => app.extensionManager.setting.get(`Kinoloom.Training.${name}`);
 export const jobs = new Jobs(api);
 const panel = new Panel(jobs, setting);
@@ -44,14 +45,12 @@ app.registerExtension({
         },
         { id: "Kinoloom.Training.LogScale", name: "Loss curves on a log scale", type: "boolean", defaultValue: false },
     ],
-    commands: [
-        { id: "Kinoloom.OpenTraining", label: "Open the training panel", icon: "pi pi-chart-line", function: () => open() },
-    ],
+    commands: [{ id: "Kinoloom.OpenTraining", label: "Open the training panel", icon: ICON, function: () => open() }],
     setup() {
         addStyle("./training.css");
         app.extensionManager.registerSidebarTab({
             id: TAB,
-            icon: "pi pi-chart-line",
+            icon: ICON,
             title: "Training",
             tooltip: "Kinoloom: training runs",
             type: "custom",
