@@ -62,7 +62,8 @@ export class JobView {
             el("div", { className: "kl-title" }, el("b", { textContent: job.run_name }), el("small", {}, job.title)),
             stateOf(job),
         ]);
-        fill(this.actions, [status, pause_requested, resumable, job.checkpoint, job.lora_names], () => this.buttons(job));
+        const offered = [status, pause_requested, resumable, job.checkpoint, job.lora_names];
+        fill(this.actions, offered, () => this.buttons(job));
         fill(this.trouble, [error, advice], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
         this.drawCurves(entries);
@@ -71,7 +72,7 @@ export class JobView {
         this.samples.show(samples, epoch);
         this.planned.hidden = !plan;
         fill(this.plan, plan, () => [plan.text]);
-        fill(this.config, config, () => rows(Object.entries(config ?? {}).map(([name, value]) => [name, String(value)])));
+        fill(this.config, config, () => rows(Object.entries(config ?? {})));
         this.listFiles(JSON.stringify([job.files, status]));
         if (status !== this.status) this.readLog();
         this.status = status;
@@ -171,4 +172,4 @@ export class JobView {
 }
 
 const rows = (facts) =>
-    facts.map(([name, value]) => el("div", { className: "kl-fact" }, el("span", {}, name), el("span", {}, value)));
+    facts.map(([name, value]) => el("div", { className: "kl-fact" }, el("span", {}, name), el("span", {}, String(value))));
