@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { Chart } from "./chart.mjs";
 import { after, el, fill, forwardPanAndZoom } from "./dom.mjs";
 import { Samples } from "./samples.mjs";
-import { curves, lossSeries } from "./series.mjs";
+import { lossSeries } from "./series.mjs";
 import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";
 
 const RESULT = "KinoloomTrainingResult";
@@ -44,9 +44,9 @@ class JobWidget {
         });
         this.note.textContent = job?.error ?? "";
         const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
-        const found = curves(entries);
-        this.chart.root.hidden = !found.x.length;
-        if (found.x.length) {
+        const found = job && this.jobs.curves(job.id);
+        this.chart.root.hidden = !found?.x.length;
+        if (found?.x.length) {
             const shown = lossSeries(found, this.setting("Smoothing"));
             this.chart.show(found.x, shown, { log: this.setting("LogScale"), mark: found.best, markLabel: "best" });
         }

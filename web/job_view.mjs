@@ -4,7 +4,7 @@ import { Chart } from "./chart.mjs";
 import { el, fill } from "./dom.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
-import { curves, lossSeries } from "./series.mjs";
+import { lossSeries } from "./series.mjs";
 import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./words.mjs";
 
 const LOG_SECONDS = 3;
@@ -32,7 +32,8 @@ export class JobView {
 
         this.samples = new Samples((name) => jobs.sample(id, name));
         const titled = (title, ...children) => el("section", {}, el("h4", { textContent: title }), ...children);
-        this.sampled = titled("Samples", this.samples.root);
+        this.unsampled = part("kl-error");
+        this.sampled = titled("Samples", this.unsampled, this.samples.root);
         this.plan = part("kl-plan");
         this.planned = titled("Plan", this.plan);
         this.files = part("kl-files");
@@ -66,10 +67,13 @@ export class JobView {
         fill(this.actions, offered, () => this.buttons(job));
         fill(this.trouble, [error, advice], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
-        this.drawCurves(entries);
+        this.drawCurves();
         const samples = entries.filter(({ event }) => event === "sample");
-        this.sampled.hidden = !samples.length;
+        const unsampled = entries.findLast(({ event }) => event === "samplefailed")?.error ?? "";
+        this.sampled.hidden = !samples.length && !unsampled;
         this.samples.show(samples, epoch);
+        this.unsampled.textContent = unsampled;
+        this.unsampled.hidden = !unsampled;
         this.planned.hidden = !plan;
         fill(this.plan, plan, () => [plan.text]);
         fill(this.config, config, () => rows(Object.entries(config ?? {})));
@@ -128,8 +132,8 @@ export class JobView {
         return [bar(job), ...rows(facts.filter(([, value]) => value))];
     }
 
-    drawCurves(entries) {
-        const found = curves(entries);
+    drawCurves() {
+        const found = this.jobs.curves(this.id);
         this.curves.hidden = !found.x.length;
         const smoothing = this.smoothing.valueAsNumber;
         this.smoothed.textContent = smoothing.toFixed(2);
@@ -171,5 +175,8 @@ export class JobView {
     }
 }
 
-const rows = (facts) =>
-    facts.map(([name, value]) => el("div", { className: "kl-fact" }, el("span", {}, name), el("span", {}, String(value))));
+function rows(facts) {
+    const row = ([name, value]) =>
+        el("div", { className: "kl-fact" }, el("span", {}, name), el("span", {}, String(value)));
+    return facts.map(row);
+}

@@ -1,11 +1,16 @@
 // The server's training jobs as this page knows them: their summaries, and the histories that something shows.
 
+import { curves } from "./series.mjs";
+
 const PAGE = 100;
 const ENDED = ["finished", "stopped", "failed", "interrupted"];
 
 export const hasEnded = (job) => ENDED.includes(job.status);
 
-/** Sends "change" at most ten times a second, "ended" (detail: the job) and "error" (detail: a message). */
+/**
+ * Sends "change" at most ten times a second, less often where histories are long; "ended" (detail: the job) and "error"
+ * (detail: a message).
+ */
 export class Jobs extends EventTarget {
     constructor(api) {
         super();
@@ -48,9 +53,10 @@ export class Jobs extends EventTarget {
 
     post(id, action) {
         return this.attempt(async () => {
+            this.heard.delete(id);
             const answer = await this.ask(`/${id}/${action}`, { method: "POST" });
             if (action === "delete") this.forget(id);
-            else this.take(answer);
+            else if (!this.heard.has(id)) this.take(answer); // else it may be older than what was heard
         });
     }
 
@@ -107,10 +113,11 @@ export class Jobs extends EventTarget {
     }
 
     changed() {
+        const entries = Math.max(0, ...[...this.histories.values()].map((kept) => kept.entries.length));
         this.timer ??= setTimeout(() => {
             this.timer = null;
             this.dispatchEvent(new Event("change"));
-        }, 100);
+        }, 100 + entries / 50);
     }
 
     /** A job's history, from now on kept up to date. */
@@ -120,6 +127,15 @@ export class Jobs extends EventTarget {
             this.catchUp(id);
         }
         return this.histories.get(id);
+    }
+
+    /** What charts show of a followed history. */
+    curves(id) {
+        const kept = this.histories.get(id);
+        const { length } = kept.entries;
+        if (kept.drawn?.entries !== kept.entries || kept.drawn.length !== length)
+            kept.drawn = { entries: kept.entries, length, curves: curves(kept.entries) };
+        return kept.drawn.curves;
     }
 
     async catchUp(id) {

@@ -56,6 +56,7 @@ app.registerExtension({
             type: "custom",
             render: (element) => panel.show(element),
         });
+        app.ui.settings.addEventListener("Comfy.ColorPalette.change", () => jobs.changed());
         jobs.refresh();
     },
     nodeCreated: addWidget,
