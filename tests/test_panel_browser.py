@@ -214,3 +214,17 @@ def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
         "heldOut": True,
         "best": 2,
     }
+
+
+def test_settings_and_commands_are_translated(page: Page) -> None:
+    ours = "(ids) => ids.filter((id) => id.startsWith('Kinoloom.')).map((id) => id.replaceAll('.', '_')).sort()"
+    settings, commands = (
+        page.evaluate(f"({ours})({ids})")
+        for ids in (
+            "Object.keys(app.extensionManager.setting.settings)",
+            "app.extensionManager.command.commands.map(({id}) => id)",
+        )
+    )
+    for name, ids in (("settings", settings), ("commands", commands)):
+        translated = json.loads((TEMPLATE.parents[1] / "locales" / "zh" / f"{name}.json").read_text(encoding="utf-8"))
+        assert sorted(translated) == ids and ids

@@ -14,7 +14,7 @@ const ICONS = {
     interrupted: "pi-exclamation-circle",
 };
 
-export const icon = (name) => el("i", { className: `pi ${name}` });
+export const icon = (name) => el("i", { className: `pi ${name}`, ariaHidden: "true" });
 
 export function stateOf(job) {
     const { status } = job;
