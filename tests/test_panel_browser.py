@@ -20,14 +20,17 @@ LATER = 60_000  # milliseconds at most, for what a run does
 
 
 @pytest.fixture
-def panel(page: Page, server: Server) -> Iterator[Page]:
+def panel(page: Page, server: Server, client: Client) -> Iterator[Page]:
     write_clips(server.base)
     page.set_default_timeout(LATER)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     yield page
-    assert errors == []
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    client.post("/queue", {"clear": True})
+    for job in client.jobs():
+        client.post(f"/kinoloom/jobs/{job['id']}/stop")
+    assert errors == []
 
 
 def load(page: Page, client: Client, run_name: str, **options: object) -> None:

@@ -3,13 +3,13 @@
 import { curves } from "./series.mjs";
 
 const PAGE = 100;
+const PAUSE = 150; // milliseconds between two changes, at least
 const ENDED = ["finished", "stopped", "failed", "interrupted"];
 
 export const hasEnded = (job) => ENDED.includes(job.status);
 
 /**
- * Sends "change" at most ten times a second, less often where histories are long; "ended" (detail: the job) and "error"
- * (detail: a message).
+ * Sends "change", which may take a fifth of the page's time; "ended" (detail: the job) and "error" (detail: a message).
  */
 export class Jobs extends EventTarget {
     constructor(api) {
@@ -18,6 +18,7 @@ export class Jobs extends EventTarget {
         this.summaries = new Map();
         this.histories = new Map(); // id -> {entries, epoch, config, pending: events heard while it is being fetched}
         this.total = 0;
+        this.pause = PAUSE;
         this.heard = new Set(); // ids, since the last refresh began
         api.addEventListener("kinoloom.job", ({ detail }) => this.hear(detail));
         api.addEventListener("reconnected", () => this.refresh());
@@ -113,11 +114,12 @@ export class Jobs extends EventTarget {
     }
 
     changed() {
-        const entries = Math.max(0, ...[...this.histories.values()].map((kept) => kept.entries.length));
         this.timer ??= setTimeout(() => {
             this.timer = null;
+            const began = performance.now();
             this.dispatchEvent(new Event("change"));
-        }, 100 + entries / 50);
+            this.pause = Math.max(PAUSE, 5 * (performance.now() - began));
+        }, this.pause);
     }
 
     /** A job's history, from now on kept up to date. */
