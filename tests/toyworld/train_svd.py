@@ -43,6 +43,7 @@ def write_vision(path: Path) -> None:
     """Nobody trained it: what it says of an image is a random projection, and the model learns to read it."""
     module = vision.build().model
     initialise(module)
+    nn.init.zeros_(module.vision_model.embeddings.class_embedding)
     save(path, {name: value.half() for name, value in module.state_dict().items() if value.is_floating_point()})
 
 
