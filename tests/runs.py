@@ -44,7 +44,7 @@ SHAPES = {
     "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
     "svd": {"clips": (4, 3, 8, 8)},
 }
-LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 192}  # of a file's export or method; else 20, Wan's
+LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
 
 
 def random(*shape: int, name: str) -> Tensor:
@@ -66,13 +66,17 @@ def load_animatediff(folder: Path, motion_module: str = "tiny_motion", **options
         return motion.ApplyMotionModule.execute(model, module, **widgets).args[0]
 
 
+def load_svd(folder: Path, name: str = "tiny_svd") -> Any:
+    with torch.inference_mode():
+        return video_unet.load_unet(folder / "diffusion_models" / f"{name}.safetensors")
+
+
 def load_tiny(folder: Path, backbone: str) -> Any:
     """The tiny MODEL of a backbone."""
     if backbone == "animatediff":
         return load_animatediff(folder)
     if backbone == "svd":
-        with torch.inference_mode():
-            return video_unet.load_unet(folder / "diffusion_models" / "tiny_svd.safetensors")
+        return load_svd(folder, "shallow_svd")
     return load_model(folder / "diffusion_models" / "tiny_wan.safetensors")
 
 

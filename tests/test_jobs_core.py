@@ -386,10 +386,13 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
 def test_a_crash_after_any_step_resumes_to_the_same_bits(
     name: str, model: Any, data: TrainingData, tmp_path: Path
 ) -> None:
-    """The folder as it is at the end of each step, validations and best files ahead of the checkpoint included."""
+    """The folder as it is at the end of a step, validations and best files ahead of the checkpoint included.
+
+    Of every step for Wan's methods, which are quick; else of one before the first checkpoint and of the last.
+    """
     config = make_config(name, save_every=3, validate_every=1)
-    published = Published()
-    for done in range(1, steps_of(name)[-1] + 1):
+    published, last = Published(), steps_of(name)[-1]
+    for done in range(1, last + 1) if recipes()[name].backbone == "wan" else (2, last):
         published.at(done, lambda job, done=done: shutil.copytree(job.folder, tmp_path / str(done) / "job"))
     straight = finish(make_job(tmp_path / "straight", model, data, config, name, published), model)
     for done in published.actions:

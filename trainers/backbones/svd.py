@@ -55,6 +55,11 @@ class Svd:
         self.embed, self.process_latent_in = model.embedder, model.process_latent_in
         self.transformer_options = transformer_options
         self.checkpointing = False
+        for name, module in self.module.named_modules():
+            if type(module).__name__ == "SpatialVideoTransformer":
+                module.register_forward_hook(_contiguous_output)
+            elif name.endswith(".time_stack.0.attn2"):
+                module.register_forward_pre_hook(_contiguous_context, with_kwargs=True)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         return prepare_latents(batch, self.device, self.process_latent_in)
@@ -75,6 +80,16 @@ class Svd:
             transformer_options=dict(self.transformer_options),
         )
         return v.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _contiguous_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Core's order of memory, channels last, would stay with all later layers: group norms then take ten times as long."""
+    return out.contiguous()
+
+
+def _contiguous_context(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One token repeated for every place without a copy, for which a linear layer repeats its weight instead."""
+    return args, {**kwargs, "context": kwargs["context"].contiguous()}
 
 
 def dropout_knob() -> Any:
