@@ -29,6 +29,8 @@ def write_all(folder: Path) -> dict[str, Path]:
     write_clip(files["text_encoders"])
     files["svd"] = folder / "diffusion_models" / "tiny_svd.safetensors"
     tiny_svd.write_unet(files["svd"], tiny_svd.TINY)
+    files["shallow_svd"] = folder / "diffusion_models" / "shallow_svd.safetensors"
+    tiny_svd.write_unet(files["shallow_svd"], tiny_svd.SHALLOW, blocks=1)
     files["sd"] = folder / "diffusion_models" / "tiny_sd.safetensors"
     files["motion"] = folder / "animatediff_models" / "tiny_motion.safetensors"
     write_unet(files["sd"], SD_WIDTHS)

@@ -18,8 +18,9 @@ def write_unet(path: Path, widths: tuple[int, ...], *, context: int = 768, seed:
     save(path, unet(Weights(seed), widths, context))
 
 
-def unet(make: Weights, widths: tuple[int, ...], context: int) -> StateDict:
-    base, time = widths[0], 4 * widths[0]
+def unet(make: Weights, widths: tuple[int, ...], context: int, blocks: int = BLOCKS) -> StateDict:
+    """`blocks` of them go down at every level; the deepest level has no transformers, but for the one in the middle."""
+    base, time, deepest = widths[0], 4 * widths[0], len(widths) - 1
     tensors = {
         **make.linear("time_embed.0", time, base),
         **make.linear("time_embed.2", time, time),
@@ -27,28 +28,28 @@ def unet(make: Weights, widths: tuple[int, ...], context: int) -> StateDict:
     }
     skips, width, index = [base], base, 1
     for level, out in enumerate(widths):
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             tensors |= _res_block(make, f"input_blocks.{index}.0", out, width, time)
-            if level < LEVELS - 1:
+            if level < deepest:
                 tensors |= _transformer(make, f"input_blocks.{index}.1", out, context)
             width = out
             skips.append(width)
             index += 1
-        if level < LEVELS - 1:
+        if level < deepest:
             tensors |= _conv(make, f"input_blocks.{index}.0.op", width, width, 3)
             skips.append(width)
             index += 1
     tensors |= _res_block(make, "middle_block.0", width, width, time)
     tensors |= _transformer(make, "middle_block.1", width, context)
     tensors |= _res_block(make, "middle_block.2", width, width, time)
-    for index in range(LEVELS * (BLOCKS + 1)):
-        level, place = LEVELS - 1 - index // (BLOCKS + 1), index % (BLOCKS + 1)
+    for index in range(len(widths) * (blocks + 1)):
+        level, place = deepest - index // (blocks + 1), index % (blocks + 1)
         name, out = f"output_blocks.{index}", widths[level]
         tensors |= _res_block(make, f"{name}.0", out, width + skips.pop(), time)
-        if level < LEVELS - 1:
+        if level < deepest:
             tensors |= _transformer(make, f"{name}.1", out, context)
-        if level and place == BLOCKS:
-            tensors |= _conv(make, f"{name}.{1 if level == LEVELS - 1 else 2}.conv", out, out, 3)
+        if level and place == blocks:
+            tensors |= _conv(make, f"{name}.{1 if level == deepest else 2}.conv", out, out, 3)
         width = out
     return {**tensors, **make.norm("out.0", width), **_conv(make, "out.2", LATENT_CHANNELS, width, 3)}
 

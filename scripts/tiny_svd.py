@@ -10,23 +10,30 @@ from tiny_weights import StateDict, Weights, save
 
 NARROW = (320, 320, 320, 320)  # the least that ComfyUI's own loaders take for SVD
 TINY = (64, 64, 64, 64)  # one head at every level
+SHALLOW = (64, 64)  # with one block a level, for the many tests in which the number of layers says nothing
 CONTEXT = 1024
 IDS = 768  # three numbers of 256 channels each: frame rate, motion bucket, noise augmentation
 VISION_WIDTH, VISION_LAYERS, PATCHES, PATCH = 1280, 32, 257, 14  # ViT-H, the only size that core builds
 
 
 def write_unet(
-    path: Path, widths: tuple[int, ...], *, context: int = CONTEXT, seed: int = 0, dtype: torch.dtype = torch.float32
+    path: Path,
+    widths: tuple[int, ...],
+    *,
+    context: int = CONTEXT,
+    blocks: int = tiny_sd.BLOCKS,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """A UNet of `widths` channels per level, multiples of the first and of 64; ComfyUI knows it if that is 320."""
-    save(path, _cast(unet(Weights(seed), widths, context), dtype))
+    save(path, _cast(unet(Weights(seed), widths, context, blocks), dtype))
 
 
-def unet(make: Weights, widths: tuple[int, ...], context: int) -> StateDict:
+def unet(make: Weights, widths: tuple[int, ...], context: int, blocks: int = tiny_sd.BLOCKS) -> StateDict:
     """Stable Diffusion's UNet with 8 channels in, three numbers beside the time, and temporal layers in every block."""
     base, time = widths[0], 4 * widths[0]
     tensors = {
-        **tiny_sd.unet(make, widths, context),
+        **tiny_sd.unet(make, widths, context, blocks),
         **tiny_sd._conv(make, "input_blocks.0.0", base, 2 * tiny_sd.LATENT_CHANNELS, 3),
         **make.linear("label_emb.0.0", time, IDS),
         **make.linear("label_emb.0.2", time, time),

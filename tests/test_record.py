@@ -40,7 +40,10 @@ def test_the_tally_follows_the_history() -> None:
         assert tally.seconds_per_step == (1.0 if i < PACE_STEPS else pytest.approx(1 + 2 * (i - 19) / 20))
 
 
-def test_a_restart_shows_the_same_without_reading_the_history(model: Any, data: Any, tmp_path: Path) -> None:
+def test_a_restart_shows_the_same_without_reading_the_history(
+    model: Any, data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     published = Published()
     job = finish(make_job(tmp_path, model, data, make_config(WAN), WAN, published), model)
     shown = job.summary()

@@ -3,7 +3,7 @@
 import asyncio
 import http.client
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ Ask = Callable[..., tuple[int, Any]]
 # -- the routes on a registry of many jobs, without ComfyUI's own checks before them -----------------------------------------
 
 
-@pytest.fixture
-def registry(model: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> jobs.Registry:
+@pytest.fixture(scope="module")
+def registry(inputs: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[jobs.Registry]:
     """A thousand runs that an earlier server finished, number 7 of which has a sample; no history is there to be read."""
-    job = make_job(tmp_path, model, data, make_config(WAN), WAN)
+    tmp_path = tmp_path_factory.mktemp("registry")
+    job = make_job(tmp_path, *inputs(WAN), make_config(WAN), WAN)
     job.status, job.tally.losses = "finished", {"lora": 0.25}
     job.write()
     kept = json.loads((job.folder / "job.json").read_text())
@@ -41,8 +42,9 @@ def registry(model: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (samples / "000001-0.webp").write_bytes(b"picture")
     (samples.parent / "secret.webp").write_bytes(b"secret")
     (samples / "link.webp").symlink_to(samples.parent / "secret.webp")
-    monkeypatch.setattr(jobs, "_registry", jobs.Registry(tmp_path / "jobs"))
-    return jobs.registry()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jobs, "_registry", jobs.Registry(tmp_path / "jobs"))
+        yield jobs.registry()
 
 
 @pytest.fixture
@@ -88,26 +90,26 @@ def test_pages_that_are_none_are_refused(ask: Ask, query: str) -> None:
 UNKNOWN = ["nonsense", "..", "%2e%2e", "..%2f..", "job7%00", "job7%2f..%2fjob8", "<script>", "%ff", "a" * 5000]
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_jobs(ask: Ask, name: str) -> None:
+@pytest.mark.parametrize("job_id", UNKNOWN)
+def test_unknown_jobs(ask: Ask, job_id: str) -> None:
     for method, path in (
         ("GET", ""), ("GET", "/files"), ("GET", "/log"), ("GET", "/report.html"), ("GET", "/samples/000001-0.webp"),
         ("POST", "/stop"), ("POST", "/pause"), ("POST", "/resume"), ("POST", "/delete"),
     ):  # fmt: skip
-        status, _ = ask(method, f"/kinoloom/jobs/{name}{path}")
+        status, _ = ask(method, f"/kinoloom/jobs/{job_id}{path}")
         assert status in (404, 405), (method, path)
 
 
 @pytest.mark.parametrize(
-    "name",
+    "file",
     [
         "../secret.webp", "..%2fsecret.webp", "%2e%2e%2fsecret.webp", "..%5csecret.webp", "link.webp", "secret.webp",
         "..%2f..%2fjob8%2fjob.json", "%2fetc%2fpasswd", "000001-0.webp%00", "000001-0.webp%0a", "000001-0.webp%3astream",
         ".", "..", "", "000001-0.png", "C%3a%5cx.webp", ".webp", "~.webp",
     ],
 )  # fmt: skip
-def test_no_name_leads_out_of_the_samples(ask: Ask, name: str) -> None:
-    status, answer = ask("GET", f"/kinoloom/jobs/job7/samples/{name}")
+def test_no_name_leads_out_of_the_samples(ask: Ask, file: str) -> None:
+    status, answer = ask("GET", f"/kinoloom/jobs/job7/samples/{file}")
     assert status == 404 and b"secret" not in bytes(str(answer), "utf-8")
 
 

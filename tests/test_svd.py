@@ -30,6 +30,7 @@ from .runs import (
     finish,
     leaves,
     load_model,
+    load_svd,
     load_tiny,
     make_backbone,
     make_batch,
@@ -48,7 +49,7 @@ LORA, FINETUNE = SvdLora.name, SvdFinetune.name
 
 @pytest.fixture(scope="module")
 def model(tiny_models: Path) -> Any:
-    return load_tiny(tiny_models, "svd")
+    return load_svd(tiny_models)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .runs import (
     finish,
     leaves,
+    load_svd,
     load_tiny,
     make_backbone,
     make_batch,
@@ -53,7 +54,7 @@ PATH = Tracklets(
 
 @pytest.fixture(scope="module")
 def model(tiny_models: Path) -> Any:
-    return load_tiny(tiny_models, "svd")
+    return load_svd(tiny_models)
 
 
 @pytest.fixture(scope="module")

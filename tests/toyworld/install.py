@@ -18,9 +18,10 @@ def install(base: Path) -> None:
     """Link the models, and the node pack that loads the text encoder, into `base`."""
     links = {"custom_nodes/toyworld": HERE / "pack"}
     files = {
-        "diffusion_models": (WAN, UNET),
+        "diffusion_models": (WAN, UNET, VIDEO_UNET),
         "vae": (VAE, IMAGE_VAE),
         "text_encoders": (TEXT_ENCODER,),
+        "clip_vision": (VISION,),
         "animatediff_models": (MOTION,),
     }
     for folder, name in ((folder, name) for folder, names in files.items() for name in names):

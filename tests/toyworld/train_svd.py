@@ -24,8 +24,8 @@ from .train_image_vae import build as build_vae
 from .train_vae import DEVICE, Optimizer, to_pixels
 from tiny_weights import Weights, save
 
-WIDTHS = (64, 64, 64, 64)
-CLIPS, STEPS, BATCH, RATE = 3000, 1500, 16, 2e-3
+WIDTHS, BLOCKS = (64, 64, 64), 1
+CLIPS, STEPS, BATCH, RATE = 2000, 1000, 12, 2e-3
 DROPOUT = 0.1
 AUGMENTATIONS = (0.0, 0.01, 0.02, 0.05, 0.1)  # of the first frame; the first of them is for evaluations
 
@@ -43,6 +43,7 @@ def write_vision(path: Path) -> None:
     """Nobody trained it: what it says of an image is a random projection, and the model learns to read it."""
     module = vision.build().model
     initialise(module)
+    nn.init.zeros_(module.vision_model.embeddings.class_embedding)
     save(path, {name: value.half() for name, value in module.state_dict().items() if value.is_floating_point()})
 
 
@@ -105,7 +106,7 @@ def draw(clips: dict[str, Tensor], rng: Generator) -> dict[str, Any]:
 
 def build() -> Svd:
     """The model before training: every block leaves its input as it is, and mixes space and time half and half."""
-    weights = tiny_svd.unet(Weights(0), WIDTHS, vision.WIDTH)
+    weights = tiny_svd.unet(Weights(0), WIDTHS, vision.WIDTH, BLOCKS)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "untrained.safetensors", weights)
         model = video_unet.load_unet(Path(folder) / "untrained.safetensors", disable_dynamic=True).model

@@ -144,10 +144,11 @@ def describe(scene: Scene, rng: Generator, *, moving: bool = True) -> str:
     return f"{look} {keep(0.85, MOTIONS[scene.motion], general)}".strip()
 
 
-def draw(scene: Scene, rng: Generator) -> Clip:
-    """The scene with random position, horizon and light."""
+def draw(scene: Scene, rng: Generator, path: tuple[Array, Array] | None = None) -> Clip:
+    """The scene with random position, horizon and light; with `path`, x and y of every frame, in place of its own."""
     radius = SIZES[scene.size] * rng.uniform(0.92, 1.08)
     x, y, angle, scale = _trajectory(scene.motion, radius, rng)
+    x, y = path or (x, y)
     first = np.array(COLOURS[scene.colour], np.float32)
     second = np.array(COLOURS[scene.second], np.float32) if scene.second else first * 0.5
     edge, texture = partial(distance, scene.shape), partial(_texture, scene.texture)

@@ -10,9 +10,10 @@ from ..core.config import knob
 from ..core.data import Row
 from ..core.losses import denoising_loss
 from ..core.noise import Edm, Rng
-from .base import check_channels, prepare_latents
+from .base import check_channels, latent_size, prepare_latents
 
 LATENT_CHANNELS = 4
+SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
 CHECKPOINTED = ("VideoResBlock", "SpatialVideoTransformer")
 # Cross-attention has one token to look at, whatever its queries and keys are: those two never get a gradient.
 ATTENTION = r"\.0\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(v|out\.0))"
@@ -28,6 +29,11 @@ def check_model(model: Any) -> None:
     """ValueError unless `model` (a comfy BaseModel) is Stable Video Diffusion."""
     if (kind := type(model).__name__) != "SVD_img2vid":
         raise ValueError(f"model: found {kind}, expected Stable Video Diffusion (SVD_img2vid)")
+
+
+def latent_shape(parts: dict[str, nn.Module], width: int, height: int, frames: int) -> tuple[int, ...]:
+    """(C, T, h, w) of a video to sample. ValueError names the number that the model cannot have."""
+    return (LATENT_CHANNELS, frames, *latent_size(width, height, SIDE))
 
 
 class Svd:
@@ -55,6 +61,11 @@ class Svd:
         self.embed, self.process_latent_in = model.embedder, model.process_latent_in
         self.transformer_options = transformer_options
         self.checkpointing = False
+        for name, module in self.module.named_modules():
+            if type(module).__name__ == "SpatialVideoTransformer":
+                module.register_forward_hook(_contiguous_output)
+            elif name.endswith(".time_stack.0.attn2"):
+                module.register_forward_pre_hook(_contiguous_context, with_kwargs=True)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         return prepare_latents(batch, self.device, self.process_latent_in)
@@ -75,6 +86,16 @@ class Svd:
             transformer_options=dict(self.transformer_options),
         )
         return v.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _contiguous_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Core's order of memory, channels last, would stay with all later layers: group norms then take ten times as long."""
+    return out.contiguous()
+
+
+def _contiguous_context(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One token repeated for every place without a copy, for which a linear layer repeats its weight instead."""
+    return args, {**kwargs, "context": kwargs["context"].contiguous()}
 
 
 def dropout_knob() -> Any:

@@ -21,7 +21,7 @@ from .data import Row
 from .loop import Diverged
 from .recipe import Phase, Recipe
 
-CERTAIN = 2.0  # standard errors
+CERTAIN, LIKELY = 3.0, 1.5  # standard errors
 FEWEST_STEPS = 100  # before which a loss may be as it likes
 FEWEST_GRADIENTS = 10
 FEWEST_VALUES = 40  # of a loss, whose quarters are compared
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the samples show. moving: share of the last one's pixels that change over time, None without videos;
+    """What the samples show. moving: share of the last one's pixels that change over time, None without samples;
     change: mean grey levels between the first and the last, None if there is one alone."""
 
     moving: float | None = None
@@ -123,8 +123,8 @@ def _samples(phases: dict[str, Phase], rows: Sequence[Row], history: Sequence[di
     if videos and seen.moving is not None and seen.moving < STILL:
         yield Finding(
             "samples-stand-still",
-            "Nothing moves in the last sample. Train on, name the motion in the captions and prompts, and check that "
-            "the clips themselves move.",
+            "Nothing moves in the last sample. If samples are longer than one frame, train on, name the motion in the "
+            "captions and prompts, and check that the clips themselves move.",
         )
 
 
@@ -180,7 +180,7 @@ def _quarters(values: list[float]) -> tuple[list[float], list[float]]:
 
 def _diverges(values: list[float]) -> bool:
     rise, error = _rise(*_quarters(values))
-    if rise > GROWN - 1 and rise > 2 * CERTAIN * error:
+    if rise > GROWN - 1 and rise > (CERTAIN + 1) * error:
         return True
     windows = [median(values[start : start + WINDOW]) for start in range(len(values) % WINDOW, len(values), WINDOW)]
     return len(windows) >= 3 and windows[-1] > JUMPED * min(windows[:-1])
@@ -220,7 +220,7 @@ def _flat(validations: list[dict], series: dict[str, list[float]]) -> bool:
     if len(losses) < 4 or losses[0] <= 0:
         return all(-rise + CERTAIN * error < FLAT for rise, error in (_rise(*_quarters(v)) for v in series.values()))
     begun = [_rise(values[: len(values) // 10 + 10], values[len(values) // 2 :]) for values in series.values()]
-    fell_before = any(rise < -CERTAIN * error for rise, error in begun)  # the first measurement
+    fell_before = any(rise < -LIKELY * error for rise, error in begun)  # the first measurement
     return 1 - fmean(losses[len(losses) // 2 :]) / losses[0] < FLAT_VALIDATION and not fell_before
 
 
@@ -231,7 +231,7 @@ def look_at(folder: Path, history: Sequence[dict]) -> Seen:
         return Seen()
     first, last = ([folder / Path(name).name for name in sampled[place]["files"]] for place in (0, -1))
     pictures = [frames for path in last if (frames := _read(path)) is not None]
-    moving = [float((p.max(axis=0) - p.min(axis=0) > MOVES).mean()) for p in pictures if len(p) > 1]
+    moving = [float((p.max(axis=0) - p.min(axis=0) > MOVES).mean()) for p in pictures]
     pairs = [(_read(one), _read(other)) for one, other in zip(first, last, strict=False) if one != other]
     change = [float(np.abs(a - b).mean()) for a, b in pairs if a is not None and b is not None and a.shape == b.shape]
     return Seen(max(moving, default=None), max(change, default=None))
@@ -246,7 +246,7 @@ def _read(path: Path) -> np.ndarray | None:
 
 @lru_cache(maxsize=16)
 def _frames(path: Path, modified: int) -> np.ndarray:
-    """The frames of an image file in grey, made small: T h w."""
+    """The frames of an image file in grey, made small: T h w. Equal frames may have been written as one."""
     with Image.open(path) as image:
         small = [frame.convert("L") for frame in ImageSequence.Iterator(image)]
     for frame in small:

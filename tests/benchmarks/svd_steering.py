@@ -1,0 +1,85 @@
+"""Whether sprites follow tracklets on paths of a kind that training never showed, on the toy world.
+
+    python tests/benchmarks/svd_steering.py [--seeds 1] [--concepts star heart moon] [--variants ...] [--output FOLDER]
+
+COMFYUI_DIR says where ComfyUI is. A control is trained once a variant and seed, on sprites that go by random corners, and asked
+for the path of each concept's motion. What the scores mean is said in tests/toyworld/steer.py. Results and controls
+stay in FOLDER, as motion_transfer.py's do.
+
+Settings were chosen on the concept `arrow`, which is not reported.
+"""
+
+import hashlib
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scoresheet import PACK, Run, Sheet, Variant, main
+
+STEPS = 600
+SHARED = {
+    "batch_size": 8, "learning_rate": 2e-3, "clean_learning_rate": 1e-3, "warmup_steps": 20, "validate_every": 0,
+    "save_every": 10_000, "precision": "fp32",
+}  # fmt: skip
+CLIPS = 200
+RECIPE = "KinoloomTrainSvdTracklets"
+
+
+def variant(title: str, painted: float) -> Variant:
+    """With this share of the steps on painted boxes."""
+    first = round(STEPS * painted)
+    return Variant(title, RECIPE, {**SHARED, "self_tracking_steps": first, "clean_steps": STEPS - first})
+
+
+VARIANTS = {
+    "base": Variant("no control"),
+    "tracklets": variant("tracklets", 0.5),
+    "clean": variant("… without self-tracking", 0.0),
+}
+SHOWN = ("a sprite", "another", "a third")
+SPRITES = 8
+
+
+@cache
+def studio() -> Any:
+    from toyworld.studio import SvdStudio
+
+    return SvdStudio()
+
+
+def control(run: Run, variant: Variant, folder: Path) -> Path:
+    """The file of a variant and seed; trained unless it is there."""
+    import numpy as np
+    from toyworld import personalise, steer
+
+    made_of = hashlib.sha256(SHEET.made_of(run).encode()).hexdigest()[:12]
+    kept = PACK / ".runtime" / "svd_steering_controls" / f"{run.variant}-{run.seed}-{made_of}.safetensors"
+    if not kept.is_file():
+        rng = np.random.default_rng(run.seed)
+        data = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(CLIPS)])
+        files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(files[-1], kept)
+    return kept
+
+
+def measure(run: Run, variant: Variant, folder: Path) -> tuple[dict[str, float], list[Any]]:
+    from toyworld import steer, world
+
+    file = control(run, variant, folder) if variant.recipe else None
+    motion = world.CONCEPTS[run.concept].motion
+
+    def model(clip: world.Clip) -> Any:
+        return steer.steered(studio(), file, clip) if file else studio().model
+
+    clips = [steer.on_path(motion, 2_000_000 + 1000 * run.seed + number) for number in range(SPRITES)]
+    return steer.score(clips, model, studio(), len(SHOWN))
+
+
+SHEET = Sheet(
+    "svd_steering", VARIANTS, measure, SHOWN, ("world", "oracle", "install", "studio", "personalise", "steer")
+)
+
+if __name__ == "__main__":
+    main(SHEET, __doc__)
