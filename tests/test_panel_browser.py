@@ -15,6 +15,16 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "workflows" / "wan_lora_trai
 HOSTILE = """<img src="x" onerror="window.hacked = true">"""
 READY = "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
 JOBS = "(await import('/extensions/kinoloom/training.js')).jobs"
+SAMPLED = {"prompts": HOSTILE, "width": 32, "height": 32, "frames": 9, "steps": 1, "sample_every": 10}
+ADD_SAMPLES = """(values) => {
+    const find = (type) => app.graph.nodes.find((node) => node.type === type);
+    const made = LiteGraph.createNode("KinoloomSamplePrompts");
+    app.graph.add(made);
+    for (const [name, value] of Object.entries(values)) made.widgets.find((w) => w.name === name).value = value;
+    find("CLIPLoader").connect(0, made, made.findInputSlot("clip"));
+    const train = find("KinoloomTrainWanLora");
+    made.connect(0, train, train.findInputSlot("samples"));
+}"""
 RUN = {"steps": 5000, "rank": 4, "validate_every": 4, "pause_when_busy": False}
 LATER = 60_000  # milliseconds at most, for what a run does
 
@@ -74,6 +84,7 @@ def test_watch_stop_reload_resume_and_delete_a_run(panel: Page, client: Client, 
     page, name = panel, f"watched {nodes_2}"
     page.evaluate("(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
     load(page, client, name)
+    page.evaluate(ADD_SAMPLES, SAMPLED)
     page.evaluate("app.queuePrompt(0)")
     widgets = page.locator(".kl-node", has_text="running")
     expect(widgets).to_have_count(2, timeout=LATER)  # on the Train node and on Training Result
@@ -84,6 +95,10 @@ def test_watch_stop_reload_resume_and_delete_a_run(panel: Page, client: Client, 
     expect(view.locator(".kl-title")).to_contain_text([f"{name}Train Wan LoRA"])
     wait_for_change(page, view.locator("canvas").first)
     expect(view.locator(".u-legend").first).to_contain_text("loss on fixed noise")
+    expect(view.locator(".kl-pair img")).to_have_count(2, timeout=LATER)  # the first and the newest
+    expect(view.locator(".kl-prompt")).to_have_text(HOSTILE)
+    shown = view.locator(".kl-pair img").first.element_handle()
+    page.wait_for_function("(image) => image.naturalWidth === 32", arg=shown)
     button(view, "Pause").click()
     expect(view.locator(".kl-state")).to_have_text("paused", timeout=LATER)
     button(view, "Resume").click()
