@@ -14,7 +14,7 @@ from comfy_client import Client, Server, set_widget
 TEMPLATE = Path(__file__).resolve().parent.parent / "workflows" / "wan_lora_train.json"
 HOSTILE = """<img src="x" onerror="window.hacked = true">"""
 READY = "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
-JOBS = "(await import('/extensions/kinoloom/training.js')).jobs"
+JOBS = "window.kinoloomJobs"
 SAMPLED = {"prompts": HOSTILE, "width": 32, "height": 32, "frames": 9, "steps": 1, "sample_every": 10}
 ADD_SAMPLES = """(values) => {
     const find = (type) => app.graph.nodes.find((node) => node.type === type);
@@ -104,24 +104,25 @@ def test_watch_stop_reload_resume_and_delete_a_run(panel: Page, client: Client, 
     button(view, "Resume").click()
     expect(view.locator(".kl-state")).to_have_text("running", timeout=LATER)
     button(view, "Stop").click()
-    expect(page.locator(".p-toast")).to_contain_text(f"{name} was stopped", timeout=LATER)
+    expect(page.locator(".p-toast-message", has_text=f"{name} was stopped")).to_be_visible(timeout=LATER)
     done = job_of(client, name)["done"]
     expect(button(view, f"Resume from step {done}")).to_be_visible()
     expect(view.locator(".kl-files")).to_contain_text(f"{name}-lora-{done:06}.safetensors")
+    ended = re.compile(rf"stopped\s*{done} / 5000")
     expect(widgets).to_have_count(0)
-    expect(page.locator(".kl-node", has_text=f"stopped {done} / 5000")).to_have_count(2)
+    expect(page.locator(".kl-node", has_text=ended)).to_have_count(2)
 
     page.wait_for_timeout(1500)  # the front end keeps its draft a moment later
     page.reload()
     page.wait_for_function(READY)
-    expect(page.locator(".kl-node", has_text=f"stopped {done} / 5000")).to_have_count(2)
+    expect(page.locator(".kl-node", has_text=ended)).to_have_count(2)
     open_panel(page)
     row = page.locator(".kl-row", has_text=name)
     expect(row).to_contain_text("stopped")
     row.click()
     button(view, f"Resume from step {done}").click()
     expect(view.locator(".kl-state")).to_have_text("running", timeout=LATER)
-    page.wait_for_function(f"async () => {JOBS}.list[0].done > {done}", timeout=LATER)
+    page.wait_for_function(f"parseInt(document.querySelector('.kl-fact').innerText.slice(4)) > {done}", timeout=LATER)
     button(view, "Stop").click()
     button(view, "Delete").click(timeout=LATER)
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
@@ -135,22 +136,22 @@ def test_a_gap_in_the_socket_and_a_rewind_leave_no_gap_in_the_history(panel: Pag
     page, name = panel, "gap"
     load(page, client, name, save_every=10)
     page.evaluate("app.queuePrompt(0)")
-    known = f"async () => {JOBS}.list.find((job) => job.run_name === '{name}')"
-    page.wait_for_function(f"async () => (await ({known})())?.done > 2", timeout=LATER)
-    page.evaluate(f"async () => {{ const jobs = {JOBS}; jobs.follow((await ({known})()).id); }}")
+    page.evaluate(f"async () => {{ {JOBS} = (await import('/extensions/kinoloom/training.js')).jobs; }}")
+    known = f"{JOBS}.list.find((job) => job.run_name === '{name}')"
+    page.wait_for_function(f"{known}?.done > 2", timeout=LATER)
     for _ in range(2):
         done = job_of(client, name)["done"]
         page.evaluate("app.api.socket.close()")
-        page.wait_for_function(f"async () => (await ({known})()).done > {done + 5}", timeout=LATER)
+        page.wait_for_function(f"{known}.done > {done + 5}", timeout=LATER)
         job = job_of(client, name)
         client.post(f"/kinoloom/jobs/{job['id']}/stop")
-        page.wait_for_function(f"async () => (await ({known})()).status === 'stopped'", timeout=LATER)
+        page.wait_for_function(f"{known}.status === 'stopped'", timeout=LATER)
         history = client.get(f"/kinoloom/jobs/{job['id']}?after=0")["history"]
         kept = f"{JOBS}.histories.get('{job['id']}').entries"
-        page.wait_for_function(f"async () => {kept}.length >= {len(history)}", timeout=LATER)
-        assert page.evaluate(f"async () => {kept}") == history
+        page.wait_for_function(f"{kept}.length >= {len(history)}", timeout=LATER)
+        assert page.evaluate(kept) == history
         client.post(f"/kinoloom/jobs/{job['id']}/resume")
-        page.wait_for_function(f"async () => (await ({known})()).status === 'running'", timeout=LATER)
+        page.wait_for_function(f"{known}.status === 'running'", timeout=LATER)
     client.post(f"/kinoloom/jobs/{job['id']}/stop")
 
 
@@ -159,9 +160,9 @@ def test_a_broken_run_says_why_and_no_text_becomes_html(panel: Page, client: Cli
     options = {"learning_rate": 10.0, "precision": "fp16", "max_grad_norm": 0.0, "trigger_words": HOSTILE}
     load(page, client, name, **options)
     page.evaluate("app.queuePrompt(0)")
-    toast = page.locator(".p-toast-message-error")
+    toast = page.locator(".p-toast-message-error", has_text=f"{name} failed")
     message = re.compile("became nan in step .* Try a lower learning_rate")
-    expect(toast).to_contain_text(f"{name} failed", timeout=LATER)
+    expect(toast).to_be_visible(timeout=LATER)
     expect(page.locator(".kl-node").first).to_contain_text(message)
     open_panel(page)
     page.locator(".kl-row", has_text=name).click()

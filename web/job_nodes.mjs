@@ -19,11 +19,13 @@ class JobWidget {
         Object.assign(this, { node, jobs, setting });
         this.result = kind(node) === RESULT;
         this.chart = new Chart();
-        this.head = el("div", { className: "kl-head" });
+        [this.state, this.facts] = [el("span"), el("small", { className: "kl-title" })];
+        this.progress = el("div", { className: "kl-whole" });
         this.note = el("div", { className: "kl-note" });
         this.samples = new Samples((name) => jobs.sample(this.id, name), { strip: false });
         this.open = button("", "pi-external-link", "Open in the training tab", () => open(this.id));
-        const parts = [this.head, this.note, this.chart.root, this.samples.root];
+        const head = el("div", { className: "kl-head" }, this.state, this.facts, this.open, this.progress);
+        const parts = [head, this.note, this.chart.root, this.samples.root];
         this.root = el("div", { className: "kl-training kl-node" }, ...parts);
         this.samples.show([]);
         forwardPanAndZoom(this.root);
@@ -36,12 +38,10 @@ class JobWidget {
     update() {
         const job = jobOf(this.node, this.jobs);
         this.id = job?.id;
-        const seen = job && [job.run_name, job.status, job.pause_requested, job.done, job.total, job.seconds_left];
-        fill(this.head, seen ?? null, () => {
-            if (!job) return [el("small", {}, "No run yet.")];
-            const facts = [steps(job), timeLeft(job)].filter(Boolean).join(" · ");
-            return [stateOf(job), el("small", { className: "kl-title" }, facts), this.open, bar(job)];
-        });
+        this.open.hidden = !job;
+        this.facts.textContent = job ? [steps(job), timeLeft(job)].filter(Boolean).join(" · ") : "No run yet.";
+        fill(this.state, [job?.status, job?.pause_requested], () => (job ? [stateOf(job)] : []));
+        fill(this.progress, [job?.status, job?.done, job?.total], () => (job ? [bar(job)] : []));
         this.note.textContent = job?.error ?? "";
         const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
         const found = job && this.jobs.curves(job.id);
