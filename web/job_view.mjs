@@ -75,7 +75,7 @@ export class JobView {
         this.unsampled.textContent = unsampled;
         this.unsampled.hidden = !unsampled;
         this.planned.hidden = !plan;
-        fill(this.plan, plan, () => [plan.text]);
+        this.plan.textContent = plan?.text ?? "";
         fill(this.config, config, () => rows(Object.entries(config ?? {})));
         this.listFiles(JSON.stringify([job.files, status]));
         if (status !== this.status) this.readLog();
