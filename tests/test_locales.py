@@ -87,6 +87,10 @@ def test_a_page_is_about_its_node(page: Path, defs: dict) -> None:
     known = node["inputs"].keys() | {output.get("name") for output in node["outputs"].values()}
     explained = [word for row in re.findall(r"^\|([^|]*`[^|]*)\|", text, re.M) for word in re.findall("`([^`]+)`", row)]
     assert [word for word in explained if word not in known] == []
+    for source, _, target in (line.partition(" → ") for line in text.splitlines() if " → " in line):
+        into, out = re.search("`([^`]+)`$", target), re.search(r"^- [^`*]*`([^`]+)`$", source)
+        assert into is None or into[1] in node["inputs"], target
+        assert out is None or out[1] in known, source
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
