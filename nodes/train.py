@@ -7,8 +7,9 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from safetensors import safe_open
 
-from ..lora_io.file import load, sha256
+from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.config import TrainConfig, make
 from ..trainers.core.data import PhaseData, TrainingData, column_path
@@ -96,8 +97,8 @@ def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData,
     if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
         raise ValueError(f"samples: these are {found}, but {recipe.title} takes {expected}")
     if samples.column == PROMPTS:
-        stems = (data.folder, data.rows[0].columns[PROMPTS]), (samples.folder, samples.stems[0])
-        theirs, ours = (load(column_path(*stem, PROMPTS))[0][PROMPTS].shape[-1] for stem in stems)
+        theirs = prompt_width(data.folder, data.rows[0].columns[PROMPTS])
+        ours = prompt_width(samples.folder, samples.stems[0])
         if ours != theirs:
             raise ValueError(f"samples: prompts are {ours} wide, the data's {theirs}: expected the same text encoder")
     try:
@@ -105,6 +106,11 @@ def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData,
     except ValueError as error:
         raise ValueError(f"samples: {error}") from error
     return replace(samples, shape=shape)
+
+
+def prompt_width(folder: str, stem: str) -> int:
+    with safe_open(str(column_path(folder, stem, PROMPTS)), framework="pt") as opened:
+        return opened.get_slice(PROMPTS).get_shape()[-1]
 
 
 def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:

@@ -294,7 +294,7 @@ def test_samples_that_fail_are_reported_once_and_the_run_goes_on(
     job = finish(make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA, samples=samples), model)
     (failed,) = events(job, "samplefailed", "sample")
     assert (failed["event"], failed["done"]) == ("samplefailed", 0) and "gone.prompt_embeds" in failed["error"]
-    assert len([r for r in caplog.records if "samples failed" in r.message]) == 1 and job.done == job.total
+    assert len([r for r in caplog.records if "a sample failed" in r.message]) == 1 and job.done == job.total
 
 
 # -- what a run is made of ---------------------------------------------------------------------------------------------------

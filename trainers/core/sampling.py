@@ -124,21 +124,21 @@ class Sampling:
         """After `step` of a phase, `done` of the run."""
         if self.failed:
             return
-        began, files = time.perf_counter(), []
+        began, failure = time.perf_counter(), ""
+        files = [f"{done:06d}-{number}.webp" for number in range(len(self.samples.names))]
         try:
-            for index in range(len(self.samples.names)):
-                latents = self._sample(index)
-                if latents is None:
-                    return
-                files.append(f"{done:06d}-{index}.webp")
+            made = [self._sample(number) for number in range(len(files))]
+            if any(latents is None for latents in made):
+                return
+            for name, latents in zip(files, made, strict=True):
                 frames = host.decode_preview(self.latent_format, latents[0])
-                write_webp(self.folder / files[-1], frames, self.samples.frames / self.samples.fps)
+                write_webp(self.folder / name, frames, self.samples.frames / self.samples.fps)
         except Exception as error:  # out of memory, most likely, where training itself has enough
-            logging.exception("Kinoloom: samples failed and are left out from here on")
-            self.failed, why = True, f"{type(error).__name__}: {error}"
+            logging.exception("Kinoloom: a sample failed, and no more are made until the run is started again")
+            self.failed, failure = True, f"{type(error).__name__}: {error}"
         if self.failed:
             host.release()
-            self.emit(SampleFailed(phase.name, step, done, why))
+            self.emit(SampleFailed(phase.name, step, done, failure))
         else:
             self.emit(Sample(phase.name, step, done, files, list(self.samples.names), time.perf_counter() - began))
 
