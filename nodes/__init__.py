@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import control, data, jobs, motion, svd, svd_data, tracklets, train
+from . import control, data, jobs, motion, samples, svd, svd_data, tracklets, train
 
 
 class Kinoloom(ComfyExtension):
@@ -10,7 +10,7 @@ class Kinoloom(ComfyExtension):
         jobs.start_registry()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (data, svd_data, train, jobs, motion, svd, tracklets, control)
+        modules = (data, svd_data, samples, train, jobs, motion, svd, tracklets, control)
         return [node for module in modules for node in module.NODES]
 
 

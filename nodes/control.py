@@ -16,13 +16,13 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from ..trainers.backbones.base import PIXELS
 from ..trainers.backbones.svd import check_model
 from ..trainers.backbones.tracklet_control import Controlled, TrackletControl, read, widths_of
 from ..trainers.core.tracklets import Tracklets, to_tensors
 from .jobs import trained_file
 from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType
 
-PIXELS = 8  # of a latent's side
 TrackletControlType = io.Custom("TRACKLET_CONTROL")  # (ModelPatcher of a TrackletControl, layers of the base model)
 
 folder_paths.add_model_folder_path(TRACKLET_CONTROL, os.path.join(folder_paths.models_dir, TRACKLET_CONTROL))

@@ -30,6 +30,7 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models, make_room
 from ..trainers.core.job import Job
 from ..trainers.core.record import Spec
+from ..trainers.core.sampling import Samples
 from .motion import MOTION_LORAS
 from .widgets import TRACKLET_CONTROL, TrainingJobType, output_folder, require_name
 
@@ -82,7 +83,14 @@ class Registry:
         return max(jobs, key=lambda job: job.spec.created, default=None)
 
     def start(
-        self, model: Any, recipe: str, config: TrainConfig, data: TrainingData, files: dict[str, str], run_name: str
+        self,
+        model: Any,
+        recipe: str,
+        config: TrainConfig,
+        data: TrainingData,
+        files: dict[str, str],
+        run_name: str,
+        samples: Samples | None = None,
     ) -> Job:
         """The job for these inputs: a new one, an unfinished one resumed, or a finished one as it is.
 
@@ -109,7 +117,7 @@ class Registry:
                 )
                 self.jobs[job.spec.id] = job
             if job.status != "finished":
-                job.reconfigure(config)
+                job.reconfigure(config, samples)
                 if job.ended.is_set():
                     job.start(model)
         return job

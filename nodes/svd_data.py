@@ -15,6 +15,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..lora_io.file import load
+from ..trainers.backbones.svd import SIDE
 from ..trainers.core.config import knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
@@ -27,7 +28,6 @@ from .folder import plan_folder, resolve_folder
 from .framing import fit
 from .widgets import TrackletsType, TrainingDataType, widget
 
-SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws
 LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)

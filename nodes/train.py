@@ -7,15 +7,17 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from safetensors import safe_open
 
 from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.config import TrainConfig, make
-from ..trainers.core.data import PhaseData, TrainingData
+from ..trainers.core.data import PhaseData, TrainingData, column_path
 from ..trainers.core.host import carried, device, resolve_precision
 from ..trainers.core.recipe import Recipe
+from ..trainers.core.sampling import PROMPTS, Samples
 from .jobs import registry
-from .widgets import NO_FILE, TrainingDataType, TrainingJobType, widget
+from .widgets import NO_FILE, TrainingDataType, TrainingJobType, TrainingSamplesType, widget
 
 
 def knobs(config_class: type) -> list[Field]:
@@ -44,6 +46,12 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                         "the same name resumes what was stopped and leaves a finished run as it is.",
                     ),
                     *(widget(option) for option in knobs(recipe.Config)),
+                    TrainingSamplesType.Input(
+                        "samples",
+                        optional=True,
+                        tooltip="What to sample while training, from Sample Prompts or Sample First Frames (SVD). "
+                        "Changes nothing of what is learned.",
+                    ),
                 ],
                 outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
             )
@@ -55,13 +63,16 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             return float("nan") if job and job.ended.is_set() and job.status != "finished" else ""
 
         @classmethod
-        def execute(cls, model: Any, data: TrainingData, run_name: str, **values: Any) -> io.NodeOutput:
+        def execute(
+            cls, model: Any, data: TrainingData, run_name: str, samples: Samples | None = None, **values: Any
+        ) -> io.NodeOutput:
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
             config = replace(config, precision=resolve_precision(config.precision, device()))
             backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
             check_data(recipe, config, data)
-            job = registry().start(model, recipe.name, config, data, files, run_name)
+            shaped = samples and fit_samples(recipe, carried(model), data, samples)
+            job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
             return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
 
     Train.__name__ = recipe.name
@@ -78,6 +89,28 @@ def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) ->
     without = [name for name, phase in phases.items() if not phase.prior.rows]
     if without and len(without) < len(phases):
         logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))
+
+
+def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData, samples: Samples) -> Samples:
+    """The samples with their latent shape. ValueError if this method's model cannot make them."""
+    found, expected = ("prompts", "first frames") if samples.column == PROMPTS else ("first frames", "prompts")
+    if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
+        raise ValueError(f"samples: these are {found}, but {recipe.title} takes {expected}")
+    if samples.column == PROMPTS:
+        theirs = prompt_width(data.folder, data.rows[0].columns[PROMPTS])
+        ours = prompt_width(samples.folder, samples.stems[0])
+        if ours != theirs:
+            raise ValueError(f"samples: prompts are {ours} wide, the data's {theirs}: expected the same text encoder")
+    try:
+        shape = backbone_modules()[recipe.backbone].latent_shape(parts, samples.width, samples.height, samples.frames)
+    except ValueError as error:
+        raise ValueError(f"samples: {error}") from error
+    return replace(samples, shape=shape)
+
+
+def prompt_width(folder: str, stem: str) -> int:
+    with safe_open(str(column_path(folder, stem, PROMPTS)), framework="pt") as opened:
+        return opened.get_slice(PROMPTS).get_shape()[-1]
 
 
 def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:

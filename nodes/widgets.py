@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
 TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
+TrainingSamplesType = io.Custom("TRAINING_SAMPLES")  # trainers.core.sampling.Samples
 TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
 LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over

@@ -19,6 +19,7 @@ from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
 from kinoloom.trainers.core.record import Spec
+from kinoloom.trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
 from torch import Tensor
 from toyworld.pack import unet, video_unet
 
@@ -143,6 +144,27 @@ def write_data(
     return TrainingData(str(folder), tuple(rows))
 
 
+def write_samples(folder: Path, backbone: str, **options: Any) -> Samples:
+    """Two samples of the shape of the clips, as the sample nodes write them, and with their latent shape."""
+    channels, frames, height, width = shape = SHAPES[backbone]["clips"]
+    names, column = ("first", "second"), FIRST_FRAMES if backbone == "svd" else PROMPTS
+    for name in (*names, "away"):
+        tensors = prompt(name, variants=0)
+        if backbone == "svd":
+            own, control = image(name, height=height, width=width), boxes(name, frames, height=height, width=width)
+            tensors = {
+                **{key: own[key] for key in ("image_embeds", "fps", "motion_bucket")},
+                **{key: control[key] for key in ("boxes", "box_mask")},
+                "first_frame": own["first_frames"][0],
+                "augmentation": torch.tensor(0.0),
+            }
+        write_column(folder, name, column, tensors)
+    size = {"width": 8 * width, "height": 8 * height, "frames": 4 * frames - 3 if channels == 16 else frames}
+    steps = {"steps": 2, "cfg": 2.5, "first_cfg": 1.0 if backbone == "svd" else 2.5, "shift": 5.0, "sample_every": 2}
+    made = {"folder": str(folder), "column": column, "names": names, "stems": names, "negative": "away"}
+    return Samples(**{**made, **size, **steps, "fps": 8.0, "seed": 1, "shape": shape, **options})
+
+
 def make_config(recipe: str, **options: Any) -> TrainConfig:
     config = recipes()[recipe].Config
     small = {name: value for name, value in SMALL.items() if name in config.__dataclass_fields__}
@@ -167,7 +189,13 @@ class Published(list):
 
 
 def make_job(
-    folder: Path, model: Any, data: TrainingData, config: TrainConfig, recipe: str, published: Published | None = None
+    folder: Path,
+    model: Any,
+    data: TrainingData,
+    config: TrainConfig,
+    recipe: str,
+    published: Published | None = None,
+    samples: Samples | None = None,
 ) -> Job:
     """A job in folder/job whose files go to folder/out; one that a folder already holds is taken up as after a restart."""
     kept = folder / "job" / "job.json"
@@ -185,6 +213,7 @@ def make_job(
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
             outputs=dict.fromkeys(OUTPUTS, str(folder / "out")),
             created=0.0,
+            samples=samples,
         )
     method = recipes()[recipe]
     publish = Published() if published is None else published

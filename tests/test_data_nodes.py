@@ -1,9 +1,10 @@
 """The data nodes with a real (tiny) Wan VAE, text encoder and model: what they write, reuse and refuse."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from comfy_api.latest import InputImpl, Types
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import clips, identity
 from kinoloom.nodes import data as data_nodes
+from kinoloom.nodes import samples as samples_nodes
 from kinoloom.nodes.columns import Columns, encode_pixels
 from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
+from kinoloom.trainers.core.sampling import Samples
 
 from .media import write_image, write_video
 
@@ -561,3 +564,45 @@ def test_single_frames_are_read_in_one_pass(vae: Any, tmp_path: Path) -> None:
     assert passes == [[1, 4, 8], [3, 6]] and (again[0], again[2]) == (first[0], first[1])
     alone = encode_pixels(vae, pixels(9)[6:7])
     assert torch.equal(load(column_path(tmp_path, again[3], "latents"))[0]["latents"], alone)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------------
+
+
+SAMPLED = {
+    "width": 32,
+    "height": 32,
+    "frames": 5,
+    "fps": 16.0,
+    "steps": 2,
+    "cfg": 5.0,
+    "shift": 8.0,
+    "seed": 7,
+    "sample_every": 3,
+}
+
+
+def test_sample_prompts_are_encoded_as_captions_are_and_survive_a_restart(clip: Any) -> None:
+    node = samples_nodes.SamplePrompts
+    (samples,) = node.execute(clip, "a man\n\n  a [v] dog runs \n", "blurry", **SAMPLED).result
+    assert samples.names == ("a man", "a [v] dog runs") and samples.sample_every == 3
+    assert Samples.from_json(json.loads(json.dumps(asdict(samples)))) == samples
+    positive, negative = replace(samples, shape=(16, 2, 4, 4)).conditions(1)
+    for batch, text in ((positive, "a [v] dog runs"), (negative, "blurry")):
+        encoded, length = clip.encode_from_tokens(clip.tokenize(text)), batch["prompt_embeds"].shape[1]
+        assert torch.equal(batch["prompt_embeds"], encoded[:, :length]) and not encoded[:, length:].any()
+    assert node.execute(clip, "a man\na [v] dog runs", "blurry", **SAMPLED).result == (samples,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": " \n"}, "prompts: found 0, expected 1..16"),
+        ({"prompts": "a\n" * 17}, "prompts: found 17, expected 1..16"),
+        ({"steps": 0}, "steps=0: expected 1..1000"),
+        ({"sample_every": 0}, "sample_every=0: expected 1..1000000"),
+    ],
+)
+def test_samples_that_cannot_be_made_are_refused(options: dict[str, Any], message: str, clip: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        samples_nodes.SamplePrompts.execute(clip, **{"prompts": "a", "negative": "", **SAMPLED, **options})

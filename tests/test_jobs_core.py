@@ -55,6 +55,7 @@ from .runs import (
     state_of,
     write_data,
     write_row,
+    write_samples,
 )
 
 RECIPES = sorted(recipes())
@@ -188,6 +189,20 @@ def test_validation_is_repeatable_and_does_not_change_training(
         assert len(losses) == phase.steps and len(set(losses)) == 1, "the same weights have the same loss"
         trained = [tuple(e["losses"].items()) for e in events(still, "step") if e["phase"] == phase.name]
         assert len(set(trained)) == phase.steps, "training sees new noise at each step"
+
+
+@every_recipe
+def test_samples_do_not_change_training(
+    name: str, model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path
+) -> None:
+    samples = write_samples(tmp_path / "samples", recipes()[name].backbone)
+    job = finish(make_job(tmp_path, model, data, make_config(name), name, samples=samples), model)
+    assert not events(job, "samplefailed")
+    places = [(e["phase"], e["step"]) for e in events(job, "sample")]
+    phases = recipes()[name].phases(job.config)
+    steps = [(phase, n) for phase in phases for n in range(1, phase.steps + 1) if n % 2 == 0 or n == phase.steps]
+    assert places == [(phases[0].name, 0), *((phase.name, n) for phase, n in steps)]
+    assert_same_run(job, whole(name))
 
 
 @every_recipe

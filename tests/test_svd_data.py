@@ -15,6 +15,7 @@ import pytest
 import tiny_sd
 import torch
 from kinoloom.lora_io.file import load
+from kinoloom.nodes import samples as samples_nodes
 from kinoloom.nodes import svd_data
 from kinoloom.trainers.core.data import TrainingData, column_path
 from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
@@ -268,3 +269,37 @@ def test_tracklets_lie_beside_clips_in_a_folder(folder: Path, vae: Any, clip_vis
     (folder / "c.csv").write_text("1,3,a,12,51,38,1,1,1\n")
     with pytest.raises(ValueError, match="c.csv: line 1: x='a': expected a number"):
         svd_data.SvdClipsFromFolder.execute(vae, clip_vision, folder="set", role="train", **OPTIONS)
+
+
+SAMPLED = {"size": 64, "frames": 4, "fps": 8, "motion_bucket": 99, "steps": 2, "cfg": 2.5, "seed": 0, "sample_every": 5}
+
+
+def test_a_sample_starts_from_what_core_s_own_node_makes_of_the_first_frame(vae: Any, clip_vision: Any) -> None:
+    images = moving(2)
+    (samples,) = samples_nodes.SampleFirstFrames.execute(vae, clip_vision, images[:2], **SAMPLED).result
+    assert samples.names == ("image 1", "image 2") and (samples.width, samples.height) == (128, 64)
+    core_node = core.SVD_img2vid_Conditioning()
+    given = core_node.encode(
+        clip_vision, images[1:2], vae, 128, 64, 4, motion_bucket_id=99, fps=8, augmentation_level=0.0
+    )
+    for ours, ((pooled, theirs),) in zip(samples.conditions(1), given[:2], strict=True):
+        assert torch.allclose(ours["image_embeds"], pooled[0], atol=1e-4)
+        assert torch.allclose(ours["first_frame"], theirs["concat_latent_image"], atol=1e-4)
+        told = [float(ours[name]) for name in ("fps", "motion_bucket", "augmentation")]
+        assert told == [theirs[name] for name in ("fps", "motion_bucket_id", "augmentation_level")]
+        assert not ours["box_mask"].any()
+    guidance = replace(samples, shape=(4, 4, 8, 16)).guidance().flatten()
+    torch.testing.assert_close(guidance, torch.tensor([1.0, 1.5, 2.0, 2.5]))
+
+
+def test_a_sample_s_boxes_are_in_what_is_asked_for_and_not_in_the_negative(vae: Any, clip_vision: Any) -> None:
+    key = Keyframe(0, (0.1, 0.1, 0.5, 0.5))
+    tracklets = Tracklets(128, 64, 8, (Tracklet(1, "dog", "#ff0000", (key,)),))
+    node = samples_nodes.SampleFirstFrames
+    (samples,) = node.execute(vae, clip_vision, moving(2)[:1], tracklets, **SAMPLED).result
+    positive, negative = samples.conditions(0)
+    boxes, mask = to_tensors(tracklets, 4, (128, 64))
+    assert torch.equal(positive["boxes"], boxes[None]) and torch.equal(positive["box_mask"], mask[None])
+    assert mask.any() and not negative["box_mask"].any()
+    (without,) = node.execute(vae, clip_vision, moving(2)[:1], **SAMPLED).result
+    assert without.stems != samples.stems

@@ -18,9 +18,11 @@ def recipes() -> dict[str, type[Recipe]]:
 
 @cache
 def backbone_modules() -> dict[str, Any]:
-    """Backbone name to its module: one with `check(model, parts, rows)` and `load`, which makes a base.Backbone.
+    """Backbone name to its module: one with `check`, `latent_shape` and `load`, which makes a base.Backbone.
 
-    `load(model, parts, device, dtype, transformer_options)` gets the private copy of a MODEL, and what it carries.
+    `check(model, parts, rows)` raises ValueError, as does `latent_shape(parts, width, height, frames)`, of a video to
+    sample. `load(model, parts, device, dtype, transformer_options)` gets the private copy of a MODEL, and what it
+    carries.
     """
     names = [m.name for m in pkgutil.iter_modules(backbones.__path__)]
     modules = {name: importlib.import_module(f"{backbones.__name__}.{name}") for name in names}

@@ -237,6 +237,13 @@ class MotionDirector:
                 pred = self.backbone.predict(noisy_latents, t, batch)
                 yield TEMPORAL, temporal_loss(pred, target, anchor, c.debias_weight, batch.get("mask"))
 
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """With the look, but for several looks, which are each one clip's own."""
+        looks = spatial_groups(self.config)
+        self.lora.set_dropout(0.0, Rng(self.config.seed, PHASE, 0))
+        with self.lora.without(*(looks if len(looks) > 1 else [])):
+            return self.backbone.predict(noisy_latents, t, batch)
+
     def export(self, name: str) -> dict[str, Tensor]:
         return self.lora.export(name)
 

@@ -211,14 +211,20 @@ class SetAndSequence:
 
     def _draw_masks(self, rng: Rng) -> None:
         """B' = B * M / (1 - p) with P(M = 0) = p, one M per layer and pass (paper eq. 10), on the trained B only."""
-        group = MOTION if MOTION in self.lora.active else IDENTITY
         keep = 1 - self.dropout
         generator = rng.generator("masks", device=self.backbone.device)
 
         def mask(up: Tensor) -> Tensor:
             return torch.empty_like(up).bernoulli_(keep, generator=generator).div_(keep)
 
-        self.lora.set_masks(group, None if rng.evaluating or not self.dropout else mask)
+        self.lora.set_masks(self._trained_group(), None if rng.evaluating or not self.dropout else mask)
+
+    def _trained_group(self) -> str:
+        return MOTION if MOTION in self.lora.active else IDENTITY
+
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        self.lora.set_masks(self._trained_group(), None)
+        return self.backbone.predict(noisy_latents, t, batch)
 
     def export(self, name: str) -> dict[str, Tensor]:
         identity = self.lora.export(IDENTITY)

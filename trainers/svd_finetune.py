@@ -67,6 +67,7 @@ class SvdFinetune:
 
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
+        self.predict = backbone.predict
         named = backbone.module.named_parameters()
         self.trained: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in named if re.fullmatch(LAYERS[config.layers], name)

@@ -39,6 +39,7 @@ class SvdLora:
 
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
+        self.predict = backbone.predict
         self.lora = LoraGroups(backbone.module, config.seed)
         self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
 

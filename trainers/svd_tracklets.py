@@ -167,6 +167,11 @@ class SvdTracklets:
             batch = {**batch, "mask": batch.get("mask", 1) * weight.to(batch["latents"])}
         return video_loss(self.backbone, batch, rng, c.conditioning_dropout, c.stratified_timesteps)
 
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """`batch` holds boxes [B, T, 20, 8] and box_mask [B, T, 20], which is 0 where the learned null stands."""
+        self.controlled.boxes, self.controlled.mask = (batch[name].flatten(0, 1) for name in ("boxes", "box_mask"))
+        return self.backbone.predict(noisy_latents, t, batch)
+
     def export(self, name: str) -> dict[str, Tensor]:
         """The control under TrackDiffusion's names in ComfyUI's layout, and the trained layers of the base model."""
         tensors = {**self.control.tensors(), **self.base}

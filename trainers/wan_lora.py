@@ -51,6 +51,7 @@ class WanLora:
 
     def __init__(self, backbone: Wan, config: Any) -> None:
         self.backbone, self.config = backbone, config
+        self.predict = backbone.predict
         self.lora = LoraGroups(backbone.module, config.seed)
         self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..core.data import Row
 from ..core.host import merge_lora
 from ..core.noise import Ddpm
-from .base import check_channels, prepare_latents, prompts
+from .base import PIXELS, check_channels, latent_size, prepare_latents, prompts
 from .motion_module import PART, Attached, MotionModule, MotionModules, read, require_layout
 
 LATENT_CHANNELS = 4
@@ -44,6 +44,13 @@ def check_model(model: Any) -> None:
         require_layout(model.diffusion_model)
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
+
+
+def latent_shape(parts: dict[str, nn.Module], width: int, height: int, frames: int) -> tuple[int, ...]:
+    """(C, F, h, w) of a video to sample. ValueError names the number that the model cannot have."""
+    if frames > (longest := parts[PART].layout.positions):
+        raise ValueError(f"frames={frames}: expected at most {longest} for this motion module")
+    return (LATENT_CHANNELS, frames, *latent_size(width, height, PIXELS))
 
 
 class AnimateDiff:

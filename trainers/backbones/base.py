@@ -8,10 +8,21 @@ from torch import Tensor, nn
 
 from ..core.data import Row
 
+PIXELS = 8  # of a latent's side
+
 
 class Schedule(Protocol):
+    """For samplers: `levels` from most noise to none (`shift` moves a flow's towards noise), and the start `x` at one.
+
+    `model_input` makes of an x at a level what the model predicts from, and `slope` of the prediction dx / dlevel.
+    """
+
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def levels(self, steps: int, shift: float) -> Tensor: ...
+    def begin(self, noise: Tensor, level: float) -> Tensor: ...
+    def model_input(self, x: Tensor, level: float) -> tuple[Tensor, Tensor]: ...
+    def slope(self, x: Tensor, pred: Tensor, level: float) -> Tensor: ...
 
 
 class Backbone(Protocol):
@@ -48,6 +59,14 @@ def prompts(batch: dict[str, Any], width: int) -> Tensor:
         )
     padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
     return nn.functional.pad(prompt_embeds, (0, 0, 0, padding))
+
+
+def latent_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """(h, w) of latents. ValueError for a size in pixels that is no multiple of `side`."""
+    for name, value in {"width": width, "height": height}.items():
+        if value % side:
+            raise ValueError(f"{name}={value}: expected a multiple of {side} for this model")
+    return height // PIXELS, width // PIXELS
 
 
 def check_channels(rows: Iterable[Row], channels: int) -> None:

@@ -10,9 +10,10 @@ from ..core.config import knob
 from ..core.data import Row
 from ..core.losses import denoising_loss
 from ..core.noise import Edm, Rng
-from .base import check_channels, prepare_latents
+from .base import check_channels, latent_size, prepare_latents
 
 LATENT_CHANNELS = 4
+SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
 CHECKPOINTED = ("VideoResBlock", "SpatialVideoTransformer")
 # Cross-attention has one token to look at, whatever its queries and keys are: those two never get a gradient.
 ATTENTION = r"\.0\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(v|out\.0))"
@@ -28,6 +29,11 @@ def check_model(model: Any) -> None:
     """ValueError unless `model` (a comfy BaseModel) is Stable Video Diffusion."""
     if (kind := type(model).__name__) != "SVD_img2vid":
         raise ValueError(f"model: found {kind}, expected Stable Video Diffusion (SVD_img2vid)")
+
+
+def latent_shape(parts: dict[str, nn.Module], width: int, height: int, frames: int) -> tuple[int, ...]:
+    """(C, T, h, w) of a video to sample. ValueError names the number that the model cannot have."""
+    return (LATENT_CHANNELS, frames, *latent_size(width, height, SIDE))
 
 
 class Svd:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from ..core.data import Row
 from ..core.noise import FlowMatch
-from .base import check_channels, prepare_latents, prompts
+from .base import check_channels, latent_size, prepare_latents, prompts
 
 LATENT_CHANNELS = 16
+SIDE = 16  # pixels of a token's side
+FRAMES = 4  # in a latent but the first, which has one
 
 
 def check(model: Any, parts: dict[str, Any], rows: Iterable[Row]) -> None:
@@ -29,6 +31,14 @@ def _check_model(model: Any) -> None:
             f"model: found a Wan {module.model_type} model with {module.in_dim} input channels, expected "
             f"Wan 2.1 text-to-video with {LATENT_CHANNELS}"
         )
+
+
+def latent_shape(parts: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, ...]:
+    """(C, T, h, w) of a video to sample. ValueError names the number that the model cannot have."""
+    if (frames - 1) % FRAMES:
+        below = (frames - 1) // FRAMES * FRAMES + 1
+        raise ValueError(f"frames={frames}: expected 4n+1 for this model; the nearest are {below} and {below + FRAMES}")
+    return (LATENT_CHANNELS, 1 + (frames - 1) // FRAMES, *latent_size(width, height, SIDE))
 
 
 class Wan:

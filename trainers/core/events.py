@@ -52,6 +52,28 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Videos made after `step` of a phase: names of files in the job's folder `samples`, one for each prompt."""
+
+    phase: str
+    step: int
+    done: int
+    files: list[str]
+    prompts: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampleFailed:
+    """No more samples until the run is started again; it goes on without."""
+
+    phase: str
+    step: int
+    done: int
+    error: str
+
+
+@dataclass(frozen=True)
 class Saved:
     export: str
     path: str
@@ -72,7 +94,7 @@ class Failed:
     error: str
 
 
-Event = Plan | Step | Validation | Saved | Finished | Failed
+Event = Plan | Step | Validation | Sample | SampleFailed | Saved | Finished | Failed
 
 
 def to_json(event: Event) -> dict:

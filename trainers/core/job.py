@@ -22,6 +22,7 @@ from .noise import Rng
 from .optim import STATE_BYTES
 from .recipe import Phase, Recipe
 from .record import Record, Spec
+from .sampling import Samples, Sampling
 
 POLL_SECONDS = 0.1
 PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
@@ -67,9 +68,9 @@ class Job(Record):
         self.ended.clear()
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
-    def reconfigure(self, config: TrainConfig) -> None:
-        """Take over options that do not change what is learned: politeness at once, the others at the next start."""
-        self.config, self.spec = config, replace(self.spec, config=vars(config))
+    def reconfigure(self, config: TrainConfig, samples: Samples | None) -> None:
+        """Take over what does not change what is learned: politeness at once, the rest at the next start."""
+        self.config, self.spec = config, replace(self.spec, config=vars(config), samples=samples)
 
     def stop(self) -> None:
         """End after the current step, keeping a usable LoRA and a resumable state."""
@@ -190,6 +191,10 @@ class Job(Record):
 
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         session = Session(self._emit, self._should_stop, save, plan)
+        if samples := self.spec.samples:
+            shown = private.latent_format, self.folder / "samples", self._emit, self._should_stop
+            sampling = Sampling(samples, recipe, backbone, *shown)
+            session = replace(session, sample=sampling, sample_every=samples.sample_every)
         return train(recipe, phase_data, self.config, state, session, scaler)
 
     def _load_state(self) -> State:

@@ -33,13 +33,16 @@ class Session:
     """What surrounds the loop: where events go, who may stop it, what is saved.
 
     `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those
-    before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step.
+    before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step;
+    `sample(phase, step, done)` before the run's first step, after every `sample_every` steps of a phase and its last.
     """
 
     emit: Callable[[Event], None]
     should_stop: Callable[[], bool]
     save: Callable[[Phase, State, str], None]
     plan: Callable[[Phase, PhaseData], None]
+    sample: Callable[[Phase, int, int], None] = lambda phase, step, done: None
+    sample_every: int = 0
 
 
 def train(
@@ -59,6 +62,8 @@ def train(
         run = PhaseRun(recipe, phase, data(phase), config, state, session, scaler)
         session.plan(phase, run.batches)
         before, total = (sum(p.steps for p in some) for some in (phases[:index], phases))
+        if session.sample_every and before + state.step == 0:
+            run.sample(0)
         while state.step < phase.steps:
             if session.should_stop():
                 run.snapshot("stopped")
@@ -70,6 +75,8 @@ def train(
             last = state.step == phase.steps
             if config.validate_every and (last or state.step % config.validate_every == 0):
                 run.validate()
+            if session.sample_every and (last or state.step % session.sample_every == 0):
+                run.sample(done)
             if not last and state.step % config.save_every == 0:
                 run.snapshot("checkpoint")
         run.snapshot("phase")
@@ -155,6 +162,10 @@ class PhaseRun:
         self.session.emit(Validation(self.phase.name, self.state.step, loss, best, self.batches.held_out))
         if best:
             self.snapshot("best")
+
+    def sample(self, done: int) -> None:
+        with self.averaged():
+            self.session.sample(self.phase, self.state.step, done)
 
     def snapshot(self, why: str) -> None:
         self.state.recipe, self.state.scaler = self.recipe.state_dict(), self.scaler.state_dict()

@@ -98,6 +98,24 @@ class Ddpm:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
+    def levels(self, steps: int, shift: float) -> Tensor:
+        """sigma = sqrt((1 - a_t) / a_t) at evenly spaced t, from 999 down, and 0 at the end [steps + 1]."""
+        kept = self.alphas_bar[[self.steps - 1 - i * self.steps // steps for i in range(steps)]]
+        return torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1)])
+
+    def begin(self, noise: Tensor, sigma: float) -> Tensor:
+        """As if all of x_t were noise, at the spread of x_0 + sigma noise."""
+        return noise * math.sqrt(1 + sigma**2)
+
+    def model_input(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """x = x_0 + sigma noise to what the model takes, x_t and its t."""
+        kept = 1 / (1 + sigma**2)
+        return x * math.sqrt(kept), (self.alphas_bar - kept).abs().argmin().expand(len(x))
+
+    def slope(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
+        """dx / dsigma, which makes Euler's steps those of DDIM (arXiv 2010.02502, section 4.3)."""
+        return pred
+
 
 class Edm:
     """Noise of any level t = sigma > 0 over data of spread 1; the model predicts v (Karras et al., arXiv 2206.00364).
@@ -126,6 +144,21 @@ class Edm:
         """v = (noise - sigma x_0) / sqrt(1 + sigma^2)"""
         return self.scale(noise - _spread(t, latents) * latents, t)
 
+    def levels(self, steps: int, shift: float) -> Tensor:
+        """sigma from 700 to 0.002, evenly spaced in its seventh root (Karras et al., eq. 5), and 0 [steps + 1]."""
+        high, low = (sigma ** (1 / 7) for sigma in (700.0, 0.002))
+        return torch.cat([torch.linspace(high, low, steps) ** 7, torch.zeros(1)])
+
+    def begin(self, noise: Tensor, sigma: float) -> Tensor:
+        return noise * math.sqrt(1 + sigma**2)
+
+    def model_input(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        return x, torch.full((len(x),), sigma)
+
+    def slope(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
+        """dx / dsigma = (x - x_0) / sigma, of what v says x_0 is."""
+        return sigma * x / (1 + sigma**2) + pred / math.sqrt(1 + sigma**2)
+
 
 def _spread(t: Tensor, like: Tensor) -> Tensor:
     return t.view(-1, *[1] * (like.ndim - 1))
@@ -143,3 +176,17 @@ class FlowMatch:
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - latents
+
+    def levels(self, steps: int, shift: float) -> Tensor:
+        """t from 1 to 0 [steps + 1]."""
+        return shift_timesteps(torch.linspace(1, 0, steps + 1), shift)
+
+    def begin(self, noise: Tensor, t: float) -> Tensor:
+        return noise
+
+    def model_input(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return x, torch.full((len(x),), t)
+
+    def slope(self, x: Tensor, pred: Tensor, t: float) -> Tensor:
+        """dx / dt"""
+        return pred

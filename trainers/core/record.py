@@ -11,6 +11,7 @@ from .checkpoint import Identity
 from .data import TrainingData
 from .events import Event, to_json
 from .host import ModelSource
+from .sampling import Samples
 
 ENDED = ("finished", "stopped", "failed", "interrupted")
 
@@ -19,7 +20,8 @@ ENDED = ("finished", "stopped", "failed", "interrupted")
 class Spec:
     """Everything a run is made of, as plain values that survive a restart.
 
-    outputs: where its files go, by ComfyUI's name of the model folder they are for.
+    outputs: where its files go, by ComfyUI's name of the model folder they are for. samples: what it shows on the way,
+    which is no part of its identity.
     """
 
     id: str
@@ -31,11 +33,14 @@ class Spec:
     identity: Identity
     outputs: dict[str, str]
     created: float
+    samples: Samples | None = None
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Spec":
         data, source = TrainingData.from_json(value["data"]), ModelSource(**value["source"])
-        return Spec(**{**value, "data": data, "source": source, "identity": Identity(**value["identity"])})
+        samples = Samples.from_json(value["samples"]) if value.get("samples") else None
+        identity = Identity(**value["identity"])
+        return Spec(**{**value, "data": data, "source": source, "identity": identity, "samples": samples})
 
 
 class Record:
@@ -80,11 +85,11 @@ class Record:
 
     def rewind(self, phase: int, step: int) -> None:
         """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
-        phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in ("step", "validation")))
+        kept, begun = ("step", "validation", "sample"), (phase, step) > (0, 0)
+        phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in kept))
 
         def made(entry: dict) -> bool:
-            measured = entry["event"] in ("step", "validation")
-            return measured and (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
+            return begun and entry["event"] in kept and (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
 
         done = max((entry["done"] for entry in self.history if entry["event"] == "step" and made(entry)), default=0)
         saved = [entry for entry in self.history if entry["event"] == "saved" and entry["step"] <= done]
