@@ -1,13 +1,15 @@
 """The pack's nodes: the only layer that knows ComfyUI's user interface."""
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
-from . import control, data, jobs, motion, samples, svd, svd_data, tracklets, train
+from . import control, data, jobs, motion, routes, samples, svd, svd_data, tracklets, train
 
 
 class Kinoloom(ComfyExtension):
     async def on_load(self) -> None:
         jobs.start_registry()
+        routes.add_routes(PromptServer.instance.routes)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         modules = (data, svd_data, samples, train, jobs, motion, svd, tracklets, control)

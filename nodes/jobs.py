@@ -1,10 +1,10 @@
-"""The job registry (the pack's only module-level state), its HTTP API and websocket events, and Training Result."""
+"""The job registry (the pack's only module-level state), its websocket events, and Training Result."""
 
-import asyncio
 import atexit
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 import uuid
@@ -17,7 +17,6 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
-from aiohttp import web
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
@@ -52,6 +51,7 @@ class Registry:
         self.folder = folder
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
+        self.deleted: list[str] = []  # names of runs
         self.waiters = 0  # nodes in the queue that wait for a run
         self.slot = threading.Semaphore()
         self.room_wanted = threading.Event()
@@ -76,8 +76,7 @@ class Registry:
 
     def newest(self, run_name: str) -> Job | None:
         """The last job started as `run_name`, which may have been given a number."""
-        named = re.compile(re.escape(run_name) + r"(-\d+)?", re.IGNORECASE)
-        return self._last(job for job in list(self.jobs.values()) if named.fullmatch(job.spec.run_name))
+        return self._last(job for job in list(self.jobs.values()) if started_as(run_name, job.spec.run_name))
 
     def _last(self, jobs: Iterable[Job]) -> Job | None:
         return max(jobs, key=lambda job: job.spec.created, default=None)
@@ -153,6 +152,23 @@ class Registry:
             else:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status} and has no checkpoint to resume from")
 
+    def delete(self, job: Job) -> None:
+        """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
+        with self.lock:
+            if not job.ended.is_set():
+                raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before it is deleted")
+            if self.jobs.get(job.spec.id) is not job:
+                return
+            if job.folder.exists():
+                shutil.rmtree(job.folder)
+            del self.jobs[job.spec.id]
+            self.deleted.append(job.spec.run_name)
+        announce({"job": {"id": job.spec.id}, "event": "deleted"})
+
+    def deletions(self, run_name: str) -> int:
+        """How often a run of this name was deleted since the server started: what its nodes gave is void then."""
+        return sum(started_as(run_name, name) for name in self.deleted)
+
     def busy(self, job: Job) -> bool:
         """Whether `job` should wait: the queue has work, the run is polite, and that work is not waiting for a run."""
         working = PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
@@ -199,42 +215,19 @@ def start_registry() -> None:
     global _registry
     _registry = Registry(Path(folder_paths.get_system_user_directory("kinoloom")) / "jobs")
     atexit.register(_registry.shutdown)
-    add_routes(PromptServer.instance.routes)
+
+
+def started_as(run_name: str, name: str) -> bool:
+    """Whether `name` is `run_name`, perhaps with a number."""
+    return re.fullmatch(re.escape(run_name) + r"(-\d+)?", name, re.IGNORECASE) is not None
 
 
 def publish(job: Job, event: dict) -> None:
-    PromptServer.instance.send_sync("kinoloom.job", {"job": job.summary(), **event})
+    announce({"job": job.summary(), **event})
 
 
-def add_routes(routes: web.RouteTableDef) -> None:
-    """GET /kinoloom/jobs, GET /kinoloom/jobs/{id}, POST /kinoloom/jobs/{id}/stop|pause|resume."""
-
-    @routes.get("/kinoloom/jobs")
-    async def list_jobs(request: web.Request) -> web.Response:
-        jobs = sorted(registry().jobs.copy().values(), key=lambda job: -job.spec.created)
-        return web.json_response([job.summary() for job in jobs])
-
-    @routes.get("/kinoloom/jobs/{id}")
-    async def show_job(request: web.Request) -> web.Response:
-        job = registry().jobs.get(request.match_info["id"])
-        if job is None:
-            return web.json_response({"error": "unknown job"}, status=404)
-        return web.json_response({**job.summary(), "config": job.spec.config, "history": list(job.history)})
-
-    @routes.post("/kinoloom/jobs/{id}/{action:stop|pause|resume}")
-    async def act(request: web.Request) -> web.Response:
-        job = registry().jobs.get(request.match_info["id"])
-        if job is None:
-            return web.json_response({"error": "unknown job"}, status=404)
-        actions = {"stop": job.stop, "pause": job.pause}
-        try:
-            if (action := request.match_info["action"]) == "resume":
-                await asyncio.to_thread(registry().resume, job)
-            else:
-                actions[action]()
-        except ValueError as error:
-            return web.json_response({"error": str(error)}, status=409)
-        return web.json_response(job.summary())
+def announce(message: dict) -> None:
+    PromptServer.instance.send_sync("kinoloom.job", message)
 
 
 class TrainingResult(io.ComfyNode):

@@ -58,9 +58,10 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
         @classmethod
         def fingerprint_inputs(cls, run_name: str, **_: Any) -> float | str:
-            """Unchanged while the run goes on or is finished; a run that ended early is resumed by running again."""
+            """Unchanged while the run goes on or is finished; one that ended early or was deleted is run again."""
             job = registry().newest(run_name)
-            return float("nan") if job and job.ended.is_set() and job.status != "finished" else ""
+            early = job and job.ended.is_set() and job.status != "finished"
+            return float("nan") if early else str(registry().deletions(run_name))
 
         @classmethod
         def execute(

@@ -152,8 +152,12 @@ class Client:
         return self._request("GET", route, None)
 
     def post(self, route: str, data: object = None) -> Any:
-        """POST JSON to a route; returns the JSON answer, or None for an empty one."""
+        """POST JSON to a route, or nothing; returns the JSON answer, or None for an empty one."""
         return self._request("POST", route, data)
+
+    def jobs(self) -> list[Json]:
+        """The pack's training jobs, newest first."""
+        return self.get("/kinoloom/jobs?limit=1000")["jobs"]
 
     def read(self, route: str) -> bytes:
         """GET a route's raw bytes."""
@@ -238,7 +242,7 @@ class Client:
             self._on_event(event)
 
     def _request(self, method: str, route: str, data: object) -> Any:
-        body = None if method == "GET" else json.dumps(data).encode()
+        body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(
             f"http://{self.address}{route}", body, {"Content-Type": "application/json"}, method=method
         )

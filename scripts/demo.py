@@ -107,8 +107,7 @@ def train(client: Client, options: argparse.Namespace) -> Json:
     print(f"training {run_name} ...", flush=True)
     client.run_workflow(workflow, timeout=3600)
     print(f"trained in {time.monotonic() - started:.0f} s")
-    jobs = client.get("/kinoloom/jobs")
-    return client.get(f"/kinoloom/jobs/{next(job['id'] for job in jobs if job['run_name'] == run_name)}")
+    return client.get(f"/kinoloom/jobs/{next(job['id'] for job in client.jobs() if job['run_name'] == run_name)}")
 
 
 def generate(client: Client, loras: dict[str, str], strength: float, prompt: str, target: Path) -> np.ndarray:

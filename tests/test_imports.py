@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).parents[1]
-HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution", "app")
+HOST = (
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "server",
+    "nodes",
+    "execution",
+    "app",
+    "comfyui_version",
+)
 OWN = ("nodes", "trainers", "lora_io")
 FILES = sorted(path for folder in OWN for path in (PACK / folder).rglob("*.py")) + [PACK / "__init__.py"]
 

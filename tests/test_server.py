@@ -24,7 +24,7 @@ def on(client: Client, clips: None) -> Client:
 
 
 def jobs(client: Client, run_name: str) -> list[dict]:
-    return [job for job in client.get("/kinoloom/jobs") if job["run_name"] == run_name]
+    return [job for job in client.jobs() if job["run_name"] == run_name]
 
 
 def job_event(client: Client, run_name: str, accept, timeout: float = 60.0) -> dict:
@@ -237,7 +237,7 @@ def test_pause_resume_stop_and_unknown_jobs_over_http(on: Client) -> None:
         on.get("/kinoloom/jobs/nonsense")
     with pytest.raises(PromptError, match="404"):
         on.post("/kinoloom/jobs/nonsense/stop")
-    finished = next(job for job in on.get("/kinoloom/jobs") if job["status"] == "finished")
+    finished = next(job for job in on.jobs() if job["status"] == "finished")
     with pytest.raises(PromptError, match="409.*finished"):
         on.post(f"/kinoloom/jobs/{finished['id']}/resume")
 

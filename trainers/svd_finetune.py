@@ -75,7 +75,7 @@ class SvdFinetune:
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
-        return [Phase("clips", config.steps, "clips")]
+        return [Phase("clips", config.steps, "clips", clips=12)]
 
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:

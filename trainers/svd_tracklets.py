@@ -123,7 +123,7 @@ class SvdTracklets:
     @staticmethod
     def phases(config: Any) -> list[Phase]:
         steps = {PAINTED: config.self_tracking_steps, CLEAN: config.clean_steps}
-        return [Phase(name, count, "clips") for name, count in steps.items() if count]
+        return [Phase(name, count, "clips", clips=100, loss_falls=False) for name, count in steps.items() if count]
 
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import logging
+import platform
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
+import comfyui_version
 import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -23,6 +25,7 @@ from comfy.taesd.taesd import Decoder
 from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint
+from .about import project
 
 TINY_DECODERS = "vae_approx"  # a model folder
 PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
@@ -343,6 +346,18 @@ TRANSFORMER_OPTIONS = {"optimized_attention_override": sdpa}
 
 def device() -> torch.device:
     return comfy.model_management.get_torch_device()
+
+
+def environment() -> dict[str, str]:
+    """What a run is made with."""
+    return {
+        "ComfyUI": comfyui_version.__version__,
+        "Kinoloom": project("version"),
+        "PyTorch": torch.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": comfy.model_management.get_torch_device_name(device()),
+    }
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

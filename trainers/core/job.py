@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -10,23 +11,28 @@ from typing import Any
 
 import torch
 
+from ...lora_io.file import write_text
 from . import host
+from .advice import Finding, advise, look_at, of_failure
 from .checkpoint import State, load_state, save_state
 from .config import TrainConfig
 from .data import PhaseData
 from .events import Event, Failed, Finished, Plan, Step, to_json
-from .export import export_files
-from .loop import Session, train
+from .export import export_files, public_config
+from .loop import Diverged, Session, train
 from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
 from .optim import STATE_BYTES
 from .recipe import Phase, Recipe
 from .record import Record, Spec
+from .report import Report
+from .runlog import run_log
 from .sampling import Samples, Sampling
 
 POLL_SECONDS = 0.1
 PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
 WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
+ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
 
 
 class Job(Record):
@@ -57,12 +63,13 @@ class Job(Record):
         self._resume.set()
         self.ended.set()
         self._warm_up: list[float] = []
+        self._advised = 0  # entries of the history
 
     def start(self, model: Any | None) -> None:
         """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read."""
         self._stop.clear()
         self._resume.set()
-        self.error = ""
+        self.error, self.ended_at, self.advice, self._advised = "", None, [], 0
         self._model = model or self.spec.source
         self._set_status("waiting")
         self.ended.clear()
@@ -88,34 +95,86 @@ class Job(Record):
         """The files of the recipe's exports that exist, the last of which is the whole result so far."""
         return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
 
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.folder / "samples"
+
     def summary(self) -> dict[str, Any]:
-        names = ("status", "error", "done", "total", "files", "resumable")
-        spec = {name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")}
-        values = {**spec, **{name: getattr(self, name) for name in names}, "files": dict(self.files)}
-        return {**values, "pause_requested": not self._resume.is_set()}
+        """What a list shows of the run; made without a look at the history, which may be long."""
+        tally, pace, files = self.tally, self.tally.seconds_per_step, dict(self.files)
+        going = self.total and not self.ended.is_set()
+        own = ("status", "error", "done", "total", "resumable", "advice")
+        return {
+            **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
+            **{name: getattr(self, name) for name in own},
+            **{name: getattr(tally, name) for name in ("phase", "losses", "plan", "samples")},
+            "title": self.recipe_class.title,
+            "pause_requested": not self._resume.is_set(),
+            "seconds_per_step": pace,
+            "seconds_left": (self.total - tally.done) * pace if going and pace is not None else None,
+            "files": files,
+            "lora_names": {label: loader_name(Path(path)) for label, path in files.items()},
+            "ended": self.ended_at,
+        }
+
+    def report(self) -> str:
+        """The run as one page of HTML."""
+        files = [Path(path) for path in self.files.values()]
+        return Report(
+            self.summary(),
+            public_config(self.config),
+            list(self.history),
+            self.spec.data.rows,
+            Path(self.spec.source.path).name,
+            {loader_name(path): path.stat().st_size for path in files if path.is_file()},
+            self.environment,
+            self.samples_folder,
+        ).html()
 
     def _set_status(self, status: str) -> None:
         if status != self.status:
             self.status = status
             self.write()
-            self.publish(self, {"event": "status"})
+            self.publish(self, {"event": "status", "epoch": self.epoch})
 
     def _emit(self, event: Event) -> None:
-        entry = self.append(event)
-        if isinstance(event, Step):
-            self.done = event.done
-        self.publish(self, entry)
+        placed = self._placed(event)
+        self.append(event)
+        if len(self.history) >= self._advised + max(ADVISE_EVERY, self._advised // 20):
+            self._advise()
+        self.publish(self, placed)
         if isinstance(event, Step):
             self._time(event)
 
+    def _placed(self, event: Event) -> dict:
+        """As published: with its place in the history, of which it is the next entry."""
+        return {**to_json(event), "index": len(self.history), "epoch": self.epoch}
+
+    def _advise(self, *more: Finding) -> None:
+        history = list(self.history)
+        seen = look_at(self.samples_folder, history)
+        found = [*more, *advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)]
+        self.advice, self._advised = [finding.to_json() for finding in found], len(history)
+
     def _run(self) -> None:
+        with run_log(self.log_path):
+            self._work()
+
+    def _work(self) -> None:
+        trouble: list[Finding] = []
         taken = self._take_slot()
         try:
             finished = taken and self._train()
             status, event = ("finished" if finished else "stopped"), Finished(not finished, self.done)
+            logging.info("Kinoloom: %s: %s after %d of %d steps", self.spec.run_name, status, self.done, self.total)
         except BaseException as error:  # the thread boundary: what happened belongs on the job, not in a lost traceback
             logging.exception("Kinoloom: run %s failed", self.spec.run_name)
-            self.error = _explain(error)
+            trouble = [finding] if (finding := of_failure(error)) else []
+            self.error = _explain(error, *trouble)
             status, event = "failed", Failed(self.error)
         try:
             if taken:
@@ -123,20 +182,23 @@ class Job(Record):
         finally:
             if taken:
                 self.slot.release()
-            self._end(status, event)
+            self._end(status, event, trouble)
 
-    def _end(self, status: str, event: Event) -> None:
+    def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:
         """Publish last: whoever hears of the end may start the job again at once."""
-        self.status = status
+        self.status, self.ended_at = status, time.time()
+        placed = self._placed(event)
         try:
             self.append(event)
+            self._advise(*trouble)
             self.write()
+            write_text(self.folder / "report.html", self.report())
         except OSError:  # the full disk that ended the run
             logging.exception("Kinoloom: run %s: its end could not be written down", self.spec.run_name)
         finally:
             self.ended.set()
-        self.publish(self, to_json(event))
-        self.publish(self, {"event": "status"})
+            self.publish(self, placed)
+            self.publish(self, {"event": "status", "epoch": self.epoch})
 
     def _take_slot(self) -> bool:
         """One run at a time: two private models would compete for the same memory. False if stopped while waiting."""
@@ -149,6 +211,7 @@ class Job(Record):
         if self._should_stop():
             return False
         self._set_status("loading")
+        self.environment = host.environment()
         self.make_room()
         device = host.device()
         parts = host.parts_of(self._model)
@@ -162,6 +225,8 @@ class Job(Record):
         recipe = self.recipe_class(backbone, self.config)
         self.total = sum(phase.steps for phase in recipe.phases(self.config))
         state = self._load_state()
+        self._advise()
+        logging.info("Kinoloom: %s: starts at step %d of %d", self.spec.run_name, self.done, self.total)
         self._set_status("running")
 
         def phase_data(phase: Phase) -> PhaseData:
@@ -186,13 +251,14 @@ class Job(Record):
             if why != "checkpoint":
                 for saved in export_files(recipe, phase, self, best=why == "best"):
                     self.write()
+                    logging.info("Kinoloom: %s: saved %s", self.spec.run_name, saved.path)
                     if to_json(saved) not in self.history:  # a resumed run may make the same file again
                         self._emit(saved)
 
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         session = Session(self._emit, self._should_stop, save, plan)
         if samples := self.spec.samples:
-            shown = private.latent_format, self.folder / "samples", self._emit, self._should_stop
+            shown = private.latent_format, self.samples_folder, self._emit, self._should_stop
             sampling = Sampling(samples, recipe, backbone, *shown)
             session = replace(session, sample=sampling, sample_every=samples.sample_every)
         return train(recipe, phase_data, self.config, state, session, scaler)
@@ -227,10 +293,14 @@ class Job(Record):
         self._emit(plan)
 
 
-def _explain(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "out of memory. Set checkpointing to on, lower size or frames_per_clip where the clips are encoded, or "
-            f"load the model in fp8 ({error})"
-        )
-    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+def loader_name(path: Path) -> str:
+    """What ComfyUI's loaders list a run's file as: kinoloom/<run name>/<file>."""
+    return str(Path(*path.parts[-3:]))
+
+
+def _explain(error: BaseException, tip: Finding | None = None) -> str:
+    """The error that matters, and what to try where it is known and not said."""
+    if tip and tip.kind == "out-of-memory":
+        return f"out of memory. {tip.text} ({error})"
+    text = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+    return text if tip is None or isinstance(error, Diverged) else f"{text.rstrip('.')}. {tip.text}"

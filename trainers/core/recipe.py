@@ -15,11 +15,16 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames")."""
+    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames"), `clips` of them or more.
+
+    loss_falls: whether the loss of a run that goes well does.
+    """
 
     name: str
     steps: int
     split: str
+    clips: int = 1
+    loss_falls: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A run's folder: what the run is made of, how far it is, what happened."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from .data import TrainingData
 from .events import Event, to_json
 from .host import ModelSource
 from .sampling import Samples
+from .tally import Tally
 
 ENDED = ("finished", "stopped", "failed", "interrupted")
 
@@ -44,14 +47,33 @@ class Spec:
 
 
 class Record:
-    """`folder` holds job.json (spec, status), history.jsonl (one event a line) and state.pt (the last checkpoint)."""
+    """`folder` holds job.json (spec, status), history.jsonl (one event a line), state.pt (the last checkpoint), log.txt
+    (what the run logged), samples/ and report.html.
+
+    `epoch` changes whenever the history was cut, so that who holds a part of it knows; `tally` follows the history.
+    """
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self.spec = folder, spec
         self.status, self.error = "created", ""
-        self.history: list[dict] = []
         self.files: dict[str, str] = {}
-        self.done = self.total = 0
+        self.total, self.ended_at = 0, None
+        self.environment: dict[str, str] = {}
+        self.advice: list[dict[str, str]] = []
+        self.epoch, self._reading = 0, threading.Lock()
+        self._set_history([])
+
+    @property
+    def history(self) -> list[dict]:
+        """Every event so far; that of a run which an earlier server ended is read when first asked for."""
+        with self._reading:
+            if self._history is None:
+                self._history = list(self._read_history())
+            return self._history
+
+    @property
+    def done(self) -> int:
+        return self.tally.done
 
     @property
     def state_path(self) -> Path:
@@ -66,19 +88,25 @@ class Record:
         return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
 
     def write(self) -> None:
-        kept = {"status": self.status, "error": self.error, "files": self.files, "total": self.total}
-        write_text(self.folder / "job.json", json.dumps({"spec": asdict(self.spec), **kept}))
+        names = ("status", "error", "files", "total", "ended_at", "environment", "advice")
+        kept = {"spec": asdict(self.spec), **{name: getattr(self, name) for name in names}, "tally": vars(self.tally)}
+        write_text(self.folder / "job.json", json.dumps(kept))
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Take over what `write` left behind; a run that was going on is "interrupted"."""
         self.status = kept["status"] if kept["status"] in ENDED else "interrupted"
         self.error, self.files, self.total = kept["error"], kept["files"], kept["total"]
-        self._set_history(list(self._read_history()))
+        self.ended_at, self.environment, self.advice = kept["ended_at"], kept["environment"], kept["advice"]
+        if kept["status"] in ENDED:
+            self._history, self.tally = None, Tally(**kept["tally"])
+        else:
+            self._set_history(list(self._read_history()))
 
     def append(self, event: Event) -> dict:
         """Add an event to the history, in memory and on disk."""
         entry = to_json(event)
         self.history.append(entry)
+        self.tally.add(entry)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         return entry
@@ -97,8 +125,12 @@ class Record:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _set_history(self, history: list[dict]) -> None:
-        self.history = history
-        self.done = max((entry["done"] for entry in history if entry["event"] == "step"), default=0)
+        """The history first: who reads a new one under the old epoch will hear of the new epoch."""
+        tally = Tally()
+        for entry in history:
+            tally.add(entry)
+        self._history: list[dict] | None = history
+        self.tally, self.epoch = tally, max(self.epoch + 1, time.time_ns() // 1_000_000)
 
     def _read_history(self) -> Iterator[dict]:
         path = self.folder / "history.jsonl"

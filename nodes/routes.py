@@ -1,0 +1,178 @@
+"""Jobs over HTTP: GET shows, POST from this server's own pages changes; no name from a client is used as a path."""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from ..trainers.core.job import Job, loader_name
+from ..trainers.core.report import POLICY
+from ..trainers.core.runlog import last_lines
+from .jobs import registry
+from .motion import MOTION_LORAS
+
+PAGE = 100  # jobs
+LARGEST_PAGE = 1000
+LOG_LINES = 200
+LARGEST_BODY = 1 << 16  # bytes
+LARGEST_NUMBER = 10**9
+LORA_FOLDERS = ("loras", MOTION_LORAS)
+SAMPLE_NAME = r"[\w-]+\.webp"
+
+
+def add_routes(routes: web.RouteTableDef) -> None:
+    """The paths are in the README; errors are {"error": text} with status 400, 403, 404, 409 or 413."""
+
+    @routes.get("/kinoloom/jobs")
+    async def list_jobs(request: web.Request) -> web.Response:
+        offset = number(request, "offset", 0, 0, LARGEST_NUMBER)
+        limit = number(request, "limit", PAGE, 1, LARGEST_PAGE)
+        jobs = sorted(registry().jobs.copy().values(), key=lambda job: -job.spec.created)
+        page = [job.summary() for job in jobs[offset : offset + limit]]
+        return web.json_response({"jobs": page, "total": len(jobs)})
+
+    @routes.get("/kinoloom/jobs/{id}")
+    async def show_job(request: web.Request) -> web.Response:
+        after = number(request, "after", 0, 0, LARGEST_NUMBER)
+        return await answer(lambda job: details(job, after), find(request))
+
+    @routes.get("/kinoloom/jobs/{id}/files")
+    async def list_files(request: web.Request) -> web.Response:
+        return await answer(files, find(request))
+
+    @routes.get("/kinoloom/jobs/{id}/log")
+    async def show_log(request: web.Request) -> web.Response:
+        return await answer(lambda job: {"lines": last_lines(job.log_path, LOG_LINES)}, find(request))
+
+    @routes.get("/kinoloom/jobs/{id}/report.html")
+    async def show_report(request: web.Request) -> web.Response:
+        page = await asyncio.to_thread(find(request).report)
+        headers = {"Content-Security-Policy": f"{POLICY}; sandbox", "X-Content-Type-Options": "nosniff"}
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    @routes.get("/kinoloom/jobs/{id}/samples/{name}")
+    async def show_sample(request: web.Request) -> web.FileResponse:
+        path = sample_path(find(request), request.match_info["name"])
+        headers = {"Content-Type": "image/webp", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        return web.FileResponse(path, headers=headers)
+
+    @routes.post("/kinoloom/jobs/{id}/stop")
+    async def stop(request: web.Request) -> web.Response:
+        return await change(request, Job.stop)
+
+    @routes.post("/kinoloom/jobs/{id}/pause")
+    async def pause(request: web.Request) -> web.Response:
+        return await change(request, Job.pause)
+
+    @routes.post("/kinoloom/jobs/{id}/resume")
+    async def resume(request: web.Request) -> web.Response:
+        return await change(request, registry().resume)
+
+    @routes.post("/kinoloom/jobs/{id}/delete")
+    async def delete(request: web.Request) -> web.Response:
+        return await change(request, registry().delete)
+
+
+def details(job: Job, after: int) -> dict[str, Any]:
+    epoch = job.epoch  # before the history: a cut in between is then noticed
+    history = job.history[after:]
+    place = {"history": history, "next": after + len(history), "epoch": epoch}
+    return {**job.summary(), "config": job.spec.config, **place}
+
+
+def files(job: Job) -> dict[str, Any]:
+    """What lies in the run's output folders, whole files only."""
+    found = [
+        (path, kind in LORA_FOLDERS)
+        for kind, folder in job.spec.outputs.items()
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        if not path.name.startswith(".")
+    ]
+    described = [
+        {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "modified": path.stat().st_mtime,
+            "lora_name": loader_name(path) if is_lora else None,
+        }
+        for path, is_lora in found
+    ]
+    return {"folder": f"kinoloom/{job.spec.run_name}", "files": described}
+
+
+def sample_path(job: Job, name: str) -> Path:
+    """The file of a sample, by its name alone."""
+    path = job.samples_folder / name
+    if not re.fullmatch(SAMPLE_NAME, name) or not path.is_file() or path.is_symlink():
+        raise refusal(web.HTTPNotFound, "unknown sample")
+    return path
+
+
+def find(request: web.Request) -> Job:
+    job = registry().jobs.get(request.match_info["id"])
+    if job is None:
+        raise refusal(web.HTTPNotFound, "unknown job")
+    return job
+
+
+async def answer(make: Callable[[Job], Any], job: Job) -> web.Response:
+    """What may read files or be long is made beside the server's loop."""
+    text = await asyncio.to_thread(lambda: json.dumps(make(job)))
+    return web.json_response(text=text)
+
+
+async def change(request: web.Request, act: Callable[[Job], None]) -> web.Response:
+    require_own_page(request)
+    job = find(request)
+    await read_object(request)
+    try:
+        await asyncio.to_thread(act, job)
+    except (ValueError, OSError) as error:
+        raise refusal(web.HTTPConflict, str(error)) from error
+    return web.json_response(job.summary())
+
+
+def require_own_page(request: web.Request) -> None:
+    """403 if a browser says that the page of another origin asks. https://web.dev/articles/fetch-metadata"""
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    named = origin is None or origin.split("://")[-1].lower() == request.host.lower()
+    own = site in ("same-origin", "none") if site else named
+    if not own:
+        raise refusal(web.HTTPForbidden, "this request comes from the page of another origin")
+
+
+async def read_object(request: web.Request) -> dict[str, Any]:
+    """The body, a JSON object; an empty one for none."""
+    body = b""
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > LARGEST_BODY:
+            raise refusal(
+                web.HTTPRequestEntityTooLarge,
+                f"body: expected at most {LARGEST_BODY} bytes",
+                max_size=LARGEST_BODY,
+                actual_size=len(body),
+            )
+    try:
+        value = json.loads(body) if body else {}
+    except (ValueError, RecursionError) as error:
+        raise refusal(web.HTTPBadRequest, "body: expected JSON") from error
+    if not isinstance(value, dict):
+        raise refusal(web.HTTPBadRequest, f"body: expected a JSON object, not {type(value).__name__}")
+    return value
+
+
+def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """A whole number of the query."""
+    text = request.query.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
+        raise refusal(web.HTTPBadRequest, f"{name}={text[:20]!r}: expected {low}..{high}")
+    return int(text)
+
+
+def refusal(kind: type[web.HTTPException], message: str, **details: Any) -> web.HTTPException:
+    return kind(text=json.dumps({"error": message}), content_type="application/json", **details)

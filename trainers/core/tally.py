@@ -1,0 +1,36 @@
+"""What a run's line in the list says of its history, kept up to date entry by entry."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .events import Plan
+
+PACE_STEPS = 20  # the last of a phase, whose mean is the run's pace
+
+
+@dataclass
+class Tally:
+    """plan: the last one's fields and `text`; losses: those of the last step; seconds: of the last PACE_STEPS steps."""
+
+    phase: str = ""
+    done: int = 0
+    samples: int = 0
+    losses: dict[str, float | None] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    plan: dict[str, Any] | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return sum(self.seconds) / len(self.seconds) if self.seconds else None
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Take in the next entry of the history; values are replaced, never changed, for those who read meanwhile."""
+        if entry["event"] == "step":
+            earlier = self.seconds if entry["phase"] == self.phase else []
+            self.seconds = [*earlier, entry["seconds"]][-PACE_STEPS:]
+            self.phase, self.done, self.losses = entry["phase"], entry["done"], entry["losses"]
+        elif entry["event"] == "sample":
+            self.samples += 1
+        elif entry["event"] == "plan":
+            fields = {name: value for name, value in entry.items() if name != "event"}
+            self.plan = {**fields, "text": str(Plan(**fields))}
