@@ -271,7 +271,7 @@ class TrainingResult(io.ComfyNode):
         else:
             loras = [load(Path(path))[0] for path in found.parts]
         outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
-        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),)})
+        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),), "kinoloom_job": (job,)})
 
 
 def _wait(job: Job, node_id: str) -> None:

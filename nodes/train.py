@@ -74,7 +74,8 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             check_data(recipe, config, data)
             shaped = samples and fit_samples(recipe, carried(model), data, samples)
             job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
-            return io.NodeOutput(job.spec.id, ui={"text": (f"{job.spec.run_name}: {job.status}",)})
+            shown = {"text": (f"{job.spec.run_name}: {job.status}",), "kinoloom_job": (job.spec.id,)}
+            return io.NodeOutput(job.spec.id, ui=shown)
 
     Train.__name__ = recipe.name
     return Train

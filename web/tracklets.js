@@ -1,19 +1,11 @@
 // An editor of tracklets: boxes on a frame, key frames on a timeline. It reads and writes JSON text, nothing else.
 
+import { addStyle, el } from "./dom.mjs";
 import { MAX_OBJECTS, MIN_SIDE, PALETTE, boxAt, format, parse, toVideo } from "./tracklet_data.js";
 import { HANDLES, paintFrame } from "./tracklet_picture.js";
 
-const STYLE = new URL("./tracklets.css", import.meta.url).href;
 const MARGIN = 18; // pixels around the frame, where boxes that leave it can be caught
 const GRIP = 8;
-
-function el(tag, props = {}, ...children) {
-    const { style, ...rest } = props;
-    const made = Object.assign(document.createElement(tag), rest);
-    Object.assign(made.style, style);
-    made.append(...children);
-    return made;
-}
 
 export class TrackletEditor {
     /** `host` has read() and write(text) for the JSON, and size(): width, height and frames of the video. */
@@ -62,8 +54,7 @@ export class TrackletEditor {
         this.observer = new ResizeObserver(() => this.draw());
         this.observer.observe(this.stage);
         this.load();
-        if (!document.querySelector(`link[href="${STYLE}"]`))
-            document.head.append(el("link", { rel: "stylesheet", href: STYLE }));
+        addStyle("./tracklets.css");
     }
 
     remove() {

@@ -107,7 +107,7 @@ class Job(Record):
         """What a list shows of the run; made without a look at the history, which may be long."""
         tally, pace, files = self.tally, self.tally.seconds_per_step, dict(self.files)
         going = self.total and not self.ended.is_set()
-        own = ("status", "error", "done", "total", "resumable", "advice")
+        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice")
         return {
             **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
             **{name: getattr(self, name) for name in own},
@@ -248,6 +248,8 @@ class Job(Record):
         def save(phase: Phase, state: State, why: str) -> None:
             if why not in ("best", "diverged"):
                 save_state(self.state_path, state, self.spec.identity)
+                self.checkpoint = self.done
+                self.write()
             if why != "checkpoint":
                 for saved in export_files(recipe, phase, self, best=why == "best"):
                     self.write()

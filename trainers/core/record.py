@@ -58,6 +58,7 @@ class Record:
         self.status, self.error = "created", ""
         self.files: dict[str, str] = {}
         self.total, self.ended_at = 0, None
+        self.checkpoint = 0  # optimizer steps made before the checkpoint
         self.environment: dict[str, str] = {}
         self.advice: list[dict[str, str]] = []
         self.epoch, self._reading = 0, threading.Lock()
@@ -88,7 +89,7 @@ class Record:
         return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
 
     def write(self) -> None:
-        names = ("status", "error", "files", "total", "ended_at", "environment", "advice")
+        names = ("status", "error", "files", "total", "checkpoint", "ended_at", "environment", "advice")
         kept = {"spec": asdict(self.spec), **{name: getattr(self, name) for name in names}, "tally": vars(self.tally)}
         write_text(self.folder / "job.json", json.dumps(kept))
 
@@ -97,6 +98,7 @@ class Record:
         self.status = kept["status"] if kept["status"] in ENDED else "interrupted"
         self.error, self.files, self.total = kept["error"], kept["files"], kept["total"]
         self.ended_at, self.environment, self.advice = kept["ended_at"], kept["environment"], kept["advice"]
+        self.checkpoint = kept["checkpoint"]
         if kept["status"] in ENDED:
             self._history, self.tally = None, Tally(**kept["tally"])
         else:

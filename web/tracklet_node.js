@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { after, forwardPanAndZoom } from "./dom.mjs";
 import { TrackletEditor } from "./tracklets.js";
 
 const editors = new Map(); // node -> its editor
@@ -73,28 +74,4 @@ function fileOf(value) {
     const [, path, type] = /^(.*?)(?: \[(\w+)\])?$/.exec(value);
     const cut = path.lastIndexOf("/");
     return { filename: path.slice(cut + 1), subfolder: path.slice(0, Math.max(cut, 0)), type: type ?? "input" };
-}
-
-/** The classic renderer lays elements over its canvas and expects these events back. */
-function forwardPanAndZoom(element) {
-    const forward = (method) => (event) => {
-        if (event.button === 1 || event.buttons & 4 || event.type === "wheel") app.canvas[method](event);
-    };
-    element.addEventListener("pointerdown", forward("processMouseDown"));
-    element.addEventListener("pointermove", forward("processMouseMove"));
-    element.addEventListener("pointerup", forward("processMouseUp"));
-    element.addEventListener("wheel", (event) => {
-        if (event.target.closest(".kl-scroll")) return;
-        event.preventDefault();
-        forward("processMouseWheel")(event);
-    });
-}
-
-function after(object, name, then) {
-    const before = object[name];
-    object[name] = function (...given) {
-        const result = before?.apply(this, given);
-        then(...given);
-        return result;
-    };
 }

@@ -1,0 +1,50 @@
+// Elements, and what nodes need around them.
+
+import { app } from "../../scripts/app.js";
+
+/** An element with properties, a `style` object and children. Strings become text, never HTML. */
+export function el(tag, props = {}, ...children) {
+    const { style, ...rest } = props;
+    const made = Object.assign(document.createElement(tag), rest);
+    Object.assign(made.style, style);
+    made.append(...children);
+    return made;
+}
+
+/** Make an element's children anew, if what they show has changed. */
+export function fill(element, shown, make) {
+    const key = JSON.stringify(shown);
+    if (element.klShown === key) return;
+    element.klShown = key;
+    element.replaceChildren(...make());
+}
+
+export function addStyle(name) {
+    const href = new URL(name, import.meta.url).href;
+    if (!document.querySelector(`link[href="${href}"]`)) document.head.append(el("link", { rel: "stylesheet", href }));
+}
+
+/** The classic renderer lays elements over its canvas and expects these events back. */
+export function forwardPanAndZoom(element) {
+    const forward = (method) => (event) => {
+        if (event.button === 1 || event.buttons & 4 || event.type === "wheel") app.canvas[method](event);
+    };
+    element.addEventListener("pointerdown", forward("processMouseDown"));
+    element.addEventListener("pointermove", forward("processMouseMove"));
+    element.addEventListener("pointerup", forward("processMouseUp"));
+    element.addEventListener("wheel", (event) => {
+        if (event.target.closest(".kl-scroll")) return;
+        event.preventDefault();
+        forward("processMouseWheel")(event);
+    });
+}
+
+/** Call `then` after a method, with what it was given. */
+export function after(object, name, then) {
+    const before = object[name];
+    object[name] = function (...given) {
+        const result = before?.apply(this, given);
+        then(...given);
+        return result;
+    };
+}

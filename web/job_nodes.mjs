@@ -1,0 +1,104 @@
+// What Train nodes and Training Result show of their job.
+
+import { api } from "../../scripts/api.js";
+import { Chart } from "./chart.mjs";
+import { after, el, fill, forwardPanAndZoom } from "./dom.mjs";
+import { Samples } from "./samples.mjs";
+import { lossSeries } from "./series.mjs";
+import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";
+
+const RESULT = "KinoloomTrainingResult";
+const HEIGHT = { empty: 28, chart: 140, samples: 340 };
+
+export const showsJob = (node) => /^KinoloomTrain(?!ingResult|edModel)/.test(kind(node)) || kind(node) === RESULT;
+
+const kind = (node) => node.constructor.comfyClass ?? "";
+
+class JobWidget {
+    constructor(node, jobs, open, setting) {
+        Object.assign(this, { node, jobs, setting });
+        this.result = kind(node) === RESULT;
+        this.chart = new Chart();
+        this.head = el("div", { className: "kl-head" });
+        this.note = el("div", { className: "kl-note" });
+        this.samples = new Samples((name) => jobs.sample(this.id, name), { strip: false });
+        this.open = button("", "pi-external-link", "Open in the training tab", () => open(this.id));
+        const parts = [this.head, this.note, this.chart.root, this.samples.root];
+        this.root = el("div", { className: "kl-training kl-node" }, ...parts);
+        this.samples.show([]);
+        forwardPanAndZoom(this.root);
+    }
+
+    get height() {
+        return this.id ? (this.samples.root.hidden ? HEIGHT.chart : HEIGHT.samples) : HEIGHT.empty;
+    }
+
+    update() {
+        const job = jobOf(this.node, this.jobs);
+        this.id = job?.id;
+        const seen = job && [job.run_name, job.status, job.pause_requested, job.done, job.total, job.seconds_left];
+        fill(this.head, seen ?? null, () => {
+            if (!job) return [el("small", {}, "No run yet.")];
+            const facts = [steps(job), timeLeft(job)].filter(Boolean).join(" · ");
+            return [stateOf(job), el("small", { className: "kl-title" }, facts), this.open, bar(job)];
+        });
+        this.note.textContent = job?.error ?? "";
+        const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
+        const found = job && this.jobs.curves(job.id);
+        this.chart.root.hidden = !found?.x.length;
+        if (found?.x.length) {
+            const shown = lossSeries(found, this.setting("Smoothing"));
+            this.chart.show(found.x, shown, { log: this.setting("LogScale"), mark: found.best, markLabel: "best" });
+        }
+        this.samples.show(this.result ? entries.filter(({ event }) => event === "sample") : [], epoch);
+        this.grow();
+    }
+
+    /** Make room for what came. */
+    grow() {
+        if (this.grown === this.height) return;
+        this.grown = this.height;
+        this.root.style.minHeight = `${this.height}px`;
+        const [width, height] = this.node.computeSize();
+        this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);
+        this.node.graph?.setDirtyCanvas(true, true);
+    }
+}
+
+/** The job a node's last run started, else the newest of its run name; Training Result has that of its Train node. */
+function jobOf(node, jobs) {
+    const said = jobs.summaries.get(node.kinoloomJob);
+    if (kind(node) === RESULT) {
+        const source = node.getInputNode(0);
+        return (source && showsJob(source) && jobOf(source, jobs)) || said;
+    }
+    const name = node.widgets.find((widget) => widget.name === "run_name")?.value ?? "";
+    const numbered = new RegExp(`^${name.replace(/[^\w]/g, "\\$&")}(-\\d+)?$`, "i");
+    if (said && numbered.test(said.run_name)) return said;
+    return jobs.list.find((job) => job.recipe === kind(node) && numbered.test(job.run_name));
+}
+
+/** Keeps the widgets of all nodes up to date. Returns what to call for each new node. */
+export function jobWidgets(jobs, open, setting) {
+    const shown = new Map(); // node -> widget
+    const update = () => shown.forEach((widget) => widget.root.isConnected && widget.update());
+    jobs.addEventListener("change", update);
+    api.addEventListener("graphChanged", update);
+    return (node) => {
+        if (!showsJob(node)) return;
+        const widget = new JobWidget(node, jobs, open, setting);
+        const options = { serialize: false, hideOnZoom: false, getMinHeight: () => widget.height };
+        node.addDOMWidget("training", "kinoloom_training", widget.root, options).serialize = false;
+        shown.set(node, widget);
+        setTimeout(() => widget.update());
+        after(node, "onExecuted", (output) => {
+            node.kinoloomJob = output?.kinoloom_job?.[0];
+            widget.update();
+        });
+        after(node, "onConnectionsChange", () => setTimeout(() => widget.update()));
+        after(node, "onRemoved", () => {
+            widget.chart.remove();
+            shown.delete(node);
+        });
+    };
+}

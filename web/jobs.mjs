@@ -1,0 +1,168 @@
+// The server's training jobs as this page knows them: their summaries, and the histories that something shows.
+
+import { curves } from "./series.mjs";
+
+const PAGE = 100;
+const PAUSE = 150; // milliseconds between two changes, at least
+const ENDED = ["finished", "stopped", "failed", "interrupted"];
+
+export const hasEnded = (job) => ENDED.includes(job.status);
+
+/**
+ * Sends "change", which may take a fifth of the page's time; "ended" (detail: the job) and "error" (detail: a message).
+ */
+export class Jobs extends EventTarget {
+    constructor(api) {
+        super();
+        this.api = api;
+        this.summaries = new Map();
+        this.histories = new Map(); // id -> {entries, epoch, config, pending: events heard while it is being fetched}
+        this.total = 0;
+        this.pause = PAUSE;
+        this.heard = new Set(); // ids, since the last refresh began
+        api.addEventListener("kinoloom.job", ({ detail }) => this.hear(detail));
+        api.addEventListener("reconnected", () => this.refresh());
+    }
+
+    get list() {
+        return [...this.summaries.values()].sort((a, b) => b.created - a.created);
+    }
+
+    async ask(path, options) {
+        const response = await this.api.fetchApi(`/kinoloom/jobs${path}`, options);
+        const body = await response.json().catch(() => ({}));
+        if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
+        return body;
+    }
+
+    url(id, path) {
+        return this.api.apiURL(`/kinoloom/jobs/${encodeURIComponent(id)}/${path}`);
+    }
+
+    sample(id, name) {
+        return this.url(id, `samples/${encodeURIComponent(name)}`);
+    }
+
+    /** Errors go to "error", as a toast; what they leave undone is asked for again when the socket is back. */
+    async attempt(work) {
+        try {
+            return await work();
+        } catch (error) {
+            this.dispatchEvent(new CustomEvent("error", { detail: error.message }));
+        }
+    }
+
+    post(id, action) {
+        return this.attempt(async () => {
+            this.heard.delete(id);
+            const answer = await this.ask(`/${id}/${action}`, { method: "POST" });
+            if (action === "delete") this.forget(id);
+            else if (!this.heard.has(id)) this.take(answer); // else it may be older than what was heard
+        });
+    }
+
+    /** Ask for everything known anew: after the page opened, or after the socket was gone. */
+    async refresh() {
+        const wanted = Math.max(this.summaries.size, PAGE);
+        this.heard.clear();
+        const found = new Map();
+        await this.attempt(async () => {
+            let page;
+            do {
+                page = await this.ask(`?offset=${found.size}&limit=${PAGE}`);
+                for (const job of page.jobs) found.set(job.id, job);
+            } while (page.jobs.length && found.size < Math.min(wanted, page.total));
+            for (const id of this.summaries.keys()) if (!found.has(id) && !this.heard.has(id)) this.forget(id);
+            for (const job of found.values()) if (!this.heard.has(job.id)) this.take(job);
+            this.total = page.total;
+        });
+        for (const id of this.histories.keys()) this.catchUp(id);
+        this.changed();
+    }
+
+    async more() {
+        await this.attempt(async () => {
+            const page = await this.ask(`?offset=${this.summaries.size}&limit=${PAGE}`);
+            for (const job of page.jobs) if (!this.summaries.has(job.id)) this.summaries.set(job.id, job);
+            this.total = page.total;
+        });
+        this.changed();
+    }
+
+    hear({ job, event, ...rest }) {
+        if (event === "deleted") return this.forget(job.id);
+        this.heard.add(job.id);
+        this.take(job);
+        const kept = this.histories.get(job.id);
+        const entry = { event, ...rest };
+        if (kept?.pending) kept.pending.push(entry);
+        else if (kept && !this.append(kept, entry)) this.catchUp(job.id);
+    }
+
+    take(job) {
+        const before = this.summaries.get(job.id);
+        if (!before) this.total += 1;
+        this.summaries.set(job.id, job);
+        if (before && !hasEnded(before) && hasEnded(job)) this.dispatchEvent(new CustomEvent("ended", { detail: job }));
+        this.changed();
+    }
+
+    forget(id) {
+        this.histories.delete(id);
+        if (this.summaries.delete(id)) this.total -= 1;
+        this.changed();
+    }
+
+    changed() {
+        this.timer ??= setTimeout(() => {
+            this.timer = null;
+            const began = performance.now();
+            this.dispatchEvent(new Event("change"));
+            this.pause = Math.max(PAUSE, 5 * (performance.now() - began));
+        }, this.pause);
+    }
+
+    /** A job's history, from now on kept up to date. */
+    follow(id) {
+        if (!this.histories.has(id)) {
+            this.histories.set(id, { entries: [], epoch: null, config: null, pending: null });
+            this.catchUp(id);
+        }
+        return this.histories.get(id);
+    }
+
+    /** What charts show of a followed history. */
+    curves(id) {
+        const kept = this.histories.get(id);
+        const { length } = kept.entries;
+        if (kept.drawn?.entries !== kept.entries || kept.drawn.length !== length)
+            kept.drawn = { entries: kept.entries, length, curves: curves(kept.entries) };
+        return kept.drawn.curves;
+    }
+
+    async catchUp(id) {
+        const kept = this.histories.get(id);
+        if (kept.pending) return;
+        kept.pending = [];
+        await this.attempt(async () => {
+            let whole = false;
+            while (!whole) {
+                let after = kept.entries.length;
+                let found = await this.ask(`/${id}?after=${after}`);
+                if (after && found.epoch !== kept.epoch) found = await this.ask(`/${id}?after=${(after = 0)}`);
+                kept.entries = kept.entries.slice(0, after).concat(found.history);
+                Object.assign(kept, { epoch: found.epoch, config: found.config });
+                whole = kept.pending.splice(0).every((entry) => this.append(kept, entry));
+            }
+        });
+        kept.pending = null;
+        this.changed();
+    }
+
+    /** False if the history lacks something before this entry, or was cut. */
+    append(kept, { index, epoch = kept.epoch, ...entry }) {
+        if (epoch !== kept.epoch || index > kept.entries.length) return false;
+        if (index === kept.entries.length) kept.entries.push(entry);
+        return true;
+    }
+}

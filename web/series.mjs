@@ -1,0 +1,64 @@
+// What charts show of a run's history: columns of numbers over the run's optimizer steps.
+
+const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#06b6d4", "#ec4899"];
+const HELD_OUT = "#f43f5e";
+
+/** TensorBoard's smoothing: an exponential mean without the pull towards 0 at its start. What is null stays null. */
+export function smooth(values, weight) {
+    let [mean, count] = [0, 0];
+    return values.map((value) => {
+        if (value === null) return null;
+        mean = mean * weight + value * (1 - weight);
+        count += 1;
+        return mean / (1 - weight ** count);
+    });
+}
+
+/**
+ * {x, losses: Map(label -> column), rate, validation, heldOut, best}: columns as long as x, null where nothing was
+ * measured. A label is the loss's name, with its phase where there are several; best is the step of the best
+ * validation, or null.
+ */
+export function curves(history) {
+    const before = {}; // phase -> steps of the phases before it
+    for (const { event, phase, done, step } of history) if (event === "step") before[phase] ??= done - step;
+    const at = (entry) => entry.done ?? (before[entry.phase] ?? 0) + entry.step;
+    const measured = history.filter(({ event }) => event === "step" || event === "validation");
+    const x = [...new Set(measured.map(at))].sort((a, b) => a - b);
+    const place = new Map(x.map((step, index) => [step, index]));
+    const column = () => Array(x.length).fill(null);
+    const several = Object.keys(before).length > 1;
+    const [losses, rate, validation] = [new Map(), column(), column()];
+    let [best, heldOut] = [null, false];
+    for (const entry of measured) {
+        const index = place.get(at(entry));
+        if (entry.event === "validation") {
+            validation[index] = entry.loss;
+            heldOut = entry.held_out;
+            if (entry.best) best = x[index];
+            continue;
+        }
+        rate[index] = entry.learning_rate;
+        for (const [name, value] of Object.entries(entry.losses)) {
+            const label = several ? `${entry.phase}: ${name}` : name;
+            if (!losses.has(label)) losses.set(label, column());
+            losses.get(label)[index] = value;
+        }
+    }
+    return { x, losses, rate, validation, heldOut, best };
+}
+
+/** The series of a loss chart; with smoothing the measured values stay behind it, faint. */
+export function lossSeries({ losses, validation, heldOut }, smoothing) {
+    const series = [...losses].flatMap(([label, values], index) => {
+        const stroke = COLOURS[index % COLOURS.length];
+        if (!smoothing) return [{ label, values, stroke, width: 1.5 }];
+        const behind = { label: `${label}, measured`, values, stroke: `${stroke}44`, width: 1, quiet: true };
+        return [behind, { label, values: smooth(values, smoothing), stroke, width: 2 }];
+    });
+    if (validation.some((value) => value !== null)) {
+        const label = heldOut ? "held-out loss" : "loss on fixed noise";
+        series.push({ label, values: validation, stroke: HELD_OUT, width: 1.5, dash: [5, 3], spanGaps: true });
+    }
+    return series;
+}
