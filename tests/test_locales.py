@@ -63,6 +63,15 @@ def test_names_are_escaped_for_the_front_end_and_tooltips_are_not() -> None:
     }
 
 
+def test_settings_and_commands_are_translated() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (PACK / "web").glob("*js"))
+    for file, label in (("settings", "name"), ("commands", "label")):
+        ids = re.findall(rf'id: "(Kinoloom\.[\w.]+)",\s*{label}:', source)
+        translated = json.loads((PACK / "locales" / "zh" / f"{file}.json").read_text(encoding="utf-8"))
+        assert ids and sorted(translated) == sorted(own.replace(".", "_") for own in ids)
+        assert all(CHINESE.search(texts[label]) for texts in translated.values())
+
+
 def test_comfyui_gives_them_out() -> None:
     from app.custom_node_manager import CustomNodeManager
 
