@@ -316,11 +316,13 @@ def test_other_samples_are_the_same_run(
     monkeypatch.setattr(jobs.Registry, "busy", lambda self, job: False)
     monkeypatch.setattr(jobs.Registry, "make_room", lambda self: None)
     registry = jobs.Registry(tmp_path / "jobs")
-    samples, config = write_samples(tmp_path, "wan"), make_config(WAN_LORA)
+    monkeypatch.setattr(jobs, "_registry", registry)
+    (node,) = (node for node in train.NODES if node.__name__ == WAN_LORA)
+    samples, options = write_samples(tmp_path, "wan"), vars(make_config(WAN_LORA))
 
     def run(samples: Samples | None) -> Job:
-        job = registry.start(model, WAN_LORA, config, data, {}, "run", samples)
-        assert job.ended.wait(60)
+        job = registry.get(node.execute(model, data, "run", samples, **options).result[0])
+        assert job.ended.wait(120)
         return job
 
     job = run(None)

@@ -17,7 +17,7 @@ from scoresheet import Run, Sheet, Variant, main
 
 SHARED = {
     "steps": 300, "batch_size": 4, "rank": 16, "learning_rate": 2e-3, "lr_schedule": "linear", "warmup_steps": 10,
-    "validate_every": 0, "precision": "fp32",
+    "validate_every": 0,
 }  # fmt: skip
 CLIPS = 8
 VARIANTS = {

@@ -17,10 +17,9 @@ from typing import Any
 
 from scoresheet import PACK, Run, Sheet, Variant, main
 
-STEPS = 600
+STEPS = 1600
 SHARED = {
-    "batch_size": 8, "learning_rate": 2e-3, "clean_learning_rate": 1e-3, "warmup_steps": 20, "validate_every": 0,
-    "save_every": 10_000, "precision": "fp32",
+    "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20, "validate_every": 0, "save_every": 10_000,
 }  # fmt: skip
 CLIPS = 200
 RECIPE = "KinoloomTrainSvdTracklets"
@@ -28,8 +27,9 @@ RECIPE = "KinoloomTrainSvdTracklets"
 
 def variant(title: str, painted: float) -> Variant:
     """With this share of the steps on painted boxes."""
-    first = round(STEPS * painted)
-    return Variant(title, RECIPE, {**SHARED, "self_tracking_steps": first, "clean_steps": STEPS - first})
+    first, rate = round(STEPS * painted), 2e-3 if painted else SHARED["learning_rate"]
+    steps = {"self_tracking_steps": first, "clean_steps": STEPS - first, "clean_learning_rate": rate}
+    return Variant(title, RECIPE, {**SHARED, **steps})
 
 
 VARIANTS = {

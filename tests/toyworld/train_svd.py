@@ -25,7 +25,7 @@ from .train_vae import DEVICE, Optimizer, to_pixels
 from tiny_weights import Weights, save
 
 WIDTHS, BLOCKS = (64, 64, 64), 1
-CLIPS, STEPS, BATCH, RATE = 2000, 1000, 12, 2e-3
+CLIPS, STEPS, BATCH, RATE = 3000, 2500, 12, 2e-3
 DROPOUT = 0.1
 AUGMENTATIONS = (0.0, 0.01, 0.02, 0.05, 0.1)  # of the first frame; the first of them is for evaluations
 

@@ -89,7 +89,7 @@ class Svd:
 
 
 def _contiguous_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """Core's order of memory, channels last, would stay with all later layers: group norms then take ten times as long."""
+    """Core leaves channels last in memory, which later layers keep: group norms then take ten times as long."""
     return out.contiguous()
 
 

@@ -16,7 +16,7 @@ from .data import Row
 COLUMNS = 6  # samples over time, of which the first and the last are always shown
 POINTS = 1000  # of a curve
 SMOOTHING = 25  # a curve's part over which the thick line is a mean
-WIDTH, HEIGHT, LEFT, BELOW = 760, 240, 64, 24  # pixels of a chart, margins for the axes
+WIDTH, HEIGHT, LEFT, RIGHT, BELOW = 780, 240, 64, 28, 24  # pixels of a chart, margins for the axes
 COLORS = ("#2a7de1", "#e1702a", "#2aa15f", "#a04fd0", "#b8860b", "#c2304b")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -96,11 +96,9 @@ class Report:
                         losses[name].append((entry["step"], value))
             measured = [e for e in validations if e["phase"] == phase]
             yield section(f"Loss, phase {phase}", chart(losses, measured))
-            others: dict[str, Points] = {
-                key: [(e["step"], e[key]) for e in own if e[key] is not None] for key in ("learning_rate", "grad_norm")
-            }
-            for key, points in others.items():
-                yield section(f"{key.replace('_', ' ').capitalize()}, phase {phase}", chart({key: points}), level=3)
+            for title, key in (("Learning rate", "learning_rate"), ("Gradient norm before clipping", "grad_norm")):
+                points = [(e["step"], e[key]) for e in own if e[key] is not None]
+                yield section(f"{title}, phase {phase}", chart({key: points}), level=3)
 
     def _samples(self) -> str:
         taken = evenly([e for e in self.history if e["event"] == "sample"], COLUMNS)
@@ -175,7 +173,7 @@ def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - first) / (last - first), (min(max(y, low), high) - low) / (high - low)
-        return round(LEFT + across * (WIDTH - LEFT - 8), 1), round(8 + (1 - up) * (HEIGHT - BELOW - 8), 1)
+        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(8 + (1 - up) * (HEIGHT - BELOW - 8), 1)
 
     def line(points: Points, color: str, width: float, opacity: float) -> str:
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
@@ -185,7 +183,7 @@ def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
     for tick in range(5):
         value = low + (high - low) * tick / 4
         y = place(first, value)[1]
-        parts.append(f'<path d="M{LEFT} {y}H{WIDTH - 8}" stroke="currentColor" opacity=".15"/>')
+        parts.append(f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="currentColor" opacity=".15"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
         x = first + (last - first) * tick / 4
         parts.append(f'<text x="{place(x, low)[0]}" y="{HEIGHT - 6}" text-anchor="middle">{x:.0f}</text>')
