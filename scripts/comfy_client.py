@@ -21,7 +21,7 @@ from comfy_workflow import Json, find_node, set_widget, to_prompt
 __all__ = ["Client", "PromptError", "Server", "find_node", "make_base", "set_widget", "to_prompt"]
 
 MODEL_FOLDERS = ("diffusion_models", "vae", "text_encoders", "loras")
-START_TIMEOUT = 180.0
+START_TIMEOUT = 600.0
 _HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and this machine
 
 
@@ -161,7 +161,7 @@ class Client:
 
     def read(self, route: str) -> bytes:
         """GET a route's raw bytes."""
-        with _HTTP.open(f"http://{self.address}{route}", timeout=60) as answer:
+        with _HTTP.open(f"http://{self.address}{route}", timeout=300) as answer:
             return answer.read()
 
     def object_info(self) -> Json:
@@ -181,7 +181,7 @@ class Client:
         body = {"prompt": prompt, "client_id": self.id, "extra_data": extra_data}
         return self.post("/prompt", body)["prompt_id"]
 
-    def wait(self, prompt_id: str, timeout: float = 120.0) -> Json:
+    def wait(self, prompt_id: str, timeout: float = 600.0) -> Json:
         """Wait until the prompt is done and return its outputs: node id -> what the node showed."""
         self.wait_event(
             lambda e: e["type"] == "executing" and e["data"] == {"node": None, "prompt_id": prompt_id}, timeout
@@ -191,10 +191,10 @@ class Client:
             raise _failure(entry["status"]["messages"])
         return entry["outputs"]
 
-    def run(self, prompt: Json, timeout: float = 120.0) -> Json:
+    def run(self, prompt: Json, timeout: float = 600.0) -> Json:
         return self.wait(self.submit(prompt), timeout)
 
-    def run_workflow(self, workflow: Json, timeout: float = 120.0) -> Json:
+    def run_workflow(self, workflow: Json, timeout: float = 600.0) -> Json:
         """Run a UI-format workflow."""
         return self.run(to_prompt(workflow, self.object_info()), timeout)
 
@@ -247,7 +247,7 @@ class Client:
             f"http://{self.address}{route}", body, {"Content-Type": "application/json"}, method=method
         )
         try:
-            with _HTTP.open(request, timeout=60) as answer:
+            with _HTTP.open(request, timeout=300) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise _refusal(f"{method} {route}", error) from None

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import tiny_sd
 import tiny_svd
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from toyworld.install import install
 
 import tiny
 from comfy_client import Client, Server, make_base
 from comfy_library import COMFYUI, PACK, register_pack, start_comfyui
+
+
+PATIENCE = 120_000  # milliseconds for the page, on machines that do much else
 
 
 class _RootIsNoPackage:
@@ -141,6 +144,8 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     """The real front end on the running server, its default workflow loaded: `page.evaluate("app.graph...")`."""
     context = browser.new_context(base_url=f"http://{server.address}")
     opened = context.new_page()
+    opened.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
     opened.goto("/")
     opened.wait_for_function(
         "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"

@@ -234,7 +234,7 @@ def make_job(
 def finish(job: Job, model: Any, status: str = "finished") -> Job:
     """Start `job` and wait until it ended as expected."""
     job.start(model)
-    assert job.ended.wait(120)
+    assert job.ended.wait(600)
     assert job.status == status, job.error or job.status
     return job
 

@@ -124,7 +124,13 @@ def test_watch_stop_reload_resume_and_delete_a_run(panel: Page, client: Client, 
     expect(view.locator(".kl-state")).to_have_text("running", timeout=LATER)
     page.wait_for_function(f"parseInt(document.querySelector('.kl-fact').innerText.slice(4)) > {done}", timeout=LATER)
     button(view, "Stop").click()
-    button(view, "Delete").click(timeout=LATER)
+    expect(button(view, "Delete")).to_be_visible(timeout=LATER)
+    button(view, "Generate").click()
+    loader = "app.graph.nodes.find((node) => node.type === 'LoraLoaderModelOnly')?.widgets[0].value"
+    last = job_of(client, name)["lora_names"]["lora"]
+    page.wait_for_function(f"(last) => {loader} === last", arg=last, timeout=LATER)
+    assert last == f"kinoloom/{name}/{name}-lora-{job_of(client, name)['done']:06}.safetensors"
+    button(view, "Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator(".kl-list")).to_be_visible()
     expect(row).to_have_count(0)

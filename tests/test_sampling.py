@@ -322,7 +322,7 @@ def test_other_samples_are_the_same_run(
 
     def run(samples: Samples | None) -> Job:
         job = registry.get(node.execute(model, data, "run", samples, **options).result[0])
-        assert job.ended.wait(120)
+        assert job.ended.wait(600)
         return job
 
     job = run(None)

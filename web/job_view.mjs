@@ -2,6 +2,7 @@
 
 import { Chart } from "./chart.mjs";
 import { el, fill } from "./dom.mjs";
+import { openGeneration } from "./generate.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
@@ -95,7 +96,11 @@ export class JobView {
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
         }
         const [name] = Object.values(job.lora_names).slice(-1);
-        if (name) made.push(button("Copy LoRA name", "pi-copy", name, () => this.host.copy(name)));
+        if (name) {
+            const generate = () => this.jobs.attempt(() => openGeneration(job));
+            made.push(button("Generate", "pi-video", "Open the template that generates with it", generate));
+            made.push(button("Copy LoRA name", "pi-copy", name, () => this.host.copy(name)));
+        }
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
         made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
         if (hasEnded(job)) made.push(button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job)));
