@@ -17,7 +17,6 @@ import tiny
 from comfy_client import Client, Server, make_base
 from comfy_library import COMFYUI, PACK, register_pack, start_comfyui
 
-
 PATIENCE = 120_000  # milliseconds for the page, on machines that do much else
 
 
