@@ -6,7 +6,9 @@ COMFYUI_DIR says where ComfyUI is. A control is trained once a variant and seed,
 for the path of each concept's motion. What the scores mean is said in tests/toyworld/steer.py. Results and controls
 stay in FOLDER, as motion_transfer.py's do.
 
-Settings were chosen on the concept `arrow`, which is not reported.
+On the concept `arrow`, on which settings are to be chosen, 1600 steps are too few: the sprites' boxes overlap the asked ones by
+0.33 with tracklets, 0.31 without self-tracking and 0.37 without any control, and the gates of the fusers' attention are
+hardly open. The method's own runs take 30 000.
 """
 
 import hashlib
