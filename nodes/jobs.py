@@ -296,7 +296,7 @@ def _wait(job: Job, node_id: str) -> None:
 
 def trained_file(path: str) -> str:
     """`path`; ValueError unless a run has made that file."""
-    known = {file for job in registry().jobs.copy().values() for file in job.files.values()}
+    known = {file for job in registry().jobs.copy().values() for file in job.files.copy().values()}
     if path not in known:
         raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")
     return path

@@ -16,6 +16,7 @@ export class Jobs extends EventTarget {
         super();
         this.api = api;
         this.summaries = new Map();
+        this.gone = new Set(); // ids of deleted jobs, of which an answer may still be under way
         this.histories = new Map(); // id -> {entries, epoch, config, pending: events heard while it is being fetched}
         this.total = 0;
         this.pause = PAUSE;
@@ -73,7 +74,7 @@ export class Jobs extends EventTarget {
                 for (const job of page.jobs) found.set(job.id, job);
             } while (page.jobs.length && found.size < Math.min(wanted, page.total));
             for (const id of this.summaries.keys()) if (!found.has(id) && !this.heard.has(id)) this.forget(id);
-            for (const job of found.values()) if (!this.heard.has(job.id)) this.take(job);
+            for (const job of found.values()) if (!this.heard.has(job.id) && !this.gone.has(job.id)) this.take(job);
             this.total = page.total;
         });
         for (const id of this.histories.keys()) this.catchUp(id);
@@ -83,14 +84,16 @@ export class Jobs extends EventTarget {
     async more() {
         await this.attempt(async () => {
             const page = await this.ask(`?offset=${this.summaries.size}&limit=${PAGE}`);
-            for (const job of page.jobs) if (!this.summaries.has(job.id)) this.summaries.set(job.id, job);
+            for (const job of page.jobs)
+                if (!this.summaries.has(job.id) && !this.gone.has(job.id)) this.summaries.set(job.id, job);
             this.total = page.total;
         });
         this.changed();
     }
 
     hear({ job, event, ...rest }) {
-        if (event === "deleted") return this.forget(job.id);
+        if (event === "deleted") this.gone.add(job.id);
+        if (this.gone.has(job.id)) return this.forget(job.id);
         this.heard.add(job.id);
         this.take(job);
         const kept = this.histories.get(job.id);

@@ -244,7 +244,7 @@ def _read(path: Path) -> np.ndarray | None:
         return None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _frames(path: Path, modified: int) -> np.ndarray:
     """The frames of an image file in grey, made small: T h w. Equal frames may have been written as one."""
     with Image.open(path) as image:

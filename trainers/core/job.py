@@ -123,7 +123,7 @@ class Job(Record):
 
     def report(self) -> str:
         """The run as one page of HTML."""
-        files = [Path(path) for path in self.files.values()]
+        files = [Path(path) for path in self.files.copy().values()]
         return Report(
             self.summary(),
             public_config(self.config),
@@ -156,9 +156,13 @@ class Job(Record):
 
     def _advise(self, *more: Finding) -> None:
         history = list(self.history)
-        seen = look_at(self.samples_folder, history)
-        found = [*more, *advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)]
-        self.advice, self._advised = [finding.to_json() for finding in found], len(history)
+        try:
+            seen = look_at(self.samples_folder, history)
+            found = advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)
+        except Exception:  # no check is worth a run
+            logging.exception("Kinoloom: %s: no advice", self.spec.run_name)
+            found = []
+        self.advice, self._advised = [finding.to_json() for finding in (*more, *found)], len(history)
 
     def _run(self) -> None:
         with run_log(self.log_path):
@@ -182,6 +186,7 @@ class Job(Record):
         finally:
             if taken:
                 self.slot.release()
+            self._model = None
             self._end(status, event, trouble)
 
     def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:

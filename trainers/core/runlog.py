@@ -28,7 +28,7 @@ class RunLog(logging.Handler):
                 os.replace(self.path, earlier(self.path))
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self.format(record)[-LONGEST:] + "\n")
-        except OSError:  # a full disk ends the run by itself
+        except Exception:  # as in every handler: a log is not worth a run
             self.handleError(record)
 
 
