@@ -197,7 +197,7 @@ def test_a_damaged_file_is_named(models: Path) -> None:
         convert("loras/damaged.safetensors")
 
 
-def test_the_input_says_what_it_is_for() -> None:
+def test_the_input_says_what_it_is_for(models: Path) -> None:
     schema = ConvertSvd.define_schema()
     assert schema.node_id == "KinoloomConvertSvd" and schema.is_output_node
     assert all(len(given.tooltip) > 15 for given in (*schema.inputs, *schema.outputs))
