@@ -41,6 +41,7 @@ def models(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -
         "loras": ([str(tmp_path / "loras")], {".safetensors"}),
     }
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, **folders})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # the folders are gone after the test
     (tmp_path / "unet").mkdir()
     (tmp_path / "diffusion_models").mkdir()
     tiny = tiny_models / "diffusion_models" / "tiny_svd.safetensors"
@@ -197,7 +198,7 @@ def test_a_damaged_file_is_named(models: Path) -> None:
         convert("loras/damaged.safetensors")
 
 
-def test_the_input_says_what_it_is_for(models: Path) -> None:
+def test_the_input_says_what_it_is_for() -> None:
     schema = ConvertSvd.define_schema()
     assert schema.node_id == "KinoloomConvertSvd" and schema.is_output_node
     assert all(len(given.tooltip) > 15 for given in (*schema.inputs, *schema.outputs))
