@@ -117,7 +117,7 @@ class Registry:
                 self.jobs[job.spec.id] = job
             if job.status != "finished":
                 job.reconfigure(config, samples)
-                if job.ended.is_set():
+                if job.is_over:
                     job.start(model)
         return job
 
@@ -133,7 +133,7 @@ class Registry:
             elif earlier.status == "finished":
                 if not identity.changes(earlier.spec.identity):
                     return name, earlier
-            elif earlier.resumable or not earlier.ended.is_set():
+            elif earlier.resumable or not earlier.is_over:
                 identity.require_same(earlier.spec.identity, name)
                 return name, earlier
             elif not earlier.files:
@@ -144,7 +144,7 @@ class Registry:
     def resume(self, job: Job) -> None:
         """Go on with a paused job, or with an ended one from its checkpoint."""
         with self.lock:
-            if not job.ended.is_set():
+            if not job.is_over:
                 job.resume()
             elif job.resumable:
                 job.spec.source.require_reloadable()
@@ -155,7 +155,7 @@ class Registry:
     def delete(self, job: Job) -> None:
         """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
         with self.lock:
-            if not job.ended.is_set():
+            if not job.is_over:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before it is deleted")
             if self.jobs.get(job.spec.id) is not job:
                 return

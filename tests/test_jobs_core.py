@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
 from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.optim import make_optimizer
+from kinoloom.trainers.core.record import ENDED
 from torch import Tensor, nn
 
 import tiny
@@ -691,6 +693,24 @@ def test_a_run_on_a_full_disk_fails_clearly_and_goes_on_from_its_checkpoint(
     )
     assert (job.folder / "state.pt").read_bytes() == before
     assert_same_run(finish(make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA), model), whole(WAN_LORA))
+
+
+def test_a_run_that_cannot_even_begin_on_a_full_disk_says_so_and_begins_later(
+    model: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
+    with full_disk(0):
+        finish(job, model, "failed")
+    assert "cannot write" in job.error
+    assert not finish(job, model).error
+
+
+def test_who_sees_the_end_finds_it_written_down(model: Any, data: TrainingData, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
+    job.start(model)
+    while job.status not in ENDED:
+        time.sleep(0)
+    assert job.is_over and (job.folder / "report.html").is_file()
 
 
 # -- the step --------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,17 @@ def test_the_tally_follows_the_history() -> None:
         assert tally.seconds_per_step == (1.0 if i < PACE_STEPS else pytest.approx(1 + 2 * (i - 19) / 20))
 
 
+def test_the_time_left_counts_samples_and_validations() -> None:
+    tally = Tally()
+    sample = {"event": "sample", "phase": "clips", "step": 0, "done": 0, "files": [], "prompts": [], "seconds": 500.0}
+    tally.add(sample)
+    assert tally.seconds_for(90) is None
+    for entry in (*(step(i, seconds=2.0) for i in range(1, 11)), Validation("clips", 10, 0.4, True, False, 5.0)):
+        tally.add(to_json(entry))
+    tally.add({**sample, "step": 10, "done": 10, "seconds": 25.0})
+    assert tally.seconds_for(90) == 90 * 2 + 9 * (5 + 25)
+
+
 def test_a_restart_shows_the_same_without_reading_the_history(
     model: Any, data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,7 +106,14 @@ def make_record(folder: Path) -> Record:
 
 def test_a_cut_of_the_history_is_another_epoch(tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
-    for event in (PLAN, step(1), step(2), Saved("lora", "a", 2), Validation("clips", 2, 0.4, True, False), step(3)):
+    for event in (
+        PLAN,
+        step(1),
+        step(2),
+        Saved("lora", "a", 2),
+        Validation("clips", 2, 0.4, True, False, 1.0),
+        step(3),
+    ):
         record.append(event)
     before = record.epoch
     record.rewind(0, 2)
@@ -171,7 +189,7 @@ def history_of(evil: str, files: list[str]) -> list[dict]:
         to_json(Step(evil, i, 9, i, 9, {evil: 1.0 / i, "b": None}, 1e-4, None, 1.0)) for i in range(1, 4)
     ]  # fmt: skip
     sample = {"event": "sample", "phase": evil, "step": 1, "done": 1, "files": files, "prompts": [evil], "seconds": 1.0}
-    return [*events, to_json(Validation(evil, 2, 0.4, True, True)), sample]
+    return [*events, to_json(Validation(evil, 2, 0.4, True, True, 1.0)), sample]
 
 
 def test_no_value_of_a_user_becomes_markup_in_a_report(tmp_path: Path) -> None:

@@ -63,8 +63,7 @@ export class Jobs extends EventTarget {
     }
 
     /** Ask for everything known anew: after the page opened, or after the socket was gone. */
-    async refresh() {
-        const wanted = Math.max(this.summaries.size, PAGE);
+    async refresh(wanted = Math.max(this.summaries.size, PAGE)) {
         this.heard.clear();
         const found = new Map();
         await this.attempt(async () => {
@@ -81,14 +80,8 @@ export class Jobs extends EventTarget {
         this.changed();
     }
 
-    async more() {
-        await this.attempt(async () => {
-            const page = await this.ask(`?offset=${this.summaries.size}&limit=${PAGE}`);
-            for (const job of page.jobs)
-                if (!this.summaries.has(job.id) && !this.gone.has(job.id)) this.summaries.set(job.id, job);
-            this.total = page.total;
-        });
-        this.changed();
+    more() {
+        return this.refresh(this.summaries.size + PAGE);
     }
 
     hear({ job, event, ...rest }) {

@@ -42,13 +42,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss on fixed noise and timesteps; `held_out` says whether on data that is never trained on."""
+    """Loss on fixed noise and timesteps, and what it took; `held_out`: whether on data that is never trained on."""
 
     phase: str
     step: int
     loss: float
     best: bool
     held_out: bool
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
 from .optim import STATE_BYTES
 from .recipe import Phase, Recipe
-from .record import Record, Spec
+from .record import ENDED, Record, Spec
 from .report import Report
 from .runlog import run_log
 from .sampling import Samples, Sampling
@@ -71,7 +71,7 @@ class Job(Record):
         self._resume.set()
         self.error, self.ended_at, self.advice, self._advised = "", None, [], 0
         self._model = model or self.spec.source
-        self._set_status("waiting")
+        self.status = "waiting"
         self.ended.clear()
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
@@ -89,6 +89,13 @@ class Job(Record):
 
     def resume(self) -> None:
         self._resume.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens: a run whose status says so may still write its end down, and is waited for."""
+        if self.status in ENDED:
+            self.ended.wait()
+        return self.ended.is_set()
 
     @property
     def parts(self) -> list[str]:
@@ -115,7 +122,7 @@ class Job(Record):
             "title": self.recipe_class.title,
             "pause_requested": not self._resume.is_set(),
             "seconds_per_step": pace,
-            "seconds_left": (self.total - tally.done) * pace if going and pace is not None else None,
+            "seconds_left": tally.seconds_for(self.total - tally.done) if going else None,
             "files": files,
             "lora_names": {label: loader_name(Path(path)) for label, path in files.items()},
             "ended": self.ended_at,
@@ -138,8 +145,11 @@ class Job(Record):
     def _set_status(self, status: str) -> None:
         if status != self.status:
             self.status = status
-            self.write()
-            self.publish(self, {"event": "status", "epoch": self.epoch})
+            self._show_status()
+
+    def _show_status(self) -> None:
+        self.write()
+        self.publish(self, {"event": "status", "epoch": self.epoch})
 
     def _emit(self, event: Event) -> None:
         placed = self._placed(event)
@@ -170,8 +180,10 @@ class Job(Record):
 
     def _work(self) -> None:
         trouble: list[Finding] = []
-        taken = self._take_slot()
+        taken = False
         try:
+            self._show_status()
+            taken = self._take_slot()
             finished = taken and self._train()
             status, event = ("finished" if finished else "stopped"), Finished(not finished, self.done)
             logging.info("Kinoloom: %s: %s after %d of %d steps", self.spec.run_name, status, self.done, self.total)

@@ -155,11 +155,13 @@ class PhaseRun:
                 )
 
     def validate(self) -> None:
+        began = time.perf_counter()
         with self.averaged():
             loss = validation_loss(self.recipe, self.batches.validation(), self.phase, self.config.seed)
         best = loss < self.state.best
         self.state.best = min(self.state.best, loss)
-        self.session.emit(Validation(self.phase.name, self.state.step, loss, best, self.batches.held_out))
+        seconds = time.perf_counter() - began
+        self.session.emit(Validation(self.phase.name, self.state.step, loss, best, self.batches.held_out, seconds))
         if best:
             self.snapshot("best")
 
