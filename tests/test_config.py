@@ -146,6 +146,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "save_precision": ("fp32", DTYPE),
     "trigger_words": ("zyx", METADATA),
 }
+SVD = {"noise_mean": (2.0, WEIGHTS), "noise_std": (0.8, WEIGHTS), "conditioning_dropout": (0.3, WEIGHTS)}
 OWN: dict[str, dict[str, tuple[Any, str]]] = {
     WAN_LORA: {
         "steps": (2, STEPS),
@@ -176,12 +177,12 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
     SVD_LORA: {
         "steps": (2, STEPS),
         "target_layers": ("temporal", FILES),
-        "conditioning_dropout": (0.3, WEIGHTS),
+        **SVD,
     },
     FINETUNE: {
         "steps": (2, STEPS),
         "layers": ("temporal", WEIGHTS),
-        "conditioning_dropout": (0.3, WEIGHTS),
+        **SVD,
     },
     TRACKLETS: {
         "self_tracking_steps": (1, STEPS),
@@ -189,7 +190,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "clean_learning_rate": (1e-4, WEIGHTS),
         "soft_boxes": (0.8, WEIGHTS),
         "box_weight": (3.0, WEIGHTS),
-        "conditioning_dropout": (0.3, WEIGHTS),
+        **SVD,
         "lr_schedule": ("constant", WEIGHTS),
     },
 }

@@ -13,7 +13,7 @@ import tiny_svd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
-from kinoloom.trainers.backbones.svd import Svd, check, drawn_conditions, video_loss
+from kinoloom.trainers.backbones.svd import Svd, SvdConfig, check, drawn_conditions, video_loss
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.lora import LoraGroups
@@ -44,6 +44,7 @@ from .runs import (
 
 FRAMES = 3
 SIGMA = torch.tensor([0.05, 30.0])
+WHOLE = SvdConfig(conditioning_dropout=0.0)
 LORA, FINETUNE = SvdLora.name, SvdFinetune.name
 
 
@@ -96,8 +97,9 @@ def test_the_loss_on_v_is_the_weighted_loss_on_denoised_latents() -> None:
 def test_noise_levels_are_log_normal() -> None:
     quantiles = torch.tensor([0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99], dtype=torch.float64)
     expected = torch.tensor([0.049, 0.145, 0.68, 2.01, 5.9, 27.9, 83.0], dtype=torch.float64)
-    assert torch.allclose(Edm().timesteps(quantiles), expected, rtol=0.02)
-    drawn = Edm().timesteps(Rng(0, "clips", 0).uniform(4096)).log()
+    c = SvdConfig()
+    assert torch.allclose(Edm().timesteps(quantiles, c.noise_mean, c.noise_std), expected, rtol=0.02)
+    drawn = Edm().timesteps(Rng(0, "clips", 0).uniform(4096), c.noise_mean, c.noise_std).log()
     assert abs(float(drawn.mean()) - 0.7) < 0.1 and abs(float(drawn.std()) - 1.6) < 0.1
 
 
@@ -195,7 +197,7 @@ def test_checkpointing_changes_nothing(backbone: Svd, data: Any) -> None:
     gradients = []
     for backbone.checkpointing in (False, True):
         backbone.module.zero_grad(set_to_none=True)
-        video_loss(backbone, make_batch(backbone, data, size=2), Rng(0, "clips", 0), 0.0, True).backward()
+        video_loss(backbone, make_batch(backbone, data, size=2), Rng(0, "clips", 0), WHOLE).backward()
         gradients.append([p.grad.clone() for p in lora.factors("lora", "up").values()])
     backbone.checkpointing = False
     for plain, recomputed in zip(*gradients, strict=True):
@@ -223,7 +225,7 @@ def test_queries_and_keys_of_cross_attention_have_no_gradient(model: Any, data: 
     assert len(lora.layers) == 256
     for up in lora.factors("lora", "up").values():
         torch.nn.init.normal_(up, std=0.1)
-    video_loss(backbone, make_batch(backbone, data), Rng(0, "clips", 0), 0.0, True).backward()
+    video_loss(backbone, make_batch(backbone, data), Rng(0, "clips", 0), WHOLE).backward()
     for path, up in lora.factors("lora", "up").items():
         still = ".attn2.to_q" in path or ".attn2.to_k" in path
         assert (up.grad.abs().max() < 1e-7) == still, path
@@ -279,14 +281,14 @@ def test_gradients_of_trained_weights_are_those_of_a_plain_model(model: Any, dat
     batch = make_batch(backbone, data)
 
     def loss() -> Tensor:
-        return video_loss(backbone, batch, Rng(0, "clips", 0), 0.0, True)
+        return video_loss(backbone, batch, Rng(0, "clips", 0), WHOLE)
 
     loss().backward()
     if dtype == torch.bfloat16:
         reference = make_backbone(model)
         other = SvdFinetune(reference, make_config(FINETUNE, layers="all"))
         other.start(other.phases(other.config)[0])
-        video_loss(reference, make_batch(reference, data), Rng(0, "clips", 0), 0.0, True).backward()
+        video_loss(reference, make_batch(reference, data), Rng(0, "clips", 0), WHOLE).backward()
         ours, theirs = (torch.cat([p.grad.flatten() for p in r.trained.values()]) for r in (recipe, other))
         assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
         return
@@ -316,7 +318,7 @@ def test_weights_stored_narrower_than_the_arithmetic_train(tmp_path: Path, data:
         backbone = make_backbone(loaded)
         lora = LoraGroups(backbone.module, 0)
         lora.add_group("lora", Svd.lora_targets["all"], 2, 2)
-        video_loss(backbone, make_batch(backbone, data), Rng(0, "clips", 0), 0.0, True).backward()
+        video_loss(backbone, make_batch(backbone, data), Rng(0, "clips", 0), WHOLE).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in lora.factors("lora", "up").values()]))
     assert torch.allclose(*gradients, atol=1e-5 * float(gradients[1].abs().max()))
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbones.svd import Svd, dropout_knob, video_loss
-from .core.config import TrainConfig, knob
+from .backbones.svd import Svd, SvdConfig, video_losses
+from .core.config import knob
 from .core.lora import copied, fill
-from .core.losses import concept_and_prior
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -32,7 +31,7 @@ class SvdFinetune:
     columns = ("latents", "image")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(SvdConfig):
         steps: int = knob(5000, "Optimizer steps. Some dozen clips want 2000 to 10000.", min=1, max=1_000_000)
         layers: str = knob(
             "temporal attention",
@@ -47,8 +46,6 @@ class SvdFinetune:
             max=10.0,
             step=1e-6,
         )
-        conditioning_dropout: float = dropout_knob()
-
         validate_every: int = knob(
             500,
             "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 "
@@ -94,12 +91,7 @@ class SvdFinetune:
         return [{"params": list(self.trained.values()), "lr": self.config.learning_rate}]
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        c = self.config
-
-        def loss(batch: Batch, rng: Rng) -> Tensor:
-            return video_loss(self.backbone, batch, rng, c.conditioning_dropout, c.stratified_timesteps)
-
-        return concept_and_prior(loss, batch, rng, c.prior_weight)
+        return video_losses(self.backbone, batch, rng, self.config)
 
     def export(self, name: str) -> dict[str, Tensor]:
         """Every weight under ComfyUI's own name."""

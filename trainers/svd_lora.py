@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbones.svd import Svd, dropout_knob, video_loss
+from .backbones.svd import Svd, SvdConfig, video_losses
 from .core.config import LoraConfig, knob
 from .core.lora import LoraGroups
-from .core.losses import concept_and_prior
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
 
@@ -26,7 +25,7 @@ class SvdLora:
     columns = ("latents", "image")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(LoraConfig):
+    class Config(SvdConfig, LoraConfig):
         steps: int = knob(1000, "Optimizer steps. A few clips want 500 to 2000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",
@@ -35,7 +34,6 @@ class SvdLora:
             choices=tuple(Svd.lora_targets),
             advanced=True,
         )
-        conditioning_dropout: float = dropout_knob()
 
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
@@ -59,12 +57,7 @@ class SvdLora:
         return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        c = self.config
-
-        def loss(batch: Batch, rng: Rng) -> Tensor:
-            return video_loss(self.backbone, batch, rng, c.conditioning_dropout, c.stratified_timesteps)
-
-        return concept_and_prior(loss, batch, rng, c.prior_weight)
+        return video_losses(self.backbone, batch, rng, self.config)
 
     def export(self, name: str) -> dict[str, Tensor]:
         return self.lora.export(name)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.svd import Svd, dropout_knob, video_loss
+from .backbones.svd import Svd, SvdConfig, video_loss
 from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, widths_of
-from .core.config import TrainConfig, knob
+from .core.config import knob
 from .core.host import OPERATIONS, make_private
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
@@ -37,7 +37,7 @@ class SvdTracklets:
     columns = ("latents", "image", "tracklets")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(SvdConfig):
         self_tracking_steps: int = knob(
             20_000,
             "Optimizer steps on clips with painted boxes. The sampled videos should show the boxes before you go on.",
@@ -73,7 +73,6 @@ class SvdTracklets:
             step=0.5,
             advanced=True,
         )
-        conditioning_dropout: float = dropout_knob()
         lr_schedule: str = knob(
             "linear",
             "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
@@ -165,7 +164,7 @@ class SvdTracklets:
         if c.box_weight > 1:
             weight = box_weights(batch["boxes"], batch["box_mask"], batch["latents"].shape[-2:], c.box_weight)
             batch = {**batch, "mask": batch.get("mask", 1) * weight.to(batch["latents"])}
-        return video_loss(self.backbone, batch, rng, c.conditioning_dropout, c.stratified_timesteps)
+        return video_loss(self.backbone, batch, rng, c)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """`batch` holds boxes [B, T, 20, 8] and box_mask [B, T, 20], which is 0 where the learned null stands."""

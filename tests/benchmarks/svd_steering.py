@@ -19,24 +19,25 @@ from typing import Any
 
 from scoresheet import PACK, Run, Sheet, Variant, main
 
-STEPS = 1600
+STEPS = 5000
 SHARED = {
-    "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20, "validate_every": 0, "save_every": 10_000,
+    "batch_size": 16, "learning_rate": 2e-3, "clean_learning_rate": 2e-3, "lr_schedule": "cosine", "warmup_steps": 20,
+    "noise_mean": 2.0, "noise_std": 0.8, "conditioning_dropout": 0.05, "validate_every": 0, "save_every": 1000,
 }  # fmt: skip
-CLIPS = 200
+SPARSE, CLIPS, WHOLE = 8, 2000, 300  # clips of every eighth frame, and of every one that a model sees
 RECIPE = "KinoloomTrainSvdTracklets"
 
 
 def variant(title: str, painted: float) -> Variant:
     """With this share of the steps on painted boxes."""
-    first, rate = round(STEPS * painted), 2e-3 if painted else SHARED["learning_rate"]
-    steps = {"self_tracking_steps": first, "clean_steps": STEPS - first, "clean_learning_rate": rate}
+    first = round(STEPS * painted)
+    steps = {"self_tracking_steps": first, "clean_steps": STEPS - first}
     return Variant(title, RECIPE, {**SHARED, **steps})
 
 
 VARIANTS = {
     "base": Variant("no control"),
-    "tracklets": variant("tracklets", 0.5),
+    "tracklets": variant("tracklets", 0.6),
     "clean": variant("… without self-tracking", 0.0),
 }
 SHOWN = ("a sprite", "another", "a third")
@@ -53,13 +54,16 @@ def studio() -> Any:
 def control(run: Run, variant: Variant, folder: Path) -> Path:
     """The file of a variant and seed; trained unless it is there."""
     import numpy as np
+    from kinoloom.trainers.core.data import TrainingData
     from toyworld import personalise, steer
 
     made_of = hashlib.sha256(SHEET.made_of(run).encode()).hexdigest()[:12]
     kept = PACK / ".runtime" / "svd_steering_controls" / f"{run.variant}-{run.seed}-{made_of}.safetensors"
     if not kept.is_file():
         rng = np.random.default_rng(run.seed)
-        data = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(CLIPS)])
+        sparse = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(CLIPS)], SPARSE)
+        whole = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(WHOLE)])
+        data = TrainingData(sparse.folder, sparse.rows + whole.rows)
         files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(files[-1], kept)

@@ -193,8 +193,10 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Te
 
     recipe.start(recipe.phases(recipe.config)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)
-    drawn = drawn_conditions(batch, rng, recipe.config.conditioning_dropout)
-    sigma = recipe.backbone.schedule.timesteps(rng.uniform(1, recipe.config.stratified_timesteps))
+    c = recipe.config
+    drawn = drawn_conditions(batch, rng, c.conditioning_dropout)
+    u = rng.uniform(1, c.stratified_timesteps)
+    sigma = recipe.backbone.schedule.timesteps(u, c.noise_mean, c.noise_std)
     inputs = (
         batch["latents"].transpose(1, 2),
         drawn["first_frame"],

@@ -36,22 +36,22 @@ def on_random_path(rng: Generator) -> world.Clip:
 
 
 @torch.inference_mode()
-def encode(studio: SvdStudio, clips: list[world.Clip]) -> TrainingData:
-    """Every `STRIDE`th frame, with the boxes of the sprites."""
+def encode(studio: SvdStudio, clips: list[world.Clip], stride: int = STRIDE) -> TrainingData:
+    """Every `stride`th frame, with the boxes of the sprites."""
     parts = []
     for clip in clips:
-        images = torch.from_numpy(clip.video[::STRIDE]).float() / 255
+        images = torch.from_numpy(clip.video[::stride]).float() / 255
         (part,) = EncodeSvdClips.execute(
-            studio.vae, studio.clip_vision, BUCKET, float(FRAME_RATE), images=images, tracklets=boxes(clip),
+            studio.vae, studio.clip_vision, BUCKET, float(FRAME_RATE), images=images, tracklets=boxes(clip, stride),
             frames_per_clip=len(images), fps=float(FRAME_RATE), size=world.SIZE,
         ).args  # fmt: skip
         parts.append(part)
     return TrainingData(parts[0].folder, tuple(row for part in parts for row in part.rows))
 
 
-def boxes(clip: world.Clip) -> Tracklets:
-    """Of the sprite in the frames that a model sees."""
-    return from_masks(torch.from_numpy(clip.mask[::STRIDE] > 0.5).long())
+def boxes(clip: world.Clip, stride: int = STRIDE) -> Tracklets:
+    """Of the sprite in every `stride`th frame."""
+    return from_masks(torch.from_numpy(clip.mask[::stride] > 0.5).long())
 
 
 def steered(studio: SvdStudio, control: Path, clip: world.Clip) -> Any:

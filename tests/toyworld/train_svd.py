@@ -9,7 +9,7 @@ import numpy as np
 import tiny_svd
 import torch
 from comfy.utils import load_torch_file
-from kinoloom.trainers.backbones.svd import Svd, video_loss
+from kinoloom.trainers.backbones.svd import Svd, SvdConfig, video_loss
 from kinoloom.trainers.core.host import TRANSFORMER_OPTIONS
 from kinoloom.trainers.core.noise import Rng
 from numpy.random import Generator
@@ -26,7 +26,7 @@ from tiny_weights import Weights, save
 
 WIDTHS, BLOCKS = (64, 64, 64), 1
 CLIPS, STEPS, BATCH, RATE = 3000, 2500, 12, 2e-3
-DROPOUT = 0.1
+OBJECTIVE = SvdConfig()
 AUGMENTATIONS = (0.0, 0.01, 0.02, 0.05, 0.1)  # of the first frame; the first of them is for evaluations
 
 
@@ -79,7 +79,7 @@ def train(clips: dict[str, Tensor], steps: int, rng: Generator) -> dict[str, Ten
     optimizer, recent = Optimizer(unet), []
     for step in range(steps):
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = video_loss(backbone, draw(clips, rng), Rng(0, "toy", step * BATCH), DROPOUT, stratified=True)
+            loss = video_loss(backbone, draw(clips, rng), Rng(0, "toy", step * BATCH), OBJECTIVE)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step(RATE * min(1, (step + 1) / 200) * min(1, 0.01 + 2 * (1 - step / steps)))

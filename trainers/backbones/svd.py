@@ -1,15 +1,17 @@
 """Stable Video Diffusion, image to video: ComfyUI's own UNet, called the way its sampler calls it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.config import knob
+from ..core.config import TrainConfig, knob
 from ..core.data import Row
-from ..core.losses import denoising_loss
+from ..core.losses import concept_and_prior, denoising_loss
 from ..core.noise import Edm, Rng
+from ..core.recipe import Batch
 from .base import check_channels, latent_size, prepare_latents
 
 LATENT_CHANNELS = 4
@@ -98,8 +100,28 @@ def _contiguous_context(module: nn.Module, args: Any, kwargs: dict[str, Any]) ->
     return args, {**kwargs, "context": kwargs["context"].contiguous()}
 
 
-def dropout_knob() -> Any:
-    return knob(
+@dataclass(frozen=True, kw_only=True)
+class SvdConfig(TrainConfig):
+    """What every recipe for this model can be told of its objective."""
+
+    noise_mean: float = knob(
+        0.7,
+        "Noise level where training looks most, as a natural logarithm. Raise it to 2 to learn where things go rather "
+        "than detail.",
+        min=-5.0,
+        max=5.0,
+        step=0.1,
+        advanced=True,
+    )
+    noise_std: float = knob(
+        1.6,
+        "Spread of the noise levels around it. Lower it to 0.8 to leave out those that teach little.",
+        min=0.0,
+        max=5.0,
+        step=0.1,
+        advanced=True,
+    )
+    conditioning_dropout: float = knob(
         0.1,
         "Share of clips trained without the image embedding, of clips without the first frame, and of clips without "
         "both. Keeps cfg at work; 0 turns it off.",
@@ -110,13 +132,20 @@ def dropout_knob() -> Any:
     )
 
 
-def video_loss(backbone: Svd, batch: dict[str, Any], rng: Rng, dropout: float, stratified: bool) -> Tensor:
+def video_losses(backbone: Svd, batch: Batch, rng: Rng, config: SvdConfig) -> Iterator[tuple[str, Tensor]]:
+    return concept_and_prior(
+        lambda batch, rng: video_loss(backbone, batch, rng, config), batch, rng, config.prior_weight
+    )
+
+
+def video_loss(backbone: Svd, batch: Batch, rng: Rng, config: SvdConfig) -> Tensor:
     """MSE on v of one micro-batch, at noise levels and conditions drawn from `rng`."""
-    t = backbone.schedule.timesteps(rng.uniform(len(batch["latents"]), stratified))
-    return denoising_loss(backbone, drawn_conditions(batch, rng, dropout), rng, t)
+    u = rng.uniform(len(batch["latents"]), config.stratified_timesteps)
+    t = backbone.schedule.timesteps(u, config.noise_mean, config.noise_std)
+    return denoising_loss(backbone, drawn_conditions(batch, rng, config.conditioning_dropout), rng, t)
 
 
-def drawn_conditions(batch: dict[str, Any], rng: Rng, dropout: float) -> dict[str, Any]:
+def drawn_conditions(batch: Batch, rng: Rng, dropout: float) -> Batch:
     """The batch with one of the first frame's stored noisings for each clip, and conditions left out.
 
     For p = `dropout`, the embedding becomes zero in a share 2 p of clips, the first frame in a share 2 p, and both of

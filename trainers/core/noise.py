@@ -124,13 +124,9 @@ class Edm:
     overflow where sigma nears 0.
     """
 
-    def __init__(self, mean: float = 0.7, std: float = 1.6) -> None:
-        """Of ln(sigma); these are Stable Video Diffusion's (arXiv 2311.15127)."""
-        self.mean, self.std = mean, std
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Quantiles in (0, 1) to noise levels."""
-        return torch.exp(self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+    def timesteps(self, u: Tensor, mean: float, std: float) -> Tensor:
+        """Quantiles in (0, 1) to noise levels, normal in ln(sigma)."""
+        return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = x_0 + sigma noise for latents, noise [B, ...] and levels t [B]."""
