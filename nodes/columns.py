@@ -20,7 +20,7 @@ from .framing import center_crop, fit, latent_mask
 from .prompts import TOKEN_MASK_PROB, encode_prompt
 
 # Raise a number when what its column holds changes.
-VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 1, "tracklets": 1, "sample": 1}
+VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 2, "tracklets": 1, "sample": 1}
 
 
 def data_folder() -> Path:

@@ -74,6 +74,8 @@ class LoadTrackletControl(io.ComfyNode):
     def execute(cls, file: str, path: str = "") -> io.NodeOutput:
         if path:
             return io.NodeOutput(load_control(trained_file(path)))
+        if file == NO_FILE:
+            raise ValueError(f"file={file!r}: expected a control of the list, or path of Training Result connected")
         return io.NodeOutput(load_control(folder_paths.get_full_path_or_raise(TRACKLET_CONTROL, file)))
 
 

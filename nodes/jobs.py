@@ -51,7 +51,7 @@ class Registry:
         self.folder = folder
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
-        self.deleted: list[str] = []  # names of runs
+        self.voided: list[str] = []  # names of runs that were deleted, or resumed without their nodes
         self.waiters = 0  # nodes in the queue that wait for a run
         self.slot = threading.Semaphore()
         self.room_wanted = threading.Event()
@@ -149,6 +149,7 @@ class Registry:
             elif job.resumable:
                 job.spec.source.require_reloadable()
                 job.start(None)
+                self.voided.append(job.spec.run_name)
             else:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status} and has no checkpoint to resume from")
 
@@ -162,12 +163,12 @@ class Registry:
             if job.folder.exists():
                 shutil.rmtree(job.folder)
             del self.jobs[job.spec.id]
-            self.deleted.append(job.spec.run_name)
+            self.voided.append(job.spec.run_name)
         announce({"job": {"id": job.spec.id}, "event": "deleted"})
 
-    def deletions(self, run_name: str) -> int:
-        """How often a run of this name was deleted since the server started: what its nodes gave is void then."""
-        return sum(started_as(run_name, name) for name in self.deleted)
+    def times_voided(self, run_name: str) -> int:
+        """How often what the nodes of a run of this name gave became void, since the server started."""
+        return sum(started_as(run_name, name) for name in self.voided)
 
     def busy(self, job: Job) -> bool:
         """Whether `job` should wait: the queue has work, the run is polite, and that work is not waiting for a run."""

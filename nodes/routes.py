@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +87,13 @@ def details(job: Job, after: int) -> dict[str, Any]:
 
 def files(job: Job) -> dict[str, Any]:
     """What lies in the run's output folders, whole files only."""
-    found = [
-        (path, kind in LORA_FOLDERS)
-        for kind, folder in job.spec.outputs.items()
-        for path in sorted(Path(folder).glob("*.safetensors"))
-        if not path.name.startswith(".")
-    ]
-    described = [
-        {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "modified": path.stat().st_mtime,
-            "lora_name": loader_name(path) if is_lora else None,
-        }
-        for path, is_lora in found
-    ]
-    return {"folder": f"kinoloom/{job.spec.run_name}", "files": described}
+    found = []
+    for kind, folder in job.spec.outputs.items():
+        for path in sorted(Path(folder).glob("[!.]*.safetensors")):
+            with suppress(FileNotFoundError):  # the best one so far, just replaced
+                stat, name = path.stat(), loader_name(path) if kind in LORA_FOLDERS else None
+                found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})
+    return {"folder": f"kinoloom/{job.spec.run_name}", "files": found}
 
 
 def sample_path(job: Job, name: str) -> Path:

@@ -19,13 +19,14 @@ from ..trainers.backbones.svd import SIDE
 from ..trainers.core.config import knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
-from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, from_mot, paint, rgb, to_tensors
+from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
 from . import clips, identity
 from .columns import Columns, data_folder, encode_pixels
 from .data import ClipsFromFolder, folder_and_role, video_source
 from .encode import Clip, ClipPlan, Options, assign_roles, log_sizes, plan, row_name
 from .folder import plan_folder, resolve_folder
 from .framing import fit
+from .tracklets import load as load_tracklets
 from .widgets import TrackletsType, TrainingDataType, widget
 
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
@@ -78,13 +79,15 @@ def encode(
     rows, lines = [], []
     for planned in plans:
         source, size = planned.clip.source, (planned.width, planned.height)
-        fps = round(options.fps or source.fps)
+        fps = max(round(options.fps or source.fps), 1)
         for window, own in zip(map(list, planned.windows), planned.roles, strict=True):
 
-            def image(frames: list[Tensor], window: list = window, size: tuple = size, fps: int = fps) -> dict:
+            def image(
+                frames: list[Tensor], key: str = f"{source.digest} {window}", size: tuple = size, fps: int = fps
+            ) -> dict:
                 pixels = torch.stack([fit(frame, *size) for frame in frames])
                 return {
-                    **first_frame(pixels[:1], vae, clip_vision, f"{window}"),
+                    **first_frame(pixels[:1], vae, clip_vision, key),
                     "fps": torch.tensor(float(fps)),
                     "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
                 }
@@ -191,10 +194,8 @@ def read_tracklets(folder: Path, sources: Iterable[clips.Source]) -> dict[str, T
         stem = path.name if path.is_dir() else path.stem
         for file in (folder / f"{stem}.json", folder / f"{stem}.csv"):
             if file.is_file():
-                text = file.read_text(encoding="utf-8-sig")
                 try:
-                    read = Tracklets.from_json(text) if file.suffix == ".json" else None
-                    found[source.name] = read or from_mot(text, source.width, source.height, source.count)
+                    found[source.name] = load_tracklets(file, source.width, source.height, source.count)
                 except ValueError as error:
                     raise ValueError(f"{file.name}: {error}") from error
                 break

@@ -112,6 +112,16 @@ class LoadTracklets(io.ComfyNode):
                     tooltip="Frame rate to convert to, 0 for every frame. Set it if your model makes fewer frames per "
                     "second than the tracked video has; for CSV only.",
                 ),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=MAX_FRAMES,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Frames of the tracked video, 0 up to the last box. Set it where objects leave before the "
+                    "end; for CSV only.",
+                ),
             ],
             outputs=[TrackletsType.Output(display_name="tracklets", tooltip="The boxes.")],
         )
@@ -121,20 +131,23 @@ class LoadTracklets(io.ComfyNode):
         return hashlib.sha256(input_file(file).read_bytes()).hexdigest()
 
     @classmethod
-    def execute(cls, file: str, width: int, height: int, source_fps: float, fps: float) -> io.NodeOutput:
+    def execute(
+        cls, file: str, width: int, height: int, source_fps: float, fps: float, frames: int = 0
+    ) -> io.NodeOutput:
+        path = input_file(file)
         try:
-            return io.NodeOutput(load(input_file(file), width, height, source_fps, fps))
+            tracked = load(path, width, height, frames or None)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        if fps and path.suffix.lower() == ".csv":
+            tracked = tracked.retime(round((tracked.frames - 1) * fps / source_fps) + 1)
+        return io.NodeOutput(tracked)
 
 
-def load(path: Path, width: int, height: int, source_fps: float, fps: float) -> Tracklets:
-    """A .json file as it is; a .csv of a width x height video with source_fps frames per second."""
+def load(path: Path, width: int, height: int, frames: int | None = None) -> Tracklets:
+    """A .json file as it is; a .csv of a width x height video, which ends with the last box if not told its frames."""
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json":
-        return Tracklets.from_json(text)
-    tracked = from_mot(text, width, height)
-    return tracked.retime(round((tracked.frames - 1) * fps / source_fps) + 1) if fps else tracked
+    return Tracklets.from_json(text) if path.suffix.lower() == ".json" else from_mot(text, width, height, frames)
 
 
 def input_files() -> list[str]:

@@ -58,10 +58,10 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
         @classmethod
         def fingerprint_inputs(cls, run_name: str, **_: Any) -> float | str:
-            """Unchanged while the run goes on or is finished; one that ended early or was deleted is run again."""
+            """Unchanged while a run goes on or is finished; one that ended early, was deleted or resumed runs again."""
             job = registry().newest(run_name)
             early = job and job.ended.is_set() and job.status != "finished"
-            return float("nan") if early else str(registry().deletions(run_name))
+            return float("nan") if early else str(registry().times_voided(run_name))
 
         @classmethod
         def execute(
@@ -119,9 +119,9 @@ def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:
     """Replace chosen file names in `values` by full paths ("" for none); option name -> sha256 of what was chosen."""
     hashes = {}
     for option in fields(config_class):
-        if option.metadata["lora_file"]:
+        if folder := option.metadata["file_of"]:
             name = values[option.name]
-            values[option.name] = "" if name in ("", NO_FILE) else folder_paths.get_full_path_or_raise("loras", name)
+            values[option.name] = "" if name in ("", NO_FILE) else folder_paths.get_full_path_or_raise(folder, name)
             if values[option.name]:
                 hashes[option.name] = sha256(Path(values[option.name]))
     return hashes

@@ -36,8 +36,8 @@ def widget(option: Field) -> io.Input:
     """The input that a knob becomes."""
     extra, name, default = option.metadata, option.name, option.default
     shared: dict[str, Any] = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
-    if extra["lora_file"]:
-        files = [NO_FILE, *folder_paths.get_filename_list("loras")]
+    if extra["file_of"]:
+        files = [NO_FILE, *folder_paths.get_filename_list(extra["file_of"])]
         return io.Combo.Input(name, options=files, default=NO_FILE, **shared)
     shared["default"] = default
     if extra["choices"]:

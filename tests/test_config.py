@@ -197,6 +197,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
 ELSEWHERE = {
     "domain_adapter": "test_motion_director: it is merged before training",
     "preset": "test_motion_director: it sets rank, rates and decay, and refuses other ones",
+    "control_file": "test_svd_tracklets: a run goes on from it",
     "identity_file": "test_set_and_sequence: an identity file continues to the same bits",
     "self_conditioning_prob": "above: only 0 is accepted",
     "pause_when_busy": "read where the queue is known: see the test below",

@@ -470,6 +470,18 @@ def test_a_busy_queue_holds_the_run_and_stop_ends_it_there(model: Any, data: Tra
     assert (job.status, job.done) == ("stopped", 1)
 
 
+def test_a_paused_run_that_waits_lets_others_pass(model: Any, data: TrainingData, tmp_path: Path) -> None:
+    first, second = (make_job(tmp_path / name, model, data, make_config(WAN_LORA), WAN_LORA) for name in "ab")
+    first.slot = second.slot = threading.Semaphore()
+    with first.slot:
+        first.start(model)
+        first.pause()
+    finish(second, model)
+    assert first.status == "waiting"
+    first.resume()
+    assert first.ended.wait(60) and first.status == "finished"
+
+
 def stopped_run(folder: Path, model: Any, data: TrainingData, **options: Any) -> Job:
     job = make_job(folder, model, data, make_config(WAN_LORA, **options), WAN_LORA, Published().at(2, Job.stop))
     return finish(job, model, "stopped")
@@ -691,6 +703,7 @@ def test_a_run_on_a_full_disk_fails_clearly_and_goes_on_from_its_checkpoint(
     assert {"event": "failed", "error": job.error}.items() <= published[-2].items(), (
         "the user is told although nothing can be written"
     )
+    assert job.advice[0]["kind"] == "disk-is-full"
     assert (job.folder / "state.pt").read_bytes() == before
     assert_same_run(finish(make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA), model), whole(WAN_LORA))
 

@@ -242,6 +242,18 @@ def test_pause_resume_stop_and_unknown_jobs_over_http(on: Client) -> None:
         on.post(f"/kinoloom/jobs/{finished['id']}/resume")
 
 
+def test_a_run_stopped_and_resumed_from_the_page_gives_its_nodes_the_whole_result(on: Client) -> None:
+    prompt = train(on, WAN, "taken up", steps=200)
+    waiting = on.submit(prompt)
+    job_event(on, "taken up", step_reached(2))
+    job_id = jobs(on, "taken up")[0]["id"]
+    on.post(f"/kinoloom/jobs/{job_id}/stop")
+    assert not shown_path(on.wait(waiting)).endswith("-000200.safetensors")
+    on.post(f"/kinoloom/jobs/{job_id}/resume")
+    job_event(on, "taken up", lambda data: data["job"]["status"] == "finished")
+    assert shown_path(on.run(prompt)).endswith("-000200.safetensors")
+
+
 def test_a_polite_job_waits_while_the_queue_is_busy(on: Client) -> None:
     on.run(train(on, WAN, "polite", wait=False, steps=5000, pause_when_busy=True))
     job_event(on, "polite", step_reached(1))

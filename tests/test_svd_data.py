@@ -117,6 +117,11 @@ def test_the_noise_on_a_first_frame_has_the_spread_that_is_noted(clip_vision: An
     assert len(out["augmentations"]) == 17 and abs(drawn.mean() + 3) < 0.1 and abs(drawn.std() - 0.5) < 0.06
 
 
+def test_every_clip_has_noise_of_its_own(vae: Any, clip_vision: Any) -> None:
+    first, second = (column(encode(vae, clip_vision, moving(speed))[0], "image")["augmentations"] for speed in (1, 2))
+    assert not (first[1:] == second[1:]).any()
+
+
 @pytest.mark.parametrize("pixels", [0.5, 1.0, 2.0])
 def test_motion_is_estimated_in_hundredths_of_the_diagonal(pixels: float) -> None:
     diagonal = (64**2 + 128**2) ** 0.5

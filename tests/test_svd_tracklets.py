@@ -31,6 +31,7 @@ from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_we
 from torch import Tensor, nn
 
 from .runs import (
+    assert_same,
     finish,
     leaves,
     load_svd,
@@ -383,6 +384,19 @@ def test_each_phase_has_its_own_rate(model: Any, data: Any, tmp_path: Path) -> N
     job = finish(make_job(tmp_path, model, data, config, NAME), model)
     rates = [(event["phase"], event["learning_rate"]) for event in job.history if event["event"] == "step"]
     assert rates == [(PAINTED, 2e-4), (CLEAN, 3e-5)]
+
+
+def test_a_run_goes_on_from_a_control_file(model: Any, trained: Any, data: Any, tmp_path: Path) -> None:
+    """At a rate of zero the clean phase gives the control back."""
+    job, file = trained
+    options = {"self_tracking_steps": 0, "clean_steps": 1, "clean_learning_rate": 0.0, "save_precision": "fp32"}
+    other_boxes = 0.0 if job.config.soft_boxes else 0.8
+    config = make_config(NAME, **options, soft_boxes=job.config.soft_boxes, control_file=str(file))
+    again = finish(make_job(tmp_path / "again", model, data, config, NAME), model)
+    assert_same(load(Path(again.parts[-1]))[0], load(file)[0])
+    config = make_config(NAME, **options, soft_boxes=other_boxes, control_file=str(file))
+    refused = finish(make_job(tmp_path / "refused", model, data, config, NAME), model, "failed")
+    assert f"control_file={file.name!r}: position_net.linears.0.weight: found" in refused.error
 
 
 def test_a_control_for_another_model_and_other_files_are_refused(tiny_models: Path, model: Any, trained: Any) -> None:

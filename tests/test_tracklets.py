@@ -345,6 +345,7 @@ def test_load_tracklets_reads_json_and_csv_from_the_input_folder() -> None:
     assert nodes.LoadTracklets.execute("boxes.json", 16, 16, 24, 0).result[0] == Tracklets.from_json(clip())
     assert nodes.LoadTracklets.execute("boxes.csv", 64, 32, 24, 0).result[0] == from_mot(MOT, 64, 32)
     assert nodes.LoadTracklets.execute("boxes.csv", 64, 32, 24, 48).result[0] == from_mot(MOT, 64, 32).retime(5)
+    assert nodes.LoadTracklets.execute("boxes.csv", 64, 32, 24, 0, 9).result[0] == from_mot(MOT, 64, 32, 9)
     before = nodes.LoadTracklets.fingerprint_inputs("boxes.csv")
     (folder / "boxes.csv").write_text("1,1,0,0,0,1")
     assert nodes.LoadTracklets.fingerprint_inputs("boxes.csv") != before

@@ -10,6 +10,7 @@ import comfy_extras.nodes_video_model as core
 import folder_paths
 import pytest
 import torch
+from kinoloom.trainers import recipes
 from PIL import Image
 from playwright.sync_api import Page
 from safetensors.torch import load_file
@@ -187,6 +188,18 @@ def test_front_end_opens_it_whole_and_submits_what_we_submit(page: Page, client:
     assert {key: (n["class_type"], n["inputs"]) for key, n in submitted.items()} == {
         key: (n["class_type"], n["inputs"]) for key, n in ours.items()
     }
+
+
+def test_train_nodes_of_templates_are_at_their_defaults(client: Client) -> None:
+    info = client.object_info()
+    nodes = [node for name in NAMES for node in to_prompt(load(name), info).values() if node["class_type"] in recipes()]
+    assert len(nodes) >= len(recipes())
+    for node in nodes:
+        given = info[node["class_type"]]["input"]
+        options = {**given["required"], **given.get("optional", {})}
+        widgets = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+        changed = {name for name, value in widgets.items() if value != options[name][1].get("default", value)}
+        assert changed <= {"run_name"}, node["class_type"]
 
 
 def test_template_browser_offers_them_with_thumbnails(client: Client) -> None:

@@ -138,7 +138,7 @@ class MotionDirector:
         domain_adapter: str = knob(
             "",
             "AnimateDiff's domain adapter (v3_sd15_adapter), merged before training. Choose it if you use it after.",
-            lora_file=True,
+            file_of="loras",
             advanced=True,
         )
 

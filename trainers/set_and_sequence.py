@@ -55,7 +55,7 @@ class SetAndSequence:
         identity_file: str = knob(
             "",
             "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0).",
-            lora_file=True,
+            file_of="loras",
             advanced=True,
         )
         trigger_words: str = knob(

@@ -7,13 +7,15 @@ so ties tokens to places; then clean clips unlearn the paint and keep the tie.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..lora_io.file import load
 from .backbones.svd import Svd, SvdConfig, video_loss
-from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, widths_of
+from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
 from .core.config import knob
 from .core.host import OPERATIONS, make_private
 from .core.lora import copied, fill
@@ -40,7 +42,8 @@ class SvdTracklets:
     class Config(SvdConfig):
         self_tracking_steps: int = knob(
             20_000,
-            "Optimizer steps on clips with painted boxes. The sampled videos should show the boxes before you go on.",
+            "Optimizer steps on clips with painted boxes. The sampled videos should show the boxes at its end; "
+            "control_file goes on if not.",
             min=0,
             max=1_000_000,
         )
@@ -56,6 +59,13 @@ class SvdTracklets:
         )
         clean_learning_rate: float = knob(
             3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0.", min=0.0, max=10.0, step=1e-6
+        )
+        control_file: str = knob(
+            "",
+            "A control to go on from: painting for more self-tracking, or for the clean steps once you have seen "
+            "boxes.",
+            file_of="tracklet_control",
+            advanced=True,
         )
         soft_boxes: float = knob(
             0.0,
@@ -116,8 +126,22 @@ class SvdTracklets:
         self.base: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in backbone.module.named_parameters() if re.fullmatch(BASE_LAYERS, name)
         }
+        for parameter in self.base.values():
+            parameter.data = parameter.data.float()
+        if config.control_file:
+            self._go_on_from(Path(config.control_file))
         self.controlled = Controlled(backbone.module, self.control).__enter__()  # for good: the copy is the run's own
         backbone.module.add_module(MODULE, self.control)
+
+    @torch.no_grad()
+    def _go_on_from(self, file: Path) -> None:
+        try:
+            tensors, _ = load(file)
+            _, _, base = read(tensors)
+            self.control.load(tensors)
+            fill(self.base, base, "layers of the model do not match")
+        except ValueError as error:
+            raise ValueError(f"control_file={file.name!r}: {error}") from error
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
@@ -136,7 +160,6 @@ class SvdTracklets:
     def start(self, phase: Phase) -> None:
         self.phase = phase.name
         for parameter in self.base.values():
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:

@@ -70,8 +70,8 @@ export class Chart {
             ],
             series: [
                 { label: "step", value: (_, value) => number(value) },
-                ...this.series.map(({ values: column, quiet, ...style }) => ({
-                    points: { show: column.filter((value) => value !== null).length < 2, size: 5 },
+                ...this.series.map(({ values: _column, quiet, ...style }) => ({
+                    points: { show: (plot, at) => plot.data[at].filter((value) => value !== null).length < 2, size: 5 },
                     value: (_, value) => number(value),
                     ...style,
                     class: quiet ? "kl-quiet" : undefined,

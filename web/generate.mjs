@@ -19,11 +19,15 @@ export async function openGeneration(job) {
     await app.loadGraphData(workflow, true, true, `${job.run_name}, ${template}`);
 }
 
+/** The run's main file, else the best so far; nothing if there is none. */
+export function mainFile(names) {
+    const parts = Object.keys(names);
+    return names[parts.findLast((part) => !part.endsWith("-best")) ?? parts.at(-1)];
+}
+
 /** That of the part in the loader's title, else the run's main one. */
 function fileFor({ title = "" }, names) {
-    const parts = Object.keys(names);
-    const main = parts.findLast((part) => !part.endsWith("-best")) ?? parts.at(-1);
-    return names[parts.find((part) => title.endsWith(`: ${part}`)) ?? main];
+    return names[Object.keys(names).find((part) => title.endsWith(`: ${part}`))] ?? mainFile(names);
 }
 
 async function read(path) {

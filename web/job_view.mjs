@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.mjs";
 import { el, fill } from "./dom.mjs";
-import { openGeneration } from "./generate.mjs";
+import { mainFile, openGeneration } from "./generate.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
@@ -95,11 +95,11 @@ export class JobView {
             const label = `Resume from step ${job.checkpoint}`;
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
         }
-        const [name] = Object.values(job.lora_names).slice(-1);
+        const name = mainFile(job.lora_names);
         if (name) {
             const generate = () => this.jobs.attempt(() => openGeneration(job));
             made.push(button("Generate", "pi-video", "Open the template that generates with it", generate));
-            made.push(button("Copy LoRA name", "pi-copy", name, () => this.host.copy(name)));
+            made.push(button("Copy name", "pi-copy", name, () => this.host.copy(name)));
         }
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
         made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
@@ -153,7 +153,7 @@ export class JobView {
         if (this.listed === key) return;
         this.listed = key;
         const found = await this.jobs.attempt(() => this.jobs.ask(`/${this.id}/files`));
-        if (!found) return;
+        if (!found || this.listed !== key) return;
         fill(this.files, found, () => {
             const lines = found.files.map(({ name, bytes, lora_name }) => {
                 const copy = button("", "pi-copy", `Copy ${lora_name}`, () => this.host.copy(lora_name));

@@ -68,10 +68,12 @@ export class Jobs extends EventTarget {
         const found = new Map();
         await this.attempt(async () => {
             let page;
+            let offset = 0;
             do {
-                page = await this.ask(`?offset=${found.size}&limit=${PAGE}`);
+                page = await this.ask(`?offset=${offset}&limit=${PAGE}`);
+                offset += page.jobs.length;
                 for (const job of page.jobs) found.set(job.id, job);
-            } while (page.jobs.length && found.size < Math.min(wanted, page.total));
+            } while (page.jobs.length && offset < Math.min(wanted, page.total));
             for (const id of this.summaries.keys()) if (!found.has(id) && !this.heard.has(id)) this.forget(id);
             for (const job of found.values()) if (!this.heard.has(job.id) && !this.gone.has(job.id)) this.take(job);
             this.total = page.total;
@@ -97,7 +99,7 @@ export class Jobs extends EventTarget {
 
     take(job) {
         const before = this.summaries.get(job.id);
-        if (!before) this.total += 1;
+        if (!before && !this.list.some(({ created }) => created > job.created)) this.total += 1; // an older one is counted
         this.summaries.set(job.id, job);
         if (before && !hasEnded(before) && hasEnded(job)) this.dispatchEvent(new CustomEvent("ended", { detail: job }));
         this.changed();

@@ -23,7 +23,10 @@ export class Panel {
     show(element) {
         Object.assign(element.style, { height: "100%" });
         if (this.root.parentElement !== element) element.replaceChildren(this.root);
-        setTimeout(() => this.update()); // the element is not on the page yet
+        setTimeout(() => {
+            this.update(); // the element is not on the page yet
+            this.view?.readLog();
+        });
     }
 
     open(id) {

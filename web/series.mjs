@@ -52,9 +52,10 @@ export function curves(history) {
 export function lossSeries({ losses, validation, heldOut }, smoothing) {
     const series = [...losses].flatMap(([label, values], index) => {
         const stroke = COLOURS[index % COLOURS.length];
-        if (!smoothing) return [{ label, values, stroke, width: 1.5 }];
-        const behind = { label: `${label}, measured`, values, stroke: `${stroke}44`, width: 1, quiet: true };
-        return [behind, { label, values: smooth(values, smoothing), stroke, width: 2 }];
+        const line = { label, values, stroke, width: 1.5, spanGaps: true }; // some steps leave a loss out
+        if (!smoothing) return [line];
+        const behind = { ...line, label: `${label}, measured`, stroke: `${stroke}44`, width: 1, quiet: true };
+        return [behind, { ...line, values: smooth(values, smoothing), width: 2 }];
     });
     if (validation.some((value) => value !== null)) {
         const label = heldOut ? "held-out loss" : "loss on fixed noise";

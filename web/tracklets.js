@@ -33,7 +33,9 @@ export class TrackletEditor {
         this.error = el("pre", { className: "kl-error", hidden: true });
         this.stage = el("div", { className: "kl-stage" }, this.canvas, this.error);
         this.area = el("textarea", { className: "kl-scroll", hidden: true, spellcheck: false });
+        this.area.onfocus = () => (this.typedOver = this.host.read());
         this.area.oninput = () => this.host.write(this.area.value);
+        this.area.onchange = () => this.history.push(this.typedOver);
         this.rows = el("div", { className: "kl-rows kl-scroll" });
         // keeps the keyboard: ComfyUI leaves keys alone that go to an input
         this.scrub = el("input", { type: "range", className: "kl-scrub", min: 0, ariaLabel: "frame" });
@@ -242,6 +244,7 @@ export class TrackletEditor {
 
     grab(event) {
         event.preventDefault();
+        if (this.playing) this.play();
         this.scrub.focus();
         this.canvas.setPointerCapture(event.pointerId);
         const start = this.point(event);

@@ -14,11 +14,11 @@ def knob(
     step: float | None = None,
     choices: tuple[str, ...] = (),
     advanced: bool = False,
-    lora_file: bool = False,
+    file_of: str = "",
 ) -> Any:
     """A dataclass field that is also a widget; the tooltip says when to change it.
 
-    `lora_file` marks a path that the node offers as a choice of the files in the loras folders.
+    `file_of` marks a path, which the node offers as a choice of the files in the model folders of that name.
     """
     extra = {
         "tooltip": tooltip,
@@ -27,7 +27,7 @@ def knob(
         "step": step,
         "choices": choices,
         "advanced": advanced,
-        "lora_file": lora_file,
+        "file_of": file_of,
     }
     return field(default=default, metadata=extra)
 

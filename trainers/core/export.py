@@ -54,7 +54,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
 def public_config(config: TrainConfig) -> dict[str, Any]:
     """The options as they may be shared: of chosen files the name alone."""
     return {
-        option.name: Path(value).name if option.metadata["lora_file"] else value
+        option.name: Path(value).name if option.metadata["file_of"] else value
         for option in fields(config)
         for value in [getattr(config, option.name)]
     }

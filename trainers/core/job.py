@@ -205,9 +205,9 @@ class Job(Record):
         """Publish last: whoever hears of the end may start the job again at once."""
         self.status, self.ended_at = status, time.time()
         placed = self._placed(event)
+        self._advise(*trouble)
         try:
             self.append(event)
-            self._advise(*trouble)
             self.write()
             write_text(self.folder / "report.html", self.report())
         except OSError:  # the full disk that ended the run
@@ -219,14 +219,14 @@ class Job(Record):
 
     def _take_slot(self) -> bool:
         """One run at a time: two private models would compete for the same memory. False if stopped while waiting."""
-        while not self.slot.acquire(timeout=POLL_SECONDS):
-            if self._stop.is_set():
-                return False
-        return True
+        while not self._stop.is_set():
+            if not self._resume.is_set() or self.busy(self):
+                self._stop.wait(POLL_SECONDS)
+            elif self.slot.acquire(timeout=POLL_SECONDS):
+                return True
+        return False
 
     def _train(self) -> bool:
-        if self._should_stop():
-            return False
         self._set_status("loading")
         self.environment = host.environment()
         self.make_room()
@@ -257,7 +257,8 @@ class Job(Record):
                 return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
 
             trainable, free = count_trainable(backbone.module), host.free_memory(device)
-            states = trainable * (4 + STATE_BYTES[self.config.optimizer])  # fp32 gradients, and moments
+            moments = 0 if state.step else STATE_BYTES[self.config.optimizer]  # a resumed run's are loaded by now
+            states = trainable * (4 + moments)  # fp32 gradients
             self.plan = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
             self._warm_up = []
             self._show(self.plan)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from .config import TrainConfig
 
 BETA1 = 0.9
-STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 0}  # per trained value
+STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 8}  # per trained value, at most
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
@@ -25,7 +25,10 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimiz
         return pytorch_optimizer.Lion(groups, lr=rate, betas=betas, weight_decay=decay)
     if config.optimizer == "Prodigy":
         return pytorch_optimizer.Prodigy(groups, lr=rate, betas=betas, weight_decay=decay)
-    return pytorch_optimizer.AdaFactor(groups, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
+    without_momentum = (None, 0.999)
+    return pytorch_optimizer.AdaFactor(
+        groups, lr=rate, betas=without_momentum, weight_decay=decay, scale_parameter=False, relative_step=False
+    )
 
 
 def _bitsandbytes() -> Any:

@@ -17,6 +17,7 @@ from .sampling import Samples
 from .tally import Tally
 
 ENDED = ("finished", "stopped", "failed", "interrupted")
+KEPT = ("error", "files", "total", "checkpoint", "ended_at", "environment", "advice")
 
 
 @dataclass(frozen=True)
@@ -89,29 +90,27 @@ class Record:
         return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
 
     def write(self) -> None:
-        names = ("status", "error", "files", "total", "checkpoint", "ended_at", "environment", "advice")
-        kept = {"spec": asdict(self.spec), **{name: getattr(self, name) for name in names}, "tally": vars(self.tally)}
+        kept = {name: getattr(self, name) for name in ("status", *KEPT)}
+        kept |= {"spec": asdict(self.spec), "tally": vars(self.tally)}
         write_text(self.folder / "job.json", json.dumps(kept))
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Take over what `write` left behind; a run that was going on is "interrupted"."""
         self.status = kept["status"] if kept["status"] in ENDED else "interrupted"
-        self.error, self.files, self.total = kept["error"], kept["files"], kept["total"]
-        self.ended_at, self.environment, self.advice = kept["ended_at"], kept["environment"], kept["advice"]
-        self.checkpoint = kept["checkpoint"]
+        for name in KEPT:
+            setattr(self, name, kept[name])
         if kept["status"] in ENDED:
             self._history, self.tally = None, Tally(**kept["tally"])
         else:
             self._set_history(list(self._read_history()))
 
-    def append(self, event: Event) -> dict:
+    def append(self, event: Event) -> None:
         """Add an event to the history, in memory and on disk."""
         entry = to_json(event)
         self.history.append(entry)
         self.tally.add(entry)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        return entry
 
     def rewind(self, phase: int, step: int) -> None:
         """Forget what happened after `step` of phase number `phase`: the run goes on from there."""

@@ -124,7 +124,7 @@ class Sampling:
         """After `step` of a phase, `done` of the run."""
         if self.failed:
             return
-        began, failure = time.perf_counter(), ""
+        self.began, failure = time.perf_counter(), ""
         files = [f"{done:06d}-{number}.webp" for number in range(len(self.samples.names))]
         try:
             made = [self._sample(number) for number in range(len(files))]
@@ -140,7 +140,15 @@ class Sampling:
             host.release()
             self.emit(SampleFailed(phase.name, step, done, failure))
         else:
-            self.emit(Sample(phase.name, step, done, files, list(self.samples.names), time.perf_counter() - began))
+            seconds = time.perf_counter() - self.began
+            self.emit(Sample(phase.name, step, done, files, list(self.samples.names), seconds))
+
+    def _stopped(self) -> bool:
+        """Whether to stop; a pause meanwhile is no part of the sample's time."""
+        asked = time.perf_counter()
+        stop = self.should_stop()
+        self.began += time.perf_counter() - asked
+        return stop
 
     def _sample(self, index: int) -> Tensor | None:
         samples, schedule = self.samples, self.backbone.schedule
@@ -148,7 +156,7 @@ class Sampling:
         noise = torch.randn(1, *samples.shape, generator=generator).to(self.backbone.device)
         levels = schedule.levels(samples.steps, samples.shift)
         conditions, guidance = samples.conditions(index), samples.guidance()
-        return sample(self.recipe.predict, schedule, noise, levels, conditions, guidance, self.should_stop)
+        return sample(self.recipe.predict, schedule, noise, levels, conditions, guidance, self._stopped)
 
 
 def write_webp(path: Path, frames: Tensor, seconds: float) -> None:
