@@ -137,7 +137,12 @@ class SvdTracklets:
     def _go_on_from(self, file: Path) -> None:
         try:
             tensors, _ = load(file)
-            _, _, base = read(tensors)
+            _, numbers, base = read(tensors)
+            if numbers != self.control.position_net.numbers:
+                made = "above 0" if numbers > NUMBERS else "0"
+                raise ValueError(
+                    f"was trained with soft_boxes {made}, which soft_boxes={self.config.soft_boxes} does not fit"
+                )
             self.control.load(tensors)
             fill(self.base, base, "layers of the model do not match")
         except ValueError as error:
