@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backbones.animatediff import AnimateDiff
-from .core.config import LoraConfig, knob
+from .core.config import LoraConfig, changed, knob
 from .core.data import TrainingData
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
@@ -62,15 +62,14 @@ class MotionDirector:
             choices=("both", SPATIAL, TEMPORAL),
         )
         steps: int = knob(500, "Optimizer steps. About 300 per clip; half of that with Lion.", min=1, max=1_000_000)
-        rank: int = knob(
-            64, "Size of both LoRAs, if preset is custom. Lower it if the clip is memorised.", min=1, max=256
+        rank: int = changed(
+            LoraConfig, "rank", 64, "Size of both LoRAs, if preset is custom. Lower it if the clip is memorised."
         )
-        learning_rate: float = knob(
+        learning_rate: float = changed(
+            LoraConfig,
+            "learning_rate",
             5e-4,
             "Of the temporal LoRA, if preset is custom. Lion wants a tenth of AdamW's.",
-            min=0.0,
-            max=10.0,
-            step=1e-6,
         )
         spatial_learning_rate: float = knob(
             1e-4,
@@ -79,19 +78,17 @@ class MotionDirector:
             max=10.0,
             step=1e-6,
         )
-        optimizer: str = knob(
+        optimizer: str = changed(
+            LoraConfig,
+            "optimizer",
             "AdamW",
             "Lion learns in half the steps. The presets know the rates of AdamW and Lion.",
-            choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"),
-            advanced=True,
         )
-        max_grad_norm: float = knob(
+        max_grad_norm: float = changed(
+            LoraConfig,
+            "max_grad_norm",
             0.0,
             "Gradients longer than this are shortened to it. 0, as in the paper, turns clipping off.",
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            advanced=True,
         )
         spatial_loras: int = knob(
             1,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..lora_io.file import load
 from ..lora_io.keys import from_comfy
 from .backbones.wan import Wan
-from .core.config import LoraConfig, knob
+from .core.config import LoraConfig, changed, knob
 from .core.lora import LoraGroups
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
@@ -40,9 +40,7 @@ class SetAndSequence:
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LoraConfig):
-        rank: int = knob(
-            32, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256
-        )
+        rank: int = changed(LoraConfig, "rank", 32)
         set_steps: int = knob(
             600, "Optimizer steps of stage 1, the look. 0 skips it and needs an identity file.", min=0, max=1_000_000
         )
@@ -58,23 +56,17 @@ class SetAndSequence:
             file_of="loras",
             advanced=True,
         )
-        trigger_words: str = knob(
-            "[v], [u]", "Words that call the concept, written into the file for other tools to show.", advanced=True
+        trigger_words: str = changed(
+            LoraConfig,
+            "trigger_words",
+            "[v], [u]",
+            "Words that call the concept, written into the file for other tools to show.",
         )
-        gradient_accumulation: int = knob(
-            8, "Samples per step are batch_size times this; the paper uses 8.", min=1, max=256, advanced=True
+        gradient_accumulation: int = changed(
+            LoraConfig, "gradient_accumulation", 8, "Samples per step are batch_size times this; the paper uses 8."
         )
-        beta2: float = knob(
-            0.99, "Memory of the optimizer's second moment.", min=0.5, max=0.99999, step=1e-3, advanced=True
-        )
-        max_grad_norm: float = knob(
-            0.05,
-            "Gradients longer than this are shortened to it. 0 turns clipping off.",
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            advanced=True,
-        )
+        beta2: float = changed(LoraConfig, "beta2", 0.99, "Memory of the optimizer's second moment.")
+        max_grad_norm: float = changed(LoraConfig, "max_grad_norm", 0.05)
         set_dropout: float = knob(
             0.8,
             "Share of up-factor entries masked in each pass of stage 1. Lower it if the look is learned too slowly.",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbones.svd import Svd, SvdConfig, video_losses
-from .core.config import knob
+from .core.config import changed, knob
 from .core.lora import copied, fill
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
@@ -39,27 +39,24 @@ class SvdFinetune:
             "takes 16 bytes per weight with AdamW, 24 GB in all; AdamW8bit and Adafactor take less.",
             choices=tuple(LAYERS),
         )
-        learning_rate: float = knob(
+        learning_rate: float = changed(
+            SvdConfig,
+            "learning_rate",
             1e-5,
             "Lower it if the loss jumps or colours drift; raise it if nothing is learned. Prodigy wants 1.0.",
-            min=0.0,
-            max=10.0,
-            step=1e-6,
         )
-        validate_every: int = knob(
+        validate_every: int = changed(
+            SvdConfig,
+            "validate_every",
             500,
             "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 "
             "turns them off.",
-            min=0,
-            max=100_000,
-            advanced=True,
         )
-        save_every: int = knob(
+        save_every: int = changed(
+            SvdConfig,
+            "save_every",
             500,
             "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 12 bytes per weight.",
-            min=1,
-            max=100_000,
-            advanced=True,
         )
 
     def __init__(self, backbone: Svd, config: Any) -> None:

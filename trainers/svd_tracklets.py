@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..lora_io.file import load
 from .backbones.svd import Svd, SvdConfig, video_loss
 from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
-from .core.config import knob
+from .core.config import changed, knob
 from .core.host import OPERATIONS, make_private
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
@@ -50,12 +50,11 @@ class SvdTracklets:
         clean_steps: int = knob(
             10_000, "Optimizer steps on clean clips, which take the paint away again.", min=0, max=1_000_000
         )
-        learning_rate: float = knob(
+        learning_rate: float = changed(
+            SvdConfig,
+            "learning_rate",
             2e-4,
             "Of self-tracking. Lower it if the loss jumps; raise it if no boxes appear. Prodigy wants 1.0.",
-            min=0.0,
-            max=10.0,
-            step=1e-6,
         )
         clean_learning_rate: float = knob(
             3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0.", min=0.0, max=10.0, step=1e-6
@@ -83,33 +82,25 @@ class SvdTracklets:
             step=0.5,
             advanced=True,
         )
-        lr_schedule: str = knob(
-            "linear",
-            "How the learning rate develops after the warm-up. Cosine or linear end at zero.",
-            choices=("constant", "linear", "cosine"),
-            advanced=True,
-        )
-        warmup_steps: int = knob(
+        lr_schedule: str = changed(SvdConfig, "lr_schedule", "linear")
+        warmup_steps: int = changed(
+            SvdConfig,
+            "warmup_steps",
             750,
             "Steps of each phase over which the learning rate rises from zero. Use fewer for short runs.",
-            min=0,
-            max=100_000,
-            advanced=True,
         )
-        validate_every: int = knob(
+        validate_every: int = changed(
+            SvdConfig,
+            "validate_every",
             1000,
             "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a file. 0 turns "
             "them off.",
-            min=0,
-            max=100_000,
-            advanced=True,
         )
-        save_every: int = knob(
+        save_every: int = changed(
+            SvdConfig,
+            "save_every",
             1000,
             "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 2.5 GB.",
-            min=1,
-            max=100_000,
-            advanced=True,
         )
 
         def __post_init__(self) -> None:

@@ -168,6 +168,12 @@ class TrainConfig:
         """ValueError if training data does not suit these options."""
 
 
+def changed(config: type[TrainConfig], name: str, default: Any, tooltip: str = "") -> Any:
+    """That Config's knob with another default, and another tooltip if one is given."""
+    extra = config.__dataclass_fields__[name].metadata
+    return field(default=default, metadata={**extra, "tooltip": tooltip or extra["tooltip"]})
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TrainConfig):
     """What every recipe that trains LoRAs can be told besides."""
