@@ -25,12 +25,6 @@ PALETTE = (
 ).split()  # at least 0.12 apart in Oklab, visible on black and on white
 
 
-def palette(count: int) -> list[str]:
-    """The first `count` colours, each as far from the others as `count` of them allow. ValueError beyond 29."""
-    _whole("colours", count, 0, len(PALETTE))
-    return PALETTE[:count]
-
-
 def rgb(color: str) -> list[float]:
     """#rrggbb as three numbers in 0..1."""
     return [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
@@ -245,17 +239,6 @@ def from_mot(text: str, width: int, height: int, frames: int | None = None) -> T
     _expect(bool(seen), "lines", 0, "at least one box")
     last = max(frame for keys in seen.values() for frame in keys)
     return _collect(seen, width, height, frames or last + 1)
-
-
-def to_mot(tracklets: Tracklets) -> str:
-    """MOT Challenge's CSV of the boxes that are seen, clipped to the frame; conf, class and vis are 1."""
-    boxes, mask = to_tensors(tracklets)
-    lines = []
-    for frame, slot in mask.nonzero().tolist():
-        x1, y1, x2, y2 = boxes[frame, slot, :4].double().tolist()
-        x, y, w, h = x1 * tracklets.width, y1 * tracklets.height, x2 * tracklets.width, y2 * tracklets.height
-        lines.append(f"{frame + 1},{tracklets.tracklets[slot].id},{x:.2f},{y:.2f},{w - x:.2f},{h - y:.2f},1,1,1\n")
-    return "".join(lines)
 
 
 def from_masks(labels: Tensor) -> Tracklets:
