@@ -71,12 +71,11 @@ class MotionDirector:
             5e-4,
             "Of the temporal LoRA, if preset is custom. Lion wants a tenth of AdamW's.",
         )
-        spatial_learning_rate: float = knob(
+        spatial_learning_rate: float = changed(
+            LoraConfig,
+            "learning_rate",
             1e-4,
             "Of the spatial LoRA, if preset is custom. Lower it if the look is memorised.",
-            min=0.0,
-            max=10.0,
-            step=1e-6,
         )
         optimizer: str = changed(
             LoraConfig,

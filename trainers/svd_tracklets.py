@@ -56,8 +56,8 @@ class SvdTracklets:
             2e-4,
             "Of self-tracking. Lower it if the loss jumps; raise it if no boxes appear. Prodigy wants 1.0.",
         )
-        clean_learning_rate: float = knob(
-            3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0.", min=0.0, max=10.0, step=1e-6
+        clean_learning_rate: float = changed(
+            SvdConfig, "learning_rate", 3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0."
         )
         control_file: str = knob(
             "",

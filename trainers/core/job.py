@@ -220,7 +220,7 @@ class Job(Record):
     def _take_slot(self) -> bool:
         """One run at a time: two private models would compete for the same memory. False if stopped while waiting."""
         while not self._stop.is_set():
-            if not self._resume.is_set() or self.busy(self):
+            if self._held:
                 self._stop.wait(POLL_SECONDS)
             elif self.slot.acquire(timeout=POLL_SECONDS):
                 return True
@@ -292,8 +292,12 @@ class Job(Record):
         self.rewind(state.phase, state.step)
         return state
 
+    @property
+    def _held(self) -> bool:
+        return not self._resume.is_set() or self.busy(self)
+
     def _should_stop(self) -> bool:
-        while not self._stop.is_set() and (not self._resume.is_set() or self.busy(self)):
+        while not self._stop.is_set() and self._held:
             self._set_status("paused")
             self._stop.wait(POLL_SECONDS)
         if not self._stop.is_set():
