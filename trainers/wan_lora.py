@@ -2,21 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from .backbones.wan import Wan
 from .core.config import LoraConfig, knob
-from .core.lora import LoraGroups
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
-from .core.recipe import Batch, Export, Phase
+from .core.plain_lora import PlainLora
+from .core.recipe import Batch
 
-GROUP = "lora"
 
-
-class WanLora:
+class WanLora(PlainLora):
     """Flow matching on every linear layer of every block; one photo is a clip of one frame."""
 
     name = "KinoloomTrainWanLora"
@@ -49,27 +46,6 @@ class WanLora:
             advanced=True,
         )
 
-    def __init__(self, backbone: Wan, config: Any) -> None:
-        self.backbone, self.config = backbone, config
-        self.predict = backbone.predict
-        self.lora = LoraGroups(backbone.module, config.seed)
-        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
-
-    @staticmethod
-    def phases(config: Any) -> list[Phase]:
-        return [Phase("clips", config.steps, "clips")]
-
-    @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
-        return {"lora": Export("the trained LoRA", "clips")}
-
-    def start(self, phase: Phase) -> None:
-        c = self.config
-        self.lora.add_group(GROUP, Wan.lora_targets[c.target_layers], c.rank, c.alpha or c.rank)
-
-    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
-        return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
-
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)
 
@@ -77,12 +53,6 @@ class WanLora:
         c = self.config
         t = sample_timesteps(rng, len(batch["latents"]), c.timestep_sampling, c.shift, c.stratified_timesteps)
         return denoising_loss(self.backbone, {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}, rng, t)
-
-    def export(self, name: str) -> dict[str, Tensor]:
-        return self.lora.export(GROUP)
-
-    def metadata(self, name: str) -> dict[str, str]:
-        return {}
 
 
 RECIPE = WanLora

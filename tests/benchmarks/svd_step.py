@@ -189,7 +189,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Te
     from kinoloom.lora_io.svd import to_diffusers
     from kinoloom.trainers.backbones.svd import drawn_conditions
     from kinoloom.trainers.core.noise import Rng
-    from kinoloom.trainers.svd_lora import GROUP
+    from kinoloom.trainers.core.plain_lora import GROUP
 
     recipe.start(recipe.phases(recipe.config)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)

@@ -1,0 +1,41 @@
+"""What recipes share that train one LoRA on one objective in one phase."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .lora import LoraGroups
+from .recipe import Export, Phase
+
+GROUP = "lora"
+
+
+class PlainLora:
+    """A recipe but for its name, options and `losses`; its Config is a LoraConfig with `steps` and `target_layers`."""
+
+    def __init__(self, backbone: Any, config: Any) -> None:
+        self.backbone, self.config = backbone, config
+        self.predict = backbone.predict
+        self.lora = LoraGroups(backbone.module, config.seed)
+        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
+
+    @staticmethod
+    def phases(config: Any) -> list[Phase]:
+        return [Phase("clips", config.steps, "clips")]
+
+    @staticmethod
+    def exports(config: Any) -> dict[str, Export]:
+        return {GROUP: Export("the trained LoRA", "clips")}
+
+    def start(self, phase: Phase) -> None:
+        c = self.config
+        self.lora.add_group(GROUP, self.backbone.lora_targets[c.target_layers], c.rank, c.alpha or c.rank)
+
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        return self.lora.export(name)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        return {}
