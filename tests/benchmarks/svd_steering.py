@@ -17,14 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from scoresheet import PACK, Run, Sheet, Variant, main
 
-STEPS = 5000
+STEPS = 4000
 SHARED = {
     "batch_size": 16, "learning_rate": 2e-3, "clean_learning_rate": 2e-3, "lr_schedule": "cosine", "warmup_steps": 20,
     "noise_mean": 2.0, "noise_std": 0.8, "conditioning_dropout": 0.0, "validate_every": 0, "save_every": 1000,
 }  # fmt: skip
-SPARSE, CLIPS, WHOLE = 8, 2000, 300  # clips of every eighth frame, and of every one that a model sees
 RECIPE = "KinoloomTrainSvdTracklets"
 
 
@@ -53,20 +53,16 @@ def studio() -> Any:
 
 def control(run: Run, variant: Variant, folder: Path) -> Path:
     """The file of a variant and seed; trained unless it is there."""
-    import numpy as np
-    from kinoloom.trainers.core.data import TrainingData
     from toyworld import personalise, steer
 
     made_of = hashlib.sha256(SHEET.made_of(run).encode()).hexdigest()[:12]
     kept = PACK / ".runtime" / "svd_steering_controls" / f"{run.variant}-{run.seed}-{made_of}.safetensors"
-    if not kept.is_file():
-        rng = np.random.default_rng(run.seed)
-        sparse = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(CLIPS)], SPARSE)
-        whole = steer.encode(studio(), [steer.on_random_path(rng) for _ in range(WHOLE)])
-        data = TrainingData(sparse.folder, sparse.rows + whole.rows)
-        files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files[-1], kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):  # another process may be training it for another concept
+        if not kept.is_file():
+            data = steer.training_data(studio(), run.seed)
+            files = personalise.train(studio(), data, variant.recipe, {**variant.options, "seed": run.seed}, folder)
+            shutil.copyfile(files[-1], kept)
     return kept
 
 

@@ -20,6 +20,7 @@ from .studio import SvdStudio
 from .train_vae import random_path
 
 FRAME_RATE = world.FPS // STRIDE
+SPARSE, WHOLE = 2000, 600  # training clips of every eighth frame, which cost little, and of every frame that is sampled
 
 
 def on_path(motion: str, seed: int) -> world.Clip:
@@ -33,6 +34,14 @@ def on_random_path(rng: Generator) -> world.Clip:
     scene = replace(world.choose(rng), motion="still")
     x, y = (random_path(rng) for _ in range(2))
     return world.draw(scene, rng, (x, y))
+
+
+def training_data(studio: SvdStudio, seed: int) -> TrainingData:
+    """Sprites on random paths, in clips of three frames and of all that a video has."""
+    rng = np.random.default_rng(seed)
+    sparse = encode(studio, [on_random_path(rng) for _ in range(SPARSE)], 4 * STRIDE)
+    whole = encode(studio, [on_random_path(rng) for _ in range(WHOLE)])
+    return TrainingData(sparse.folder, sparse.rows + whole.rows)
 
 
 @torch.inference_mode()
