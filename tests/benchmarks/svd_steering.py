@@ -3,12 +3,8 @@
     python tests/benchmarks/svd_steering.py [--seeds 1] [--concepts star heart moon] [--variants ...] [--output FOLDER]
 
 COMFYUI_DIR says where ComfyUI is. A control is trained once a variant and seed, on sprites that go by random corners, and asked
-for the path of each concept's motion. What the scores mean is said in tests/toyworld/steer.py. Results and controls
-stay in FOLDER, as motion_transfer.py's do.
-
-With these settings it has not been run. With `conditioning_dropout` 0.05 the control did not take hold: IoU on star, heart and
-moon was 0.34 with tracklets, 0.33 without self-tracking and 0.34 without control. In a shorter trial with 0, on three frames of
-3000 clips, other clips' boxes raised the loss by half after 1500 steps of self-tracking. The method's own runs take 30 000.
+for the path of each concept's motion. What the scores mean is said in tests/toyworld/steer.py. Results stay in
+FOLDER, controls in .runtime/svd_steering_controls; what is there is not trained again.
 """
 
 import hashlib
@@ -17,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
+from PIL import Image, ImageDraw
 from scoresheet import PACK, Run, Sheet, Variant, main
 
 STEPS = 4000
@@ -76,7 +74,20 @@ def measure(run: Run, variant: Variant, folder: Path) -> tuple[dict[str, float],
         return steer.steered(studio(), file, clip) if file else studio().model
 
     clips = [steer.on_path(motion, 2_000_000 + 1000 * run.seed + number) for number in range(SPRITES)]
-    return steer.score(clips, model, studio(), len(SHOWN))
+    scores, videos = steer.score(clips, model, studio(), len(SHOWN))
+    return scores, [outlined(*pair) for pair in zip(clips, videos, strict=False)]
+
+
+def outlined(clip: Any, video: Any) -> Any:
+    """The video with the asked box in white in each frame."""
+    from toyworld import steer
+    from toyworld.install import STRIDE
+
+    frames = [Image.fromarray(frame) for frame in video]
+    asked = steer.bounds(clip.mask > 0.5)[::STRIDE].repeat(STRIDE, axis=0)[: len(frames)]  # each is shown twice
+    for frame, (left, top, right, bottom) in zip(frames, asked, strict=True):
+        ImageDraw.Draw(frame).rectangle((left - 1, top - 1, right, bottom), outline="white")
+    return np.stack(frames)
 
 
 SHEET = Sheet(
