@@ -1,5 +1,6 @@
 """Tracklet control in ComfyUI: boxes that objects of a Stable Video Diffusion video follow, in any sampler."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..trainers.backbones.base import PIXELS
 from ..trainers.backbones.svd import check_model
-from ..trainers.backbones.tracklet_control import Controlled, TrackletControl, read, widths_of
+from ..trainers.backbones.tracklet_control import NUMBERS, Controlled, TrackletControl, read, widths_of
 from ..trainers.core.tracklets import Tracklets, to_tensors
 from .jobs import trained_file
 from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType
@@ -103,6 +104,10 @@ class ApplyTracklets(io.ComfyNode):
         check_model(model.model)
         patcher, base = control
         require_fit(model.model.diffusion_model, patcher.model)
+        keys = [key for tracklet in tracklets.tracklets for key in tracklet.keyframes]
+        soft = tracklets.interpolated == "soft" or not all(key.hard for key in keys)
+        if soft and patcher.model.position_net.numbers == NUMBERS:
+            logging.warning("Kinoloom: this control was trained with soft_boxes=0 and takes soft boxes for hard ones")
         applied = model.clone()
         mixers = {key: value for key, value in base.items() if key.endswith("mix_factor")}
         layers = {f"diffusion_model.{key}": ("set", (base[key],)) for key in base.keys() - mixers.keys()}

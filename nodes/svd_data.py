@@ -32,7 +32,7 @@ from .widgets import TrackletsType, TrainingDataType, widget
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws
 LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)
-FLOW_WIDTH = 256  # pixels, at which motion is measured
+FLOW_WIDTH, FLOW_LEAST = 256, 16  # pixels, at which motion is measured; OpenCV crashes on lower pictures
 LARGEST_BUCKET = 255
 CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
 
@@ -172,7 +172,7 @@ def estimate_motion_bucket(pixels: Tensor) -> int:
     1603.03590).
     """
     height, width = pixels.shape[1:3]
-    size = (FLOW_WIDTH, max(1, round(height * FLOW_WIDTH / width)))
+    size = (FLOW_WIDTH, max(FLOW_LEAST, round(height * FLOW_WIDTH / width)))
     grey = [
         cv2.resize(cv2.cvtColor((frame.cpu().numpy() * 255).astype("uint8"), cv2.COLOR_RGB2GRAY), size)
         for frame in pixels

@@ -18,10 +18,10 @@ CATEGORY = "Kinoloom/tracklets"
 SUFFIXES = (".json", ".csv")
 
 
-def size_widgets(why: str) -> list[io.Input]:
+def size_widgets(why: str, step: int) -> list[io.Input]:
     return [
-        io.Int.Input("width", default=1024, min=16, max=MAX_SIDE, step=8, tooltip=f"Width of the video {why}"),
-        io.Int.Input("height", default=576, min=16, max=MAX_SIDE, step=8, tooltip=f"Height of the video {why}"),
+        io.Int.Input("width", default=1024, min=16, max=MAX_SIDE, step=step, tooltip=f"Width of the video {why}"),
+        io.Int.Input("height", default=576, min=16, max=MAX_SIDE, step=step, tooltip=f"Height of the video {why}"),
     ]
 
 
@@ -42,7 +42,7 @@ class DrawTracklets(io.ComfyNode):
                     optional=True,
                     tooltip="The first frame, to draw on. Connect Load Image to see it at once; others show after Run.",
                 ),
-                *size_widgets("to be made. Boxes drawn for another shape are cut as a central crop is."),
+                *size_widgets("to be made. Boxes drawn for another shape are cut as a central crop is.", 8),
                 io.Int.Input(
                     "frames",
                     default=14,
@@ -92,7 +92,7 @@ class LoadTracklets(io.ComfyNode):
             search_aliases=["bounding box", "mot challenge", "tracking csv", "trajectory"],
             inputs=[
                 io.Combo.Input("file", options=input_files(), tooltip="A .json or .csv file of the input folder."),
-                *size_widgets("that was tracked, in pixels; for CSV only."),
+                *size_widgets("that was tracked, in pixels; for CSV only.", 1),
                 io.Float.Input(
                     "source_fps",
                     default=24.0,

@@ -128,6 +128,11 @@ def test_motion_is_estimated_in_hundredths_of_the_diagonal(pixels: float) -> Non
     assert abs(svd_data.estimate_motion_bucket(moving(pixels)) / (127 * 100 * pixels / diagonal) - 1) < 0.15
 
 
+@pytest.mark.parametrize("height", [1, 10, 15])
+def test_motion_in_a_strip_of_a_picture_can_be_estimated(height: int) -> None:
+    assert 1 <= svd_data.estimate_motion_bucket(moving(1, height=height, width=256)) <= 255
+
+
 def test_an_estimate_is_shown_and_used(vae: Any, clip_vision: Any) -> None:
     data, text = encode(vae, clip_vision, moving(1))
     bucket = int(column(data, "image")["motion_bucket"])

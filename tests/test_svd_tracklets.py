@@ -399,6 +399,21 @@ def test_a_run_goes_on_from_a_control_file(model: Any, trained: Any, data: Any, 
     assert f"control_file={file.name!r}: was trained with soft_boxes" in refused.error
 
 
+def test_soft_boxes_on_a_control_that_knows_none_are_said(
+    model: Any, trained: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (box,) = PATH.tracklets
+    soft_key = replace(box, keyframes=(box.keyframes[0], replace(box.keyframes[1], hard=False)))
+    for tracklets, soft in (
+        (PATH, False),
+        (replace(PATH, interpolated="soft"), True),
+        (replace(PATH, tracklets=(soft_key,)), True),
+    ):
+        caplog.clear()
+        applied(model, trained[1], tracklets)
+        assert ("takes soft boxes for hard ones" in caplog.text) == (soft and not trained[0].config.soft_boxes)
+
+
 def test_a_control_for_another_model_and_other_files_are_refused(tiny_models: Path, model: Any, trained: Any) -> None:
     with torch.inference_mode():
         control = control_nodes.load_control(str(trained[1]))

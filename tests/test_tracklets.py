@@ -199,7 +199,7 @@ KEY = ("tracklets", 0, "keyframes", 1)
         ({"width": 1}, "height=None: expected a value; width, height, frames, tracklets are needed"),
         (edited("width", value=0), "width=0: expected a whole number 1..16384"),
         (edited("height", value=1.5), "height=1.5: expected a whole number"),
-        (edited("frames", value=True), "frames=True: expected a whole number 1..4096"),
+        (edited("frames", value=True), "frames=True: expected a whole number 1..100000"),
         (edited("frames", value=4), "tracklets[0].keyframes[1].frame=4: expected a whole number 0..3"),
         (edited("fps", value=8), "fps=8: expected one of width, height, frames, tracklets, interpolated"),
         (edited("interpolated", value="firm"), "interpolated='firm': expected hard or soft"),

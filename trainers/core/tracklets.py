@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_OBJECTS = 20  # slots of Tracklet2Video (TrackDiffusion, SVD branch: "fixed_objs")
-MAX_FRAMES, MAX_SIDE, MAX_ID = 4096, 16384, 2**31 - 1
+MAX_FRAMES, MAX_SIDE, MAX_ID = 100_000, 16384, 2**31 - 1
 REACH = 10.0  # a box may lie outside of the frame, but one in pixels is a mistake
 MIN_SIDE = 0.01  # of the frame; a box that shows less is not there
 INTERPOLATED = ("hard", "soft")
