@@ -1,10 +1,11 @@
 """Whether sprites follow tracklets on paths of a kind that training never showed, on the toy world.
 
-    python tests/benchmarks/svd_steering.py [--seeds 1] [--concepts star heart moon] [--variants ...] [--output FOLDER]
+    python tests/benchmarks/svd_steering.py [--seeds 3] [--concepts star heart moon] [--variants ...] [--output FOLDER]
 
 COMFYUI_DIR says where ComfyUI is. A control is trained once a variant and seed, on sprites that go by random corners, and asked
 for the path of each concept's motion. What the scores mean is said in tests/toyworld/steer.py. Results stay in
-FOLDER, controls in .runtime/svd_steering_controls; what is there is not trained again.
+FOLDER, controls in .runtime/svd_steering_controls; what is there is not trained again. `arrow` is for
+choosing settings.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from scoresheet import PACK, Run, Sheet, Variant, main
 
-STEPS = 4000
+STEPS = 7000
 SHARED = {
     "batch_size": 16, "learning_rate": 2e-3, "clean_learning_rate": 2e-3, "lr_schedule": "cosine", "warmup_steps": 20,
     "noise_mean": 2.0, "noise_std": 0.8, "conditioning_dropout": 0.0, "validate_every": 0, "save_every": 1000,
@@ -90,9 +91,8 @@ def outlined(clip: Any, video: Any) -> Any:
     return np.stack(frames)
 
 
-SHEET = Sheet(
-    "svd_steering", VARIANTS, measure, SHOWN, ("world", "oracle", "install", "studio", "personalise", "steer")
-)
+CODE = ("world", "oracle", "install", "studio", "personalise", "steer", "train_vae")
+SHEET = Sheet("svd_steering", VARIANTS, measure, SHOWN, CODE)
 
 if __name__ == "__main__":
     main(SHEET, __doc__)
