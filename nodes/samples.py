@@ -15,7 +15,8 @@ from ..trainers.core.tracklets import Tracklets, to_tensors
 from . import clips, identity
 from .columns import Columns, data_folder, encode_pixels
 from .framing import bucket, fit
-from .svd_data import LARGEST_BUCKET, encoders
+from .svd_data import encoders
+from .svd_encode import LARGEST_BUCKET
 from .train import knobs
 from .widgets import TrackletsType, TrainingSamplesType, widget
 

@@ -16,7 +16,7 @@ import tiny_sd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes import svd_data
+from kinoloom.nodes import svd_data, svd_encode
 from kinoloom.trainers.core.data import TrainingData, column_path
 from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
 from PIL import Image
@@ -108,11 +108,11 @@ def test_the_noise_on_a_first_frame_has_the_spread_that_is_noted(clip_vision: An
             return pixels.movedim(-1, 1)
 
     pixels = moving(0, 1, 128, 256)
-    out = svd_data.first_frame(pixels, Identity(), clip_vision, "key")
+    out = svd_encode.first_frame(pixels, Identity(), clip_vision, "key")
     noise = 2 * (out["first_frames"] - pixels.movedim(-1, 1))
     assert out["augmentations"][0] == 0 and not noise[0].any()
     assert torch.allclose(noise[1:].flatten(1).std(1), out["augmentations"][1:], rtol=0.02)
-    drawn = torch.cat([svd_data.first_frame(pixels[:, :8, :8], Identity(), clip_vision, f"{i}")["augmentations"][1:]
+    drawn = torch.cat([svd_encode.first_frame(pixels[:, :8, :8], Identity(), clip_vision, f"{i}")["augmentations"][1:]
                        for i in range(30)]).log()  # fmt: skip
     assert len(out["augmentations"]) == 17 and abs(drawn.mean() + 3) < 0.1 and abs(drawn.std() - 0.5) < 0.06
 
@@ -125,18 +125,18 @@ def test_every_clip_has_noise_of_its_own(vae: Any, clip_vision: Any) -> None:
 @pytest.mark.parametrize("pixels", [0.5, 1.0, 2.0])
 def test_motion_is_estimated_in_hundredths_of_the_diagonal(pixels: float) -> None:
     diagonal = (64**2 + 128**2) ** 0.5
-    assert abs(svd_data.estimate_motion_bucket(moving(pixels)) / (127 * 100 * pixels / diagonal) - 1) < 0.15
+    assert abs(svd_encode.estimate_motion_bucket(moving(pixels)) / (127 * 100 * pixels / diagonal) - 1) < 0.15
 
 
 @pytest.mark.parametrize("height", [1, 10, 15])
 def test_motion_in_a_strip_of_a_picture_can_be_estimated(height: int) -> None:
-    assert 1 <= svd_data.estimate_motion_bucket(moving(1, height=height, width=256)) <= 255
+    assert 1 <= svd_encode.estimate_motion_bucket(moving(1, height=height, width=256)) <= 255
 
 
 def test_an_estimate_is_shown_and_used(vae: Any, clip_vision: Any) -> None:
     data, text = encode(vae, clip_vision, moving(1))
     bucket = int(column(data, "image")["motion_bucket"])
-    assert bucket == svd_data.estimate_motion_bucket(moving(1))
+    assert bucket == svd_encode.estimate_motion_bucket(moving(1))
     assert text == f"images frames 0-3: motion bucket {bucket} (estimated), 8 fps"
     assert encode(vae, clip_vision, moving(0))[1].startswith("images frames 0-3: motion bucket 1 (estimated)")
     assert encode(vae, clip_vision, moving(1), motion_bucket=40)[1].endswith("motion bucket 40, 8 fps")
@@ -210,7 +210,7 @@ def test_latents_that_are_no_numbers_are_not_kept(clip_vision: Any) -> None:
             return torch.full((len(pixels), 4, 8, 8), math.nan)
 
     with pytest.raises(ValueError, match="vae: encodes into values that are no numbers, in torch.float16"):
-        svd_data.first_frame(moving(0, 1), Overflowing(), clip_vision, "key")
+        svd_encode.first_frame(moving(0, 1), Overflowing(), clip_vision, "key")
 
 
 # -- tracklets ---------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def outlined(clip: Any, video: Any) -> Any:
     from toyworld.install import STRIDE
 
     frames = [Image.fromarray(frame) for frame in video]
-    asked = steer.bounds(clip.mask > 0.5)[::STRIDE].repeat(STRIDE, axis=0)[: len(frames)]  # each is shown twice
+    asked = steer.bounds(clip.mask[::STRIDE] > 0.5).repeat(STRIDE, axis=0)[: len(frames)]  # each is shown twice
     for frame, (left, top, right, bottom) in zip(frames, asked, strict=True):
         ImageDraw.Draw(frame).rectangle((left - 1, top - 1, right, bottom), outline="white")
     return np.stack(frames)
