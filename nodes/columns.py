@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..trainers.core.data import column_path, write_column
-from .clips import Source
 from .framing import center_crop, fit, latent_mask
 from .prompts import TOKEN_MASK_PROB, encode_prompt
+from .sources import Source
 
 # Raise a number when what its column holds changes.
 VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 2, "tracklets": 1, "sample": 1}

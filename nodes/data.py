@@ -10,12 +10,13 @@ import folder_paths
 from comfy_api.latest import InputImpl, io
 
 from ..trainers.core.data import Row, TrainingData
-from . import captions, clips
+from . import captions, videos
 from .columns import frame_step
 from .encode import Clip, Options, encode, plan
 from .folder import listing, plan_folder, resolve_folder
 from .framing import check_length
 from .priors import PriorOptions, Sampler, add_priors, read_prompts
+from .sources import Source, from_tensor
 from .widgets import TrainingDataType, widget
 
 LIKE_GENERATION = "Use what you use for generation."
@@ -106,8 +107,8 @@ class EncodeClips(io.ComfyNode):
         check_length(chosen.frames_per_clip, frame_step(vae))
         if (images is None) == (video is None):
             raise ValueError("connect either images or video")
-        source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
-        mask = None if masks is None else clips.from_tensor("masks", masks, source.fps)
+        source = video_source(video) if images is None else from_tensor("images", images, source_fps)
+        mask = None if masks is None else from_tensor("masks", masks, source.fps)
         try:
             written = captions.resolve(
                 caption, "", motion_caption, photo=source.photo, with_frames=chosen.single_frames > 0
@@ -118,14 +119,14 @@ class EncodeClips(io.ComfyNode):
         return io.NodeOutput(encode([planned], "train", chosen, vae, clip))
 
 
-def video_source(video: Any) -> clips.Source:
+def video_source(video: Any) -> Source:
     """The VIDEO's file where it is a whole file, else its frames in memory."""
     if isinstance(video, InputImpl.VideoFromFile) and video.get_active_trim_window() == (0.0, 0.0):
         file = video.get_stream_source()
         if isinstance(file, str):
-            return clips.video(Path(file))
+            return videos.video(Path(file))
     parts = video.get_components()
-    return clips.from_tensor("video", parts.images, float(parts.frame_rate))
+    return from_tensor("video", parts.images, float(parts.frame_rate))
 
 
 def folder_and_role() -> list[io.Input]:

@@ -10,9 +10,9 @@ from ..trainers.core.config import check, knob
 from ..trainers.core.data import Row, TrainingData
 from . import identity
 from .captions import Captions, serves_both, warn_serves_both
-from .clips import Source
 from .columns import Columns, data_folder, frame_step
 from .framing import SIDE, WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
+from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)

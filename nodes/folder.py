@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from .captions import read_captions
-from .clips import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, images_in, natural_key, open_source
 from .encode import Clip, ClipPlan, Options, plan
 from .framing import SIDE
+from .photos import IMAGE_SUFFIXES, frames_folder, images_in, photo
+from .sources import Source, natural_key
+from .videos import VIDEO_SUFFIXES, video
 
 MASK = ".mask"
 
@@ -64,6 +66,15 @@ def stray_masks(folder: Path, clips: list[Path]) -> list[str]:
     stems = {_stem(clip) for clip in clips}
     masks = sorted(path for path in folder.iterdir() if _is_mask(path) and _is_clip(path))
     return [f"{mask.name}: no clip is called {_mask_of(mask)}" for mask in masks if _mask_of(mask) not in stems]
+
+
+def open_source(path: Path, frames_fps: float) -> Source:
+    """A video, a photo, or a folder of frames shown at `frames_fps`. ValueError says why a file cannot be read."""
+    if path.is_dir():
+        return frames_folder(path, frames_fps)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return photo(path)
+    return video(path)
 
 
 def read_clip(path: Path, frames_fps: float, options: Options, captioned: bool) -> Clip:

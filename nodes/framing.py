@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clips import Source
+from .sources import Source
 
 SIDE = 16  # pixels per token side: VAE 8 x patch 2
 WINDOW_MODES = ("first", "uniform", "sliding")

@@ -12,7 +12,7 @@ from ..trainers.backbones.svd import SIDE
 from ..trainers.core.config import check, knob
 from ..trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
 from ..trainers.core.tracklets import Tracklets, to_tensors
-from . import clips, identity
+from . import identity, sources
 from .columns import Columns, data_folder, encode_pixels
 from .framing import bucket, fit
 from .svd_data import encoders
@@ -96,9 +96,9 @@ def sample_first_frames(
     boxes, mask = to_tensors(tracklets or Tracklets(width, height, options.frames), options.frames, (width, height))
     columns = Columns(data_folder(), comfy.utils.ProgressBar(len(images)))
     models = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
-    frames = [clips.from_tensor(f"image {n + 1}", images[n : n + 1], options.fps) for n in range(len(images))]
+    frames = [sources.from_tensor(f"image {n + 1}", images[n : n + 1], options.fps) for n in range(len(images))]
 
-    def make(frame: clips.Source) -> dict[str, Tensor]:
+    def make(frame: sources.Source) -> dict[str, Tensor]:
         pixels = fit(next(frame.frames([0])), width, height).unsqueeze(0)
         return {
             "image_embeds": clip_vision.encode_image(pixels).image_embeds[0].float().cpu(),

@@ -12,10 +12,10 @@ from server import PromptServer
 from ..trainers.backbones.svd import SIDE
 from ..trainers.core.data import TrainingData
 from ..trainers.core.tracklets import Tracklets
-from . import clips
 from .data import ClipsFromFolder, folder_and_role, video_source
 from .encode import Clip, plan
 from .folder import plan_folder, resolve_folder
+from .sources import Source, from_tensor
 from .svd_encode import LARGEST_BUCKET, SvdOptions, encode
 from .tracklets import load as load_tracklets
 from .widgets import TrackletsType, TrainingDataType, widget
@@ -23,7 +23,7 @@ from .widgets import TrackletsType, TrainingDataType, widget
 CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
 
 
-def read_tracklets(folder: Path, sources: Iterable[clips.Source]) -> dict[str, Tracklets]:
+def read_tracklets(folder: Path, sources: Iterable[Source]) -> dict[str, Tracklets]:
     """Tracklets beside clips, by the clip's name: dance.json or dance.csv for dance.mp4 and for the folder dance."""
     found = {}
     for source in sources:
@@ -120,7 +120,7 @@ class EncodeSvdClips(io.ComfyNode):
         chosen = SvdOptions(**options)
         if (images is None) == (video is None):
             raise ValueError("connect either images or video")
-        source = video_source(video) if images is None else clips.from_tensor("images", images, source_fps)
+        source = video_source(video) if images is None else from_tensor("images", images, source_fps)
         try:
             planned = plan(Clip(source, None), chosen, 1, SIDE)
         except ValueError as error:

@@ -15,10 +15,11 @@ from ..trainers.core.config import knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
 from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
-from . import clips, identity
+from . import identity
 from .columns import Columns, data_folder, encode_pixels
 from .encode import ClipPlan, Options, assign_roles, log_sizes, row_name
 from .framing import fit
+from .sources import Source
 
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws
@@ -103,7 +104,7 @@ def encode(
     return TrainingData(str(columns.folder), tuple(rows)), lines
 
 
-def check_tracklets(tracklets: Tracklets, source: clips.Source) -> None:
+def check_tracklets(tracklets: Tracklets, source: Source) -> None:
     """ValueError unless the boxes were made for all frames of this clip, in its shape."""
     if tracklets.frames != source.count:
         raise ValueError(

@@ -21,9 +21,9 @@ from .widgets import NO_FILE, TrainingDataType, TrainingJobType, TrainingSamples
 
 
 def knobs(config_class: type) -> list[Field]:
-    """In the order of the widgets: what a method adds before what others share, rare ones last."""
+    """In the order of the widgets: what a method adds before what others share, rare ones after, added ones last."""
     shared = {option.name: place for place, c in enumerate(config_class.__mro__[:-1]) for option in fields(c)}
-    return sorted(fields(config_class), key=lambda o: (o.metadata["advanced"], shared[o.name]))
+    return sorted(fields(config_class), key=lambda o: (o.metadata["added"], o.metadata["advanced"], shared[o.name]))
 
 
 def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:

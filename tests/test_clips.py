@@ -7,19 +7,19 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from kinoloom.nodes import captions, clips, framing
+from kinoloom.nodes import captions, folder, framing, photos, sources, videos
 from PIL import Image
 
 from .media import write_image, write_video
 
 
-def greys(source: clips.Source, indices: list[int]) -> list[int]:
+def greys(source: sources.Source, indices: list[int]) -> list[int]:
     """The grey value of frames written by write_video or write_image, back in units of frames."""
     return [round(frame.mean().item() * 255 / 4) for frame in source.frames(indices)]
 
 
 def test_video_gives_the_frames_asked_for(tmp_path: Path) -> None:
-    source = clips.open_source(write_video(tmp_path / "a.mp4", 30, fps=24), 1.0)
+    source = folder.open_source(write_video(tmp_path / "a.mp4", 30, fps=24), 1.0)
     assert (source.count, source.fps, source.width, source.height, source.photo) == (30, 24.0, 64, 48, False)
     assert greys(source, [0, 3, 3, 17, 29]) == [0, 3, 3, 17, 29]
     assert [frame.shape for frame in source.frames([1])] == [(48, 64, 3)]
@@ -30,7 +30,7 @@ def test_rotated_video_is_upright(tmp_path: Path) -> None:
     turned = tmp_path / "turned.mp4"
     command = f"{imageio_ffmpeg.get_ffmpeg_exe()} -loglevel error -display_rotation 90 -i {plain} -c copy {turned}"
     assert os.system(command) == 0
-    source = clips.video(turned)
+    source = videos.video(turned)
     assert (source.width, source.height) == (48, 64)
     assert [frame.shape for frame in source.frames([2])] == [(64, 48, 3)]
 
@@ -39,7 +39,7 @@ def test_rotated_video_is_upright(tmp_path: Path) -> None:
 def test_unreadable_file_says_so(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"not a picture" * 100)
     with pytest.raises(ValueError, match="not a readable"):
-        clips.open_source(tmp_path / name, 1.0)
+        folder.open_source(tmp_path / name, 1.0)
 
 
 def test_truncated_image_says_so(tmp_path: Path) -> None:
@@ -47,14 +47,14 @@ def test_truncated_image_says_so(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match="cut.png is not a readable image"):
-        clips.photo(path)
+        photos.photo(path)
 
 
 def test_folder_of_frames_is_in_natural_order(tmp_path: Path) -> None:
     for number in (10, 9, 2, 1, 11):
         write_image(tmp_path / "walk" / f"{number}.png", 4 * number)
     (tmp_path / "walk" / "notes.txt").write_text("not a frame")
-    source = clips.open_source(tmp_path / "walk", 12.0)
+    source = folder.open_source(tmp_path / "walk", 12.0)
     assert source.fps == 12.0
     assert greys(source, list(range(source.count))) == [1, 2, 9, 10, 11]
 
@@ -63,17 +63,17 @@ def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "walk" / "1.png", 0)
     write_image(tmp_path / "walk" / "2.png", 0, (32, 48))
     with pytest.raises(ValueError, match=r"2\.png is 32x48, but 1\.png is 64x48"):
-        clips.open_source(tmp_path / "walk", 12.0)
+        folder.open_source(tmp_path / "walk", 12.0)
 
 
 def test_digest_follows_content_not_name(tmp_path: Path) -> None:
     images = {"a.png": 4, "b.png": 4, "c.png": 8}
     first, same, other = (write_image(tmp_path / name, grey) for name, grey in images.items())
-    assert clips.photo(first).digest == clips.photo(same).digest != clips.photo(other).digest
+    assert photos.photo(first).digest == photos.photo(same).digest != photos.photo(other).digest
     frames = torch.rand(3, 8, 8, 3)
     changed = frames.clone()
     changed[1, 2, 3, 0] += 0.5
-    assert clips.from_tensor("x", frames, 16).digest != clips.from_tensor("x", changed, 16).digest
+    assert sources.from_tensor("x", frames, 16).digest != sources.from_tensor("x", changed, 16).digest
 
 
 def test_image_turned_by_exif_is_upright(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_image_turned_by_exif_is_upright(tmp_path: Path) -> None:
     path = tmp_path / "phone" / "1.jpg"
     path.parent.mkdir()
     Image.new("RGB", (64, 48)).save(path, exif=exif)
-    assert clips.read_image(path).shape == (64, 48, 3)
-    assert clips.image_size(path) == (48, 64)
+    assert photos.read_image(path).shape == (64, 48, 3)
+    assert photos.image_size(path) == (48, 64)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_image_turned_by_exif_is_upright(tmp_path: Path) -> None:
     ],
 )
 def test_resampling_takes_the_nearest_frames(count: int, fps: float, wanted: float, expected: list[int]) -> None:
-    assert framing.resample(clips.from_tensor("x", torch.zeros(count, 2, 2, 3), fps), wanted) == expected
+    assert framing.resample(sources.from_tensor("x", torch.zeros(count, 2, 2, 3), fps), wanted) == expected
 
 
 def test_resampling_keeps_the_duration() -> None:
-    indices = framing.resample(clips.from_tensor("x", torch.zeros(241, 1, 1, 3), 23.976), 16.0)
+    indices = framing.resample(sources.from_tensor("x", torch.zeros(241, 1, 1, 3), 23.976), 16.0)
     moments = torch.arange(len(indices)) / 16
     assert (torch.tensor(indices) / 23.976 - moments).abs().max() <= 0.5 / 23.976 + 1e-6
     assert len(indices) == 161

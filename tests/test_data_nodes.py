@@ -16,8 +16,8 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import clips, identity
 from kinoloom.nodes import data as data_nodes
+from kinoloom.nodes import identity, sources
 from kinoloom.nodes import samples as samples_nodes
 from kinoloom.nodes.columns import Columns, encode_pixels
 from kinoloom.nodes.encode import Options
@@ -551,7 +551,7 @@ def test_every_input_has_a_tooltip(node: Any) -> None:
 def test_single_frames_are_read_in_one_pass(vae: Any, tmp_path: Path) -> None:
     """A video is decoded from its beginning at every pass."""
     passes: list[list[int]] = []
-    whole = clips.from_tensor("counted", pixels(9), 16.0)
+    whole = sources.from_tensor("counted", pixels(9), 16.0)
 
     def counted(indices: Iterable[int]) -> Iterator[torch.Tensor]:
         passes.append(list(indices))

@@ -15,10 +15,13 @@ def knob(
     choices: tuple[str, ...] = (),
     advanced: bool = False,
     file_of: str = "",
+    added: int = 0,
 ) -> Any:
     """A dataclass field that is also a widget; the tooltip says when to change it.
 
     `file_of` marks a path, which the node offers as a choice of the files in the model folders of that name.
+    `added` numbers the batch of options that a knob came with. Later ones are the last widgets of a node, because
+    ComfyUI saves the values of a node's widgets by their position.
     """
     extra = {
         "tooltip": tooltip,
@@ -28,6 +31,7 @@ def knob(
         "choices": choices,
         "advanced": advanced,
         "file_of": file_of,
+        "added": added,
     }
     return field(default=default, metadata=extra)
 

@@ -1,0 +1,53 @@
+"""Frames read one after the other, wherever they come from."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ..lora_io.file import sha256
+
+
+@dataclass(frozen=True)
+class Source:
+    """Frames of one size. `frames(indices)` takes ascending indices (an index may repeat), gives [H, W, 3] in 0..1."""
+
+    name: str
+    digest: str
+    count: int
+    fps: float
+    width: int
+    height: int
+    photo: bool
+    frames: Callable[[Iterable[int]], Iterator[Tensor]]
+
+
+def from_tensor(name: str, images: Tensor, fps: float) -> Source:
+    """Frames in memory, [F, H, W, C] in 0..1; a mask [F, H, W] counts as grey."""
+    if images.ndim == 3:
+        images = images.unsqueeze(-1).expand(*images.shape, 3)
+    elif images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"frames have shape {tuple(images.shape)}: expected frames, height, width, colours")
+    images = images[..., :3].expand(*images.shape[:3], 3).float().cpu().contiguous()
+    count, height, width, _ = images.shape
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
+    return Source(name, digest, count, fps, width, height, count == 1, lambda wanted: (images[i] for i in wanted))
+
+
+def natural_key(path: Path) -> list[int | str]:
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.casefold())]
+
+
+def file_digest(path: Path) -> str:
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256(path)
