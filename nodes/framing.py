@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +30,8 @@ def check_length(frames: int, step: int) -> None:
 
 
 def resample(source: Source, fps: float) -> list[int]:
-    """Index of the source frame nearest to each moment k / fps; all frames with fps 0."""
-    if fps == 0 or fps == source.fps or source.photo:
+    """Index of the source frame to show at each moment k / fps; with fps 0, at each moment of the source's own rate."""
+    if source.photo:
         return list(range(source.count))
     if fps > source.fps:
         logging.warning(
@@ -41,8 +42,21 @@ def resample(source: Source, fps: float) -> list[int]:
             fps,
             source.fps,
         )
+    if source.times:
+        return _shown(np.array(source.times), fps or source.fps)
+    if fps in (0, source.fps):
+        return list(range(source.count))
     moments = math.floor((source.count - 1) / source.fps * fps + 1e-6) + 1
     return [min(math.floor(k * source.fps / fps + 0.5), source.count - 1) for k in range(moments)]
+
+
+def _shown(times: np.ndarray, fps: float) -> list[int]:
+    """The frame nearest to each moment k / fps, but none that comes more than half of 1 / fps later: pauses hold."""
+    moments = np.arange(math.floor(times[-1] * fps + 1e-6) + 1) / fps
+    held = np.searchsorted(times, moments + 1e-9, side="right") - 1
+    coming = np.minimum(held + 1, len(times) - 1)
+    wait = times[coming] - moments
+    return np.where(wait <= np.minimum(moments - times[held], 0.5 / fps) + 1e-9, coming, held).tolist()
 
 
 def windows(available: int, length: int, mode: str, count: int, stride: int) -> list[range]:

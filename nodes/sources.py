@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,19 @@ class Source:
     height: int
     photo: bool
     frames: Callable[[Iterable[int]], Iterator[Tensor]]
+    times: tuple[float, ...] = ()  # seconds after the first frame, of frames that are not `1 / fps` apart
+
+
+def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) -> tuple[float, tuple[float, ...]]:
+    """The frame rate, and the times where they are uneven. Times are exact to a tick; the first rate that fits counts.
+
+    The rate of uneven times is their average.
+    """
+    own = (len(times) - 1) / times[-1] if len(times) > 1 else 0.0
+    for rate in (*rates, own):
+        if rate > 0 and all(abs(time - index / rate) <= tick for index, time in enumerate(times)):
+            return rate, ()
+    return (own, tuple(times)) if own else (1.0, ())
 
 
 def from_tensor(name: str, images: Tensor, fps: float) -> Source:

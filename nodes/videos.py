@@ -9,12 +9,17 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from .animations import animation, is_animated
 from .sources import Source, file_digest
 
-VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"))
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .3gp .mkv .webm .avi .mts .m2ts .ts .mpg .mpeg .wmv .flv .ogv .gif .apng".split()
+)
 
 
 def video(path: Path) -> Source:
+    if is_animated(path):
+        return animation(path)
     stat = path.stat()
     fps, width, height, count = _probe_video(path, stat.st_size, stat.st_mtime_ns)
     return Source(
