@@ -5,7 +5,6 @@ The modules are the same and so are their shapes; only names differ.
 
 import re
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,14 +157,6 @@ def lora_to_comfy(tensors: dict[str, Tensor], alpha: float | None = None) -> dic
         paths = [key.removesuffix(ENDS["A"]) for key in named if key.endswith(ENDS["A"])]
         named = {**{f"{path}.alpha": torch.tensor(float(alpha)) for path in paths}, **named}
     return named
-
-
-def alpha_of(config: dict[str, Any]) -> float | None:
-    """The alpha of a PEFT LoraConfig, as `lora_to_comfy` takes it; ValueError if layers are scaled in another way."""
-    other = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if config.get(name)]
-    if other:
-        raise ValueError(f"LoRA with {', '.join(other)}: expected one alpha for all layers, divided by the rank")
-    return config.get("lora_alpha")
 
 
 def lora_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,21 +1,19 @@
 """Stable Video Diffusion: models and LoRAs by ComfyUI's names in diffusers', and back."""
 
-import json
 from pathlib import Path, PurePath
-from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..lora_io.file import copy_renamed, free_path, load, load_names, save
-from ..lora_io.keys import PREFIX
-from ..lora_io.svd import alpha_of, layout_of, lora_to_comfy, lora_to_diffusers, unet_names
+from ..lora_io.keys import PREFIX, UNET
+from ..lora_io.peft import METADATA, alpha_of, config_of
+from ..lora_io.svd import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
 from .widgets import output_folder
 
 MODELS, DIFFUSERS, LORAS = "diffusion_models", "diffusers", "loras"
 FILES = (".safetensors", ".sft")
 NAMELESS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # what every such file is called
-PEFT_METADATA = "lora_adapter_metadata"
 OTHER = {"comfyui": "diffusers", "diffusers": "comfyui"}
 
 
@@ -49,24 +47,15 @@ def convert_lora_file(source: Path, title: str, folder: Path) -> Path:
     if any(key.startswith(PREFIX) for key in tensors):
         layout, converted = "comfyui", lora_to_diffusers(tensors)
     else:
-        layout, converted = "diffusers", lora_to_comfy(tensors, alpha_of(_peft_config(source, metadata)))
+        layout, converted = "diffusers", lora_to_comfy(tensors, alpha_of(config_of(source, metadata, UNET)))
     path = free_path(folder, _converted(title, layout))
     save(path, converted, _described(metadata, source, layout))
     return path
 
 
-def _peft_config(source: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """What is known of a LoRA's scale: PEFT writes a file beside it, diffusers metadata, older programs nothing."""
-    beside = source.with_name("adapter_config.json")
-    if source.stem == "adapter_model" and beside.is_file():
-        return json.loads(beside.read_text(encoding="utf-8"))
-    packed = json.loads(metadata.get(PEFT_METADATA, "{}"))
-    return {name.removeprefix("unet."): value for name, value in packed.items()}
-
-
 def _described(metadata: dict[str, str], source: Path, layout: str) -> dict[str, str]:
     """The source's metadata but for its scale, which is in the tensors now, and where the file is from."""
-    kept = {name: value for name, value in metadata.items() if name != PEFT_METADATA}
+    kept = {name: value for name, value in metadata.items() if name != METADATA}
     return {"format": "pt", **kept, "kinoloom.converted": f"{source.name} to the layout of {OTHER[layout]}"}
 
 

@@ -13,7 +13,7 @@ from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.config import TrainConfig, make
 from ..trainers.core.data import PhaseData, TrainingData, column_path
-from ..trainers.core.host import carried, device, resolve_precision
+from ..trainers.core.host import carried, device, require_trainable, resolve_precision
 from ..trainers.core.recipe import Recipe
 from ..trainers.core.sampling import PROMPTS, Samples
 from .jobs import registry
@@ -67,10 +67,12 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
         def execute(
             cls, model: Any, data: TrainingData, run_name: str, samples: Samples | None = None, **values: Any
         ) -> io.NodeOutput:
+            require_trainable(model)
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
             config = replace(config, precision=resolve_precision(config.precision, device()))
             backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
+            config.check_model(model)
             check_data(recipe, config, data)
             shaped = samples and fit_samples(recipe, carried(model), data, samples)
             job = registry().start(model, recipe.name, config, data, files, run_name, shaped)

@@ -6,19 +6,19 @@ W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..lora_io.file import load
-from ..lora_io.keys import from_comfy
+from ..lora_io.wan import MOTION_STAGES, read_wan_lora
 from .backbones.wan import Wan
 from .core.config import LoraConfig, changed, knob
-from .core.lora import LoraGroups
+from .core.host import base_identities
+from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Phase
@@ -52,7 +52,8 @@ class SetAndSequence:
         )
         identity_file: str = knob(
             "",
-            "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0).",
+            "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0). LoRAs for Wan of other "
+            "trainers can be read too.",
             file_of="loras",
             advanced=True,
         )
@@ -125,6 +126,10 @@ class SetAndSequence:
             if not self.set_steps and not self.sequence_steps:
                 raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
 
+        def check_model(self, model: Any) -> None:
+            if self.identity_file:
+                read_identity(self, model.model.diffusion_model, base_identities(model))
+
     def __init__(self, backbone: Wan, config: Any) -> None:
         self.backbone, self.config = backbone, config
         self.lora = LoraGroups(backbone.module, config.seed)
@@ -161,9 +166,7 @@ class SetAndSequence:
     def _start_sequence(self) -> None:
         """Freeze A1 and B1 as the identity file holds them, rounding included, and add a zero B2 on A1."""
         if self.config.identity_file:
-            tensors, _ = load(Path(self.config.identity_file))
-            self.lora.load_group(IDENTITY, {k: v for k, v in from_comfy(tensors).items() if not k.endswith(".alpha")})
-            self._require_alpha({float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")})
+            self.lora.load_group(IDENTITY, read_identity(self.config, self.backbone.module))
         elif self.config.save_precision == "fp16":
             for name in ("down", "up"):
                 for factor in self.lora.factors(IDENTITY, name).values():
@@ -176,16 +179,6 @@ class SetAndSequence:
             self.config.alpha or self.config.rank,
             share_down=IDENTITY,
         )
-
-    def _require_alpha(self, alphas: set[float]) -> None:
-        """The file's B1 counts alpha / rank times (once without an alpha); at another scale it is another identity."""
-        rank = self.config.rank
-        for alpha in alphas or {float(rank)}:
-            if not math.isclose(alpha, self.config.alpha or rank, rel_tol=1e-3):
-                raise ValueError(
-                    f"alpha={self.config.alpha}: identity_file was trained with alpha {alpha:g} at rank {rank}, "
-                    "expected the same (0 means alpha = rank)"
-                )
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         group = IDENTITY if phase.name == SET else MOTION
@@ -245,6 +238,24 @@ class SetAndSequence:
         for key, tensor in sorted(self.lora.tensors(IDENTITY).items()):
             digest.update(key.encode() + tensor.to(dtype).numpy().tobytes())
         return digest.hexdigest()
+
+
+def read_identity(config: Any, module: nn.Module, bases: Collection[str] = ()) -> dict[str, Tensor]:
+    """The factors of the identity file. ValueError if it is no identity for the layers of a Wan `module`."""
+    path, rank = Path(config.identity_file), config.rank
+    try:
+        layers = layer_shapes(module, Wan.lora_targets["all"])
+        tensors = read_wan_lora(path, layers, rank, MOTION_STAGES, bases)
+    except ValueError as error:
+        raise ValueError(f"identity_file={path.name!r}: {error}") from error
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} or {float(rank)}
+    for alpha in alphas:  # B1 counts alpha / rank times; at another scale it is another identity
+        if not math.isclose(alpha, config.alpha or rank, rel_tol=1e-3):
+            raise ValueError(
+                f"identity_file={path.name!r}: was trained with alpha {alpha:g} at rank {rank}, but alpha="
+                f"{config.alpha:g} (0 means alpha = rank): set alpha to {alpha:g}"
+            )
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
 
 
 def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:

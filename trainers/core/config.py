@@ -171,6 +171,9 @@ class TrainConfig:
     def check_data(self, data: Any) -> None:
         """ValueError if training data does not suit these options."""
 
+    def check_model(self, model: Any) -> None:
+        """ValueError if a file among these options does not suit a MODEL."""
+
 
 def changed(config: type[TrainConfig], name: str, default: Any, tooltip: str = "") -> Any:
     """That Config's knob with another default, and another tooltip if one is given."""

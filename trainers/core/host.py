@@ -28,6 +28,8 @@ from ...lora_io.file import fingerprint
 from .about import project
 
 TINY_DECODERS = "vae_approx"  # a model folder
+# What Load Diffusion Model may have a file stored as, as ModelSource.weight_dtype says it.
+WEIGHT_DTYPES = ("", "torch.float8_e4m3fn", "torch.float8_e4m3fn+fast", "torch.float8_e5m2")
 PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
 
 
@@ -83,35 +85,16 @@ class ModelSource:
     @staticmethod
     def of(model: Any, parts: dict[str, Part] | None = None) -> "ModelSource":
         """ValueError names what kind of MODEL cannot be copied. `parts` stands for what the MODEL carries itself."""
-        kind = type(model).__name__
-        if model.cached_patcher_init is None:
-            raise ValueError(
-                f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
-                "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
-            )
+        require_trainable(model)
         factory, arguments = model.cached_patcher_init[:2]
-        if model.injections or model.hook_patches:
-            raise ValueError(
-                f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node"
-            )
-        inside = [key for key in model.object_patches if key.startswith("diffusion_model")]
-        if inside or model.weight_wrapper_patches:
-            raise ValueError(
-                f"model: a {kind} patched inside ({', '.join(inside[:3]) or 'weight wrappers'}), for example by a "
-                "compile or attention node. Connect the model before those nodes to the train node"
-            )
         path = str(arguments[0])
         options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
-        digest = hashlib.sha256(f"{fingerprint(Path(path))}{weight_dtype}".encode())
-        _digest(model.patches, digest)
         parts = parts_of(model) if parts is None else parts
-        for name, part in parts.items():
-            digest.update(f"{name}{fingerprint(Path(part.path))}".encode())
-            _digest(part.patches, digest)
+        identity = _identity(fingerprint(Path(path)), weight_dtype, model.patches, parts)
         patched = any([model.patches, *(part.patches for part in parts.values())])
         files = {name: part.path for name, part in parts.items()}
-        return ModelSource(path, factory.__name__, weight_dtype, digest.hexdigest(), patched, files)
+        return ModelSource(path, factory.__name__, weight_dtype, identity, patched, files)
 
     def require_reloadable(self) -> None:
         """ValueError if the MODEL cannot be had again from its file alone, as after a restart."""
@@ -139,6 +122,42 @@ class ModelSource:
         if (now := ModelSource.of(model, parts_of(self))).identity != self.identity:
             raise ValueError(f"base model {now.path}: its content changed since the run was started")
         return model
+
+
+def require_trainable(model: Any) -> None:
+    """ValueError names what a MODEL carries that a private copy cannot keep."""
+    kind = type(model).__name__
+    if model.cached_patcher_init is None:
+        raise ValueError(
+            f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
+            "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
+        )
+    if model.injections or model.hook_patches:
+        raise ValueError(
+            f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node"
+        )
+    inside = [key for key in model.object_patches if key.startswith("diffusion_model")]
+    if inside or model.weight_wrapper_patches:
+        raise ValueError(
+            f"model: a {kind} patched inside ({', '.join(inside[:3]) or 'weight wrappers'}), for example by a "
+            "compile or attention node. Connect the model before those nodes to the train node"
+        )
+
+
+def base_identities(model: Any) -> frozenset[str]:
+    """The identities that a file may name which was trained on a MODEL's file: stored in any type, patched or not."""
+    parts, file = parts_of(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
+    stored = [(weight_dtype, patches) for weight_dtype in WEIGHT_DTYPES for patches in (model.patches, {})]
+    return frozenset(_identity(file, *how, parts) for how in stored)
+
+
+def _identity(file: str, weight_dtype: str, patches: dict[str, list], parts: dict[str, Part]) -> str:
+    digest = hashlib.sha256(f"{file}{weight_dtype}".encode())
+    _digest(patches, digest)
+    for name, part in parts.items():
+        digest.update(f"{name}{fingerprint(Path(part.path))}".encode())
+        _digest(part.patches, digest)
+    return digest.hexdigest()
 
 
 def _digest(value: Any, digest: Any) -> None:

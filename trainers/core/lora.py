@@ -4,6 +4,7 @@ A group is a PEFT adapter name. Factors are fp32 and cast to the activation's dt
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -224,6 +225,11 @@ class LoraGroups:
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
         """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
         fill(self.named(group), tensors, "LoRA file: layers do not match this model")
+
+
+def layer_shapes(module: nn.Module, targets: str) -> dict[str, tuple[int, ...]]:
+    """Path to weight shape of the layers whose paths match `targets`, with LoRA groups on them or not."""
+    return {path: tuple(m.weight.shape) for path, m in module.named_modules() if re.fullmatch(targets, path)}
 
 
 def _kept(like: Tensor, probability: float, seed: int) -> Tensor:

@@ -1,0 +1,27 @@
+"""The scale of a LoRA as PEFT and diffusers keep it: in a file beside the tensors, or in their metadata."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+METADATA = "lora_adapter_metadata"
+
+
+def config_of(source: Path, metadata: dict[str, str], root: str) -> dict[str, Any]:
+    """The LoraConfig of a file: PEFT writes adapter_config.json beside it, diffusers metadata under the names of a
+    pipeline's part (`root`), older programs nothing."""
+    beside = source.with_name("adapter_config.json")
+    try:
+        if source.stem == "adapter_model" and beside.is_file():
+            return dict(json.loads(beside.read_text(encoding="utf-8")))
+        return {name.removeprefix(root): value for name, value in json.loads(metadata.get(METADATA, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{source.name}: its LoRA settings are not readable JSON ({error})") from error
+
+
+def alpha_of(config: dict[str, Any]) -> float | None:
+    """The alpha of a PEFT LoraConfig, None without one; ValueError if layers are scaled in another way."""
+    other = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if config.get(name)]
+    if other:
+        raise ValueError(f"LoRA with {', '.join(other)}: expected one alpha for all layers, divided by the rank")
+    return config.get("lora_alpha")

@@ -1,0 +1,129 @@
+"""LoRA files for Wan: every spelling in use to the model's own module paths, and what a file says it was made for."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .file import load
+from .peft import alpha_of, config_of
+
+ROOT = r"(base_model\.model\.)?(model\.)?(diffusion_model\.|transformer\.|pipe\.dit\.|dit\.|lora_unet__?|lycoris_)?"
+FACTOR = re.compile(r"(.+?)(?:[._]lora\.(down|up)|\.lora_linear_layer\.(down|up)|\.lora_(down|up|A|B))(\.\w+)?\.weight")
+SIDES = {"A": "down", "B": "up"}
+OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA", "oft_": "OFT"}
+# Layers of a block by their path with underscores: Wan's own names, and diffusers'.
+NATIVE = [f"{part}.{layer}" for part in ("self_attn", "cross_attn") for layer in "qkvo"] + ["ffn.0", "ffn.2"]
+DIFFUSERS = {
+    **{
+        f"attn{number}_to_{theirs}": f"{part}.{ours}"
+        for number, part in ((1, "self_attn"), (2, "cross_attn"))
+        for theirs, ours in {"q": "q", "k": "k", "v": "v", "out": "o", "out_0": "o"}.items()
+    },
+    "ffn_net_0_proj": "ffn.0",
+    "ffn_net_2": "ffn.2",
+}
+LAYERS = {path.replace(".", "_"): path for path in NATIVE} | DIFFUSERS
+
+
+def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
+    """A LoRA for Wan in any spelling to `<module>.lora_down/lora_up.weight` and, where it has one, `<module>.alpha`.
+
+    Known: ComfyUI's (`diffusion_model.`), musubi's and kohya's (`lora_unet_`), diffusers' (`transformer.`), PEFT's and
+    bare paths, with Wan's own names of layers or diffusers'. `alpha` is that of layers with none in the file.
+    ValueError names a key of another form or layer, and half a layer.
+    """
+    named = {}
+    for key, tensor in tensors.items():
+        match = FACTOR.fullmatch(key)
+        if match:
+            side = next(found for found in match.groups()[1:4] if found)
+            named[f"{_module(key, match[1])}.lora_{SIDES.get(side, side)}.weight"] = tensor.flatten(1)
+        elif key.endswith(".alpha"):
+            named[f"{_module(key, key.removesuffix('.alpha'))}.alpha"] = tensor
+        else:
+            kind = next((kind for part, kind in OTHER_KINDS.items() if part in key), "none")
+            raise ValueError(f"LoRA key {key!r}: expected a down or up factor of a LoRA, found {kind}")
+    _check_pairs(named)
+    if alpha is not None:
+        paths = [key.removesuffix(".lora_down.weight") for key in named if key.endswith(".lora_down.weight")]
+        named = {**{f"{path}.alpha": torch.tensor(float(alpha)) for path in paths}, **named}
+    return named
+
+
+def _module(key: str, path: str) -> str:
+    """blocks.<n>.<layer> of a path in any spelling."""
+    match = re.fullmatch(rf"{ROOT}blocks[._](\d+)[._](.+)", path)
+    layer = LAYERS.get(match[5].replace(".", "_")) if match else None
+    if layer is None:
+        raise ValueError(f"LoRA key {key!r}: expected a layer of a Wan block, one of {', '.join(NATIVE)}")
+    return f"blocks.{int(match[4])}.{layer}"
+
+
+def _check_pairs(named: dict[str, Tensor]) -> None:
+    if not any(key.endswith(".weight") for key in named):
+        raise ValueError("no layers in it, expected a LoRA for Wan")
+    for key, tensor in named.items():
+        path, _, side = key.partition(".lora_")
+        if not side:
+            continue
+        other = f"{path}.lora_{'up' if side == 'down.weight' else 'down'}.weight"
+        if other not in named:
+            raise ValueError(f"LoRA: {key} has no {other}")
+        if side == "down.weight" and len(tensor) != named[other].shape[1]:
+            raise ValueError(f"LoRA: {path} has a down factor of rank {len(tensor)}, an up factor of another")
+
+
+# What files of this pack hold that is no whole LoRA, by their `sns.stage`.
+MOTION_STAGES = {
+    "motion": "the motion alone, which works only on top of its identity",
+    "combined": "look and motion in one",
+}
+
+
+def require_made_for(metadata: Mapping[str, str], refused: Collection[str] = (), bases: Collection[str] = ()) -> None:
+    """ValueError if a file's metadata says that it is for another model than Wan 2.1 text-to-video, or holds a stage of
+    Set-and-Sequence that is `refused`, or (files of this pack) was trained on a base model that is none of `bases`."""
+    for name in ("ss_base_model_version", "modelspec.architecture"):
+        plain = re.sub(r"[^a-z0-9]", "", metadata.get(name, "wan").lower())
+        if "wan" not in plain or any(word in plain for word in ("i2v", "wan22", "vace")):
+            raise ValueError(
+                f"made for another model: its metadata says {name}={metadata[name]!r}, expected a LoRA for Wan 2.1 "
+                "text-to-video"
+            )
+    if (stage := metadata.get("sns.stage", "")) in refused:
+        raise ValueError(f"a {stage} file: {MOTION_STAGES[stage]}. Expected the identity file of that run")
+    base = metadata.get("kinoloom.base_model")
+    if base and bases and base not in bases:
+        name = metadata.get("ss_sd_model_name", "another model")
+        raise ValueError(
+            f"trained on another base model than the one that is connected ({name}, by the hash in its metadata)"
+        )
+
+
+def read_wan_lora(
+    path: Path, layers: Mapping[str, tuple[int, ...]], rank: int, refused: Collection[str], bases: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The LoRA of a file as in `from_any_wan`, for exactly `layers` (module path to weight shape), of this rank.
+
+    ValueError says what is in the file instead; `refused` and `bases` as in `require_made_for`.
+    """
+    tensors, metadata = load(path)
+    require_made_for(metadata, refused, bases)
+    named = from_any_wan(tensors, alpha_of(config_of(path, metadata, "transformer.")))
+    found = {key.partition(".lora_")[0] for key in named if ".lora_" in key}
+    if different := layers.keys() ^ found:
+        what = "has layers that this model does not train" if different - layers.keys() else "leaves out layers"
+        raise ValueError(f"{what}, for example {min(different)}: expected {len(layers)} layers, found {len(found)}")
+    for module, (width_out, width_in) in layers.items():
+        down, up = named[f"{module}.lora_down.weight"], named[f"{module}.lora_up.weight"]
+        if (up.shape[0], down.shape[1]) != (width_out, width_in):
+            raise ValueError(
+                f"made for a model of another width: {module} is {up.shape[0]} x {down.shape[1]} in the file, "
+                f"{width_out} x {width_in} in the model that is connected"
+            )
+        if len(down) != rank:
+            raise ValueError(f"has rank {len(down)}, but rank={rank}: set rank to {len(down)}")
+    return named
