@@ -22,7 +22,7 @@ from ..trainers.backbones.svd import check_model
 from ..trainers.backbones.tracklet_control import NUMBERS, Controlled, TrackletControl, read, widths_of
 from ..trainers.core.tracklets import Tracklets, to_tensors
 from .jobs import trained_file
-from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType
+from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType, files_state, model_file
 
 TrackletControlType = io.Custom("TRACKLET_CONTROL")  # (ModelPatcher of a TrackletControl, layers of the base model)
 
@@ -44,6 +44,12 @@ def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"file={Path(path).name!r}: {error}") from error
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(control, load_device=device, offload_device=offload), base
+
+
+def control_file(name: str) -> Path:
+    if name == NO_FILE:
+        raise ValueError(f"file={name!r}: expected a control of the list, or path of Training Result connected")
+    return model_file("file", TRACKLET_CONTROL, name)
 
 
 class LoadTrackletControl(io.ComfyNode):
@@ -72,12 +78,19 @@ class LoadTrackletControl(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file: str | None = None, path: str | None = "") -> bool:
+        """ValueError for a file that is not there; what arrives by wire is None."""
+        if file is not None and path == "":
+            control_file(file)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> str:
+        return files_state(TRACKLET_CONTROL, file)
+
+    @classmethod
     def execute(cls, file: str, path: str = "") -> io.NodeOutput:
-        if path:
-            return io.NodeOutput(load_control(trained_file(path)))
-        if file == NO_FILE:
-            raise ValueError(f"file={file!r}: expected a control of the list, or path of Training Result connected")
-        return io.NodeOutput(load_control(folder_paths.get_full_path_or_raise(TRACKLET_CONTROL, file)))
+        return io.NodeOutput(load_control(trained_file(path) if path else str(control_file(file))))
 
 
 class ApplyTracklets(io.ComfyNode):

@@ -9,15 +9,16 @@ import comfy.samplers
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
+from ..trainers.core.config import check
 from ..trainers.core.data import Row, TrainingData
 from . import captions, videos
 from .columns import frame_step
-from .encode import Clip, Options, encode, plan
+from .encode import ROLES, Clip, Options, check_role, encode, plan
 from .folder import listing, plan_folder, resolve_folder
 from .framing import check_length
 from .priors import PriorOptions, Sampler, add_priors, read_prompts
 from .sources import Source, from_tensor
-from .widgets import TrainingDataType, widget
+from .widgets import UNCONNECTED, TrainingDataType, require_one, widget
 
 LIKE_GENERATION = "Use what you use for generation."
 
@@ -91,6 +92,10 @@ class EncodeClips(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
+        return require_one(images, video)
+
+    @classmethod
     def execute(
         cls,
         vae: Any,
@@ -105,8 +110,7 @@ class EncodeClips(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = Options(**options)
         check_length(chosen.frames_per_clip, frame_step(vae))
-        if (images is None) == (video is None):
-            raise ValueError("connect either images or video")
+        require_one(images, video, None)
         source = video_source(video) if images is None else from_tensor("images", images, source_fps)
         mask = None if masks is None else from_tensor("masks", masks, source.fps)
         try:
@@ -138,12 +142,20 @@ def folder_and_role() -> list[io.Input]:
         ),
         io.Combo.Input(
             "role",
-            options=["train", "validation", "prior"],
+            options=list(ROLES),
             default="train",
             tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
             "clips of other subjects, so that the model does not forget them.",
         ),
     ]
+
+
+def check_folder_options(role: str | None, hold_out: int | None) -> bool:
+    """ValueError for widgets that do not fit, alone or together; what arrives by wire is None."""
+    if hold_out is not None:
+        check(Options.__dataclass_fields__["hold_out"], hold_out)
+    check_role(role or "train", hold_out or 0)
+    return True
 
 
 class ClipsFromFolder(io.ComfyNode):
@@ -166,7 +178,14 @@ class ClipsFromFolder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
+        return check_folder_options(role, hold_out)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
+        """The folder's files; never the same for a folder that arrives by wire, which is None here."""
+        if folder is None:
+            return float("nan")
         found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
@@ -214,6 +233,12 @@ class PriorClips(io.ComfyNode):
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="The data and the prior clips.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, prompts: str | None = None) -> bool:
+        if prompts is not None:  # does not arrive by wire
+            read_prompts(prompts)
+        return True
 
     @classmethod
     def execute(

@@ -14,6 +14,8 @@ from .columns import Columns, data_folder, frame_step
 from .framing import SIDE, WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
 from .sources import Source
 
+ROLES = ("train", "validation", "prior")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -135,11 +137,17 @@ def check_mask(mask: Source, source: Source) -> None:
         )
 
 
+def check_role(role: str, hold_out: int) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role={role!r}: expected one of {', '.join(ROLES)}")
+    if hold_out and role != "train":
+        raise ValueError(f"hold_out={hold_out}: only clips of the role train can be held out, these are for {role}")
+
+
 def assign_roles(plans: list[ClipPlan], role: str, hold_out: int) -> list[ClipPlan]:
     """Every window gets `role`; the last `hold_out` of all windows are for validation."""
     total = sum(len(planned.windows) for planned in plans)
-    if hold_out and role != "train":
-        raise ValueError(f"hold_out={hold_out}: only clips of the role train can be held out, these are for {role}")
+    check_role(role, hold_out)
     if hold_out >= total:
         raise ValueError(f"hold_out={hold_out}: nothing would be left to train on, there are {total} clips")
     roles = [role] * (total - hold_out) + ["validation"] * hold_out

@@ -15,6 +15,8 @@ MASK = ".mask"
 def resolve_folder(root: Path, name: str) -> Path:
     """The folder `name` under `root`, links followed; ValueError if that is not a folder inside it."""
     root = root.resolve()
+    if not isinstance(name, str) or "\0" in name:  # may arrive by wire
+        raise ValueError(f"folder={name!r}: expected the name of a folder in {root}")
     folder = (root / name).resolve()
     if not folder.is_relative_to(root):
         raise ValueError(f"folder={name!r} leads out of the input folder: copy the clips into {root}")

@@ -89,7 +89,7 @@ class Registry:
 
         ValueError if a run of this name is unfinished and was made of something else, naming what changed.
         """
-        require_name("run_name", run_name)
+        run_name = require_name("run_name", run_name)
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:

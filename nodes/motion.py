@@ -24,12 +24,13 @@ from ..lora_io.keys import from_motion_lora, to_motion_lora
 from ..lora_io.merge import merge
 from ..trainers.backbones.animatediff import check_model
 from ..trainers.backbones.motion_module import MID, PART, Attached, MotionModules, read, sites
-from .widgets import NO_FILE, output_folder, require_name
+from .widgets import NO_FILE, files_state, output_folder, require_name
 
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
 EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
+LONGEST = 128  # frames of a window
 LORA_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
@@ -87,6 +88,10 @@ class LoadMotionModule(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, motion_module: str | None = None) -> str:
+        return files_state(MOTION_MODELS, motion_module)
+
+    @classmethod
     def execute(cls, motion_module: str) -> io.NodeOutput:
         return io.NodeOutput(load_motion_module(folder_paths.get_full_path_or_raise(MOTION_MODELS, motion_module)))
 
@@ -112,7 +117,7 @@ class ApplyMotionModule(io.ComfyNode):
                     "context_length",
                     default=16,
                     min=2,
-                    max=128,
+                    max=LONGEST,
                     tooltip="Frames that move together. Longer clips are made of overlapping windows of so many. Keep "
                     "it at the length that the module, or the motion LoRA, was trained on. A Context Windows node "
                     "before this one has precedence.",
@@ -121,7 +126,7 @@ class ApplyMotionModule(io.ComfyNode):
                     "context_overlap",
                     default=4,
                     min=0,
-                    max=127,
+                    max=LONGEST - 1,
                     tooltip="Frames that two windows share. Raise it if a long clip jumps.",
                 ),
                 io.Combo.Input(
@@ -134,6 +139,12 @@ class ApplyMotionModule(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="For samplers, motion LoRA loaders and Train MotionDirector.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, context_length: int | None = None, context_overlap: int | None = None) -> bool:
+        """ValueError for widgets that do not fit together; what arrives by wire is None."""
+        require_windows(context_length or LONGEST, context_overlap or 0)
+        return True
 
     @classmethod
     def execute(
@@ -164,8 +175,14 @@ def require_fit(model: Any, motion: MotionModules, length: int, overlap: int) ->
         raise ValueError(
             f"context_length={length}: this motion module ({layout.version}) takes {layout.positions} frames at most"
         )
-    if overlap >= length:
-        raise ValueError(f"context_overlap={overlap}: expected less than context_length={length}")
+    require_windows(length, overlap)
+
+
+def require_windows(length: int, overlap: int) -> None:
+    if not 2 <= length <= LONGEST:
+        raise ValueError(f"context_length={length}: expected 2..{LONGEST}")
+    if not 0 <= overlap < length:
+        raise ValueError(f"context_overlap={overlap}: expected 0 or more and less than context_length={length}")
 
 
 def sampling_with(motion: MotionModules) -> Callable:
@@ -270,6 +287,10 @@ class LoadMotionLora(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
+        return files_state(MOTION_LORAS, lora_name)
+
+    @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         return io.NodeOutput(with_motion_lora(model, read_lora(lora_name), strength, lora_name))
 
@@ -332,10 +353,23 @@ class MergeMotionLoras(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool:
+        if name is not None:  # does not arrive by wire
+            require_name("name", name)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_1: str | None = None, lora_2: str | None = None, **_: Any) -> str:
+        """Of a name that arrives by wire any file counts, but for what this node made, which never changes."""
+        others = [name for name in lora_choices() if Path(name).parent != Path(output_folder(MOTION_LORAS).name)]
+        chosen = [name for given in (lora_1, lora_2) for name in (others if given is None else [given])]
+        return files_state(MOTION_LORAS, *chosen)
+
+    @classmethod
     def execute(
         cls, lora_1: str, strength_1: float, lora_2: str, strength_2: float, name: str, rank: int
     ) -> io.NodeOutput:
-        require_name("name", name)
+        name = require_name("name", name)
         chosen = [(lora_1, strength_1), *([(lora_2, strength_2)] if lora_2 != NO_FILE else [])]
         parts = []
         for file, strength in chosen:

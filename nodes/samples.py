@@ -74,10 +74,16 @@ class FirstFrameOptions(SampleOptions):
     cfg: float = knob(2.5, "Guidance of the last frame; it rises evenly from 1.", min=0.0, max=100.0, step=0.1)
 
 
-def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
-    """ValueError for no prompt, or too many."""
+def read_prompts(prompts: str) -> tuple[str, ...]:
+    """The lines with something in them; ValueError for none, or too many."""
     names = tuple(line.strip() for line in prompts.splitlines() if line.strip())
     require_count("prompts", len(names))
+    return names
+
+
+def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
+    """ValueError for no prompt, or too many."""
+    names = read_prompts(prompts)
     columns = Columns(data_folder(), comfy.utils.ProgressBar(len(names) + 1))
     clip_id = identity.of_text_encoder(clip)
     away, *stems = (columns.prompt(clip, clip_id, text, 0) for text in (negative, *names))
@@ -143,6 +149,12 @@ class SamplePrompts(io.ComfyNode):
             ],
             outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, prompts: str | None = None) -> bool:
+        if prompts is not None:  # does not arrive by wire
+            read_prompts(prompts)
+        return True
 
     @classmethod
     def execute(cls, clip: Any, prompts: str, negative: str, **options: Any) -> io.NodeOutput:

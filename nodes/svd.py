@@ -95,6 +95,8 @@ class ConvertSvd(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         folder, _, name = file.partition("/")
+        if folder not in (MODELS, DIFFUSERS, LORAS):  # may arrive by wire
+            raise ValueError(f"file={file!r}: expected a file in {MODELS}/, {DIFFUSERS}/ or {LORAS}/")
         source = Path(folder_paths.get_full_path_or_raise(folder, name))
         convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, MODELS)
         try:

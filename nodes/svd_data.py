@@ -12,13 +12,13 @@ from server import PromptServer
 from ..trainers.backbones.svd import SIDE
 from ..trainers.core.data import TrainingData
 from ..trainers.core.tracklets import Tracklets
-from .data import ClipsFromFolder, folder_and_role, video_source
+from .data import ClipsFromFolder, check_folder_options, folder_and_role, video_source
 from .encode import Clip, plan
 from .folder import plan_folder, resolve_folder
 from .sources import Source, from_tensor
 from .svd_encode import LARGEST_BUCKET, SvdOptions, encode
 from .tracklets import load as load_tracklets
-from .widgets import TrackletsType, TrainingDataType, widget
+from .widgets import UNCONNECTED, TrackletsType, TrainingDataType, require_one, widget
 
 CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
 
@@ -106,6 +106,10 @@ class EncodeSvdClips(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
+        return require_one(images, video)
+
+    @classmethod
     def execute(
         cls,
         vae: Any,
@@ -118,8 +122,7 @@ class EncodeSvdClips(io.ComfyNode):
         **options: Any,
     ) -> io.NodeOutput:
         chosen = SvdOptions(**options)
-        if (images is None) == (video is None):
-            raise ValueError("connect either images or video")
+        require_one(images, video, None)
         source = video_source(video) if images is None else from_tensor("images", images, source_fps)
         try:
             planned = plan(Clip(source, None), chosen, 1, SIDE)
@@ -150,7 +153,11 @@ class SvdClipsFromFolder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
+        return check_folder_options(role, hold_out)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
         return ClipsFromFolder.fingerprint_inputs(folder)
 
     @classmethod

@@ -66,6 +66,13 @@ class DrawTracklets(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, json: str) -> bool:
+        """ValueError for a text that is no tracklets."""
+        if json.strip():
+            Tracklets.from_json(json)
+        return True
+
+    @classmethod
     def execute(cls, width: int, height: int, frames: int, json: str, image: Tensor | None = None) -> io.NodeOutput:
         drawn = Tracklets.from_json(json) if json.strip() else Tracklets(width, height, frames)
         made = drawn.fit(width, height).retime(frames)
@@ -127,8 +134,9 @@ class LoadTracklets(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> str:
-        return hashlib.sha256(input_file(file).read_bytes()).hexdigest()
+    def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> float | str:
+        """The file's content; never the same for a file that arrives by wire, which is None here."""
+        return float("nan") if file is None else hashlib.sha256(input_file(file).read_bytes()).hexdigest()
 
     @classmethod
     def execute(
@@ -156,7 +164,11 @@ def input_files() -> list[str]:
 
 
 def input_file(name: str) -> Path:
-    return Path(folder_paths.get_annotated_filepath(name))
+    """ValueError if that is not a file in the input folder."""
+    path = Path(folder_paths.get_annotated_filepath(name))
+    if not path.is_file():
+        raise ValueError(f"file={name!r}: expected a .json or .csv file in {folder_paths.get_input_directory()}")
+    return path
 
 
 class TrackletsFromMasks(io.ComfyNode):

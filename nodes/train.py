@@ -5,19 +5,27 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 from safetensors import safe_open
 
 from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
-from ..trainers.core.config import TrainConfig, make
+from ..trainers.core.config import TrainConfig, check, make
 from ..trainers.core.data import PhaseData, TrainingData, column_path
 from ..trainers.core.host import carried, device, require_trainable, resolve_precision
 from ..trainers.core.recipe import Recipe
 from ..trainers.core.sampling import PROMPTS, Samples
 from .jobs import registry
-from .widgets import NO_FILE, TrainingDataType, TrainingJobType, TrainingSamplesType, widget
+from .widgets import (
+    NO_FILE,
+    TrainingDataType,
+    TrainingJobType,
+    TrainingSamplesType,
+    files_state,
+    model_file,
+    require_name,
+    widget,
+)
 
 
 def knobs(config_class: type) -> list[Field]:
@@ -57,11 +65,28 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             )
 
         @classmethod
-        def fingerprint_inputs(cls, run_name: str, **_: Any) -> float | str:
+        def validate_inputs(cls, run_name: str | None = None, **values: Any) -> bool:
+            """ValueError says what is wrong with the widgets, before the prompt is queued.
+
+            What arrives by wire is None here, and checked by `execute`. The one error is raised and not returned,
+            because ComfyUI repeats a returned one for each input.
+            """
+            if run_name is not None:
+                require_name("run_name", run_name)
+            check_options(recipe.Config, values)
+            return True
+
+        @classmethod
+        def fingerprint_inputs(cls, run_name: str | None = None, **values: Any) -> float | str:
             """Unchanged while a run goes on or is finished; one that ended early, was deleted or resumed runs again."""
-            job = registry().newest(run_name)
-            early = job and job.ended.is_set() and job.status != "finished"
-            return float("nan") if early else str(registry().times_voided(run_name))
+            if run_name is None:  # arrives by wire
+                return float("nan")
+            name = run_name.strip()
+            job = registry().newest(name)
+            if job and job.ended.is_set() and job.status != "finished":
+                return float("nan")
+            chosen = [files_state(folder, values.get(o, NO_FILE)) for o, folder in file_options(recipe.Config).items()]
+            return repr([registry().times_voided(name), *chosen])
 
         @classmethod
         def execute(
@@ -117,15 +142,35 @@ def prompt_width(folder: str, stem: str) -> int:
         return opened.get_slice(PROMPTS).get_shape()[-1]
 
 
+def file_options(config_class: type) -> dict[str, str]:
+    """The options that choose a file, and the model folder of each."""
+    return {o.name: o.metadata["file_of"] for o in fields(config_class) if o.metadata["file_of"]}
+
+
+def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> None:
+    """ValueError if widget values do not fit, each alone and together; of options that are None nothing is known."""
+    options = {option.name: option for option in fields(config_class)}
+    given = {name: value for name, value in values.items() if name in options}
+    known = {name: value for name, value in given.items() if value is not None}
+    for name, value in known.items():
+        check(options[name], value)
+    for name, folder in file_options(config_class).items():
+        known[name] = chosen_path(name, folder, known.get(name, ""))
+    if None not in given.values():
+        make(config_class, known)
+
+
+def chosen_path(option: str, folder: str, name: str) -> str:
+    return "" if name in ("", NO_FILE) else str(model_file(option, folder, name))
+
+
 def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:
     """Replace chosen file names in `values` by full paths ("" for none); option name -> sha256 of what was chosen."""
     hashes = {}
-    for option in fields(config_class):
-        if folder := option.metadata["file_of"]:
-            name = values[option.name]
-            values[option.name] = "" if name in ("", NO_FILE) else folder_paths.get_full_path_or_raise(folder, name)
-            if values[option.name]:
-                hashes[option.name] = sha256(Path(values[option.name]))
+    for option, folder in file_options(config_class).items():
+        values[option] = chosen_path(option, folder, values[option])
+        if values[option]:
+            hashes[option] = sha256(Path(values[option]))
     return hashes
 
 

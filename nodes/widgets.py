@@ -1,5 +1,6 @@
 """Config fields as inputs, and the types on this pack's wires."""
 
+import os
 import re
 from dataclasses import Field
 from pathlib import Path
@@ -13,17 +14,45 @@ TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
 TrainingSamplesType = io.Custom("TRAINING_SAMPLES")  # trainers.core.sampling.Samples
 TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
+UNCONNECTED = object()  # an input's default in validate_inputs, where what arrives by wire is None
 LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
+DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
 TRACKLET_CONTROL = "tracklet_control"  # a model folder
 
 
-def require_name(field: str, value: str) -> None:
-    """ValueError unless the value of this input may name files and folders."""
-    if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", value) or len(value.encode()) > LONGEST_NAME:
+def require_name(field: str, value: str) -> str:
+    """The value of this input without spaces around it. ValueError unless it may name files and folders everywhere."""
+    name = value.strip() if isinstance(value, str) else ""
+    if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", name) or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
             f"{field}={value!r}: expected letters, digits, '_' or '-', with spaces or dots only in between, at most "
             f"{LONGEST_NAME} bytes"
         )
+    if DEVICE.fullmatch(name):
+        raise ValueError(f"{field}={value!r}: expected another name, because Windows keeps this one for a device")
+    return name
+
+
+def require_one(images: Any, video: Any, absent: Any = UNCONNECTED) -> bool:
+    """ValueError unless exactly one of the two is connected."""
+    if (images is absent) == (video is absent):
+        raise ValueError("connect either images or video")
+    return True
+
+
+def model_file(field: str, folder: str, name: str) -> Path:
+    """The file that an input chose from a model folder; ValueError if it is not there, or not inside."""
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
+    if path is None:
+        raise ValueError(f"{field}={name!r}: expected a file in the model folder {folder}")
+    return Path(path)
+
+
+def files_state(folder: str, *names: str | None) -> str:
+    """Changes when one of these model files does. A name that arrives by wire is None here: any file of the folder."""
+    wanted = folder_paths.get_filename_list(folder) if None in names else sorted({*names} - {NO_FILE, ""})
+    paths = [path for name in wanted if (path := folder_paths.get_full_path(folder, name))]
+    return repr([(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]])
 
 
 def output_folder(kind: str) -> Path:
