@@ -4,9 +4,9 @@ import gc
 import hashlib
 import logging
 import platform
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint
 from .about import project
+from .rebound import Rebinder
 
 TINY_DECODERS = "vae_approx"  # a model folder
 # What Load Diffusion Model may have a file stored as, as ModelSource.weight_dtype says it.
@@ -252,44 +253,33 @@ class Rope(torch.autograd.Function):
         return comfy.quant_ops.ck.apply_rope1(grad.contiguous(), inverse), None
 
 
-# What layers of a private model call instead of the global of that name. A job that polled the interrupt flag would
-# swallow a Cancel meant for a prompt, and die of it; ComfyUI's own way to a gradient through the rotary embedding is a
-# process-wide flag, which other prompts would see.
-PRIVATE_GLOBALS = {"run_every_op": lambda: None, "apply_rope1": Rope.apply}
+# Values that layers of a private model find under process-wide names of ComfyUI, which prompts beside a job read too. A
+# job that polled the interrupt flag would swallow a Cancel meant for a prompt. Where `in_training` is not set, ComfyUI
+# takes fused kernels that have no gradient. Rope is faster than the rotary embedding that ComfyUI uses in training.
+REBINDER = Rebinder(
+    "comfy",
+    {
+        "comfy.model_management": {"in_training": True, "throw_exception_if_processing_interrupted": lambda: None},
+        "comfy.ldm.flux.math": {"apply_rope1": Rope.apply},
+    },
+)
 
 OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the input's type
 
-_private_classes: dict[type, type] = {}
-
 
 def make_private(module: nn.Module) -> None:
-    """Have all layers of a module, of ComfyUI's classes, use PRIVATE_GLOBALS."""
+    """Have all layers of a module, of ComfyUI's classes, find the values of REBINDER."""
     for child in module.modules():
         child.__class__ = _private_class(type(child))
 
 
+@cache
 def _private_class(cls: type) -> type:
-    """`cls`, or a subclass whose forward uses PRIVATE_GLOBALS where `cls` uses the globals of those names."""
-    if cls not in _private_classes:
-        forward = cls.forward
-        private = cls
-        if _names(forward.__code__) & PRIVATE_GLOBALS.keys():
-            scope = {**forward.__globals__, **PRIVATE_GLOBALS}
-            own = types.FunctionType(
-                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-            )
-            own.__kwdefaults__ = forward.__kwdefaults__
-            if issubclass(cls, nn.Linear) or cls.__name__ == "Linear":  # quantised ones are no nn.Linear
-                own = _frozen_linear(own)
-            private = type(cls.__name__, (cls,), {"forward": own})
-        _private_classes[cls] = private
-    return _private_classes[cls]
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Globals that a function and the functions defined in it refer to."""
-    inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
-    return set(code.co_names).union(*inner)
+    private = REBINDER.cls(cls)
+    linear = issubclass(cls, nn.Linear) or cls.__name__ == "Linear"  # quantised ones are no nn.Linear
+    if private is cls or not linear:
+        return private
+    return type(cls.__name__, (private,), {"forward": _frozen_linear(private.forward)})
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:

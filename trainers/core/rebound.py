@@ -1,0 +1,171 @@
+"""Copies of another package's functions and classes, for which some names of that package have other values.
+
+A host says by process-wide names whether it is training and whether a prompt was cancelled. A private model must find
+other values there than the prompts beside it, so its layers get copies of the functions that read those names.
+"""
+
+import builtins
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Rebinder:
+    """Copies for one package; `values` is module name -> name in that module -> the value that copies find there.
+
+    A function is copied if it reads one of these names, or calls a function of the package that does. All others are
+    shared with the host, whose module-level state they may change.
+    """
+
+    def __init__(self, package: str, values: dict[str, dict[str, Any]]) -> None:
+        self.package, self.values = package, values
+        self.names = {name for own in values.values() for name in own}
+        self._made: dict[Any, Any] = {}
+        self._reads: dict[Callable, bool] = {}
+        self._builtins = {**vars(builtins), "__import__": self._import}
+
+    def cls(self, cls: type) -> type:
+        """`cls`, or a subclass with copies of the methods, inherited ones too, that read the names."""
+        if cls not in self._made:
+            own = [c for c in cls.__mro__ if self._belongs(c.__module__)]
+            names = {name for c in own for name, value in vars(c).items() if any(map(self.reads, _functions(value)))}
+            private = cls
+            for c in reversed(own) if names else []:
+                private = type(cls.__name__, (private,), {"__module__": cls.__module__})
+                for name in names & vars(c).keys():
+                    setattr(private, name, self._method(vars(c)[name], {c: private}))
+            self._made[cls] = private
+        return self._made[cls]
+
+    def value(self, value: Any) -> Any:
+        """What copies find in the place of a function, a module or a helper class of the package."""
+        if isinstance(value, types.FunctionType) and self.reads(value):
+            return self._copy(value, {})
+        if isinstance(value, types.ModuleType) and self._belongs(value.__name__):
+            return self._made.setdefault(value, _View(value, self))
+        if isinstance(value, type) and self._belongs(value.__module__) and not issubclass(value, (Tensor, nn.Module)):
+            return self.cls(value)
+        return value
+
+    def replaced(self, module: types.ModuleType, name: str) -> Any:
+        """What copies find under `name` of a module; AttributeError if there is nothing."""
+        value = getattr(module, name)
+        own = self.values.get(module.__name__, {})
+        return own[name] if name in own else self.value(value)
+
+    def reads(self, function: types.FunctionType) -> bool:
+        """Whether a function of the package reads one of the names, itself or through functions that it calls."""
+        if function not in self._reads:
+            seen, todo = {function}, [function]
+            while todo and not any(self._mentions(f) for f in todo):
+                todo = [f for caller in todo for f in self._called(caller) if f not in seen and not seen.add(f)]
+            self._reads[function] = bool(todo)
+        return self._reads[function]
+
+    def _belongs(self, module: str | None) -> bool:
+        return (module or "").partition(".")[0] == self.package
+
+    def _mentions(self, function: types.FunctionType) -> bool:
+        return self._belongs(function.__module__) and not self.names.isdisjoint(_names(function.__code__))
+
+    def _called(self, function: types.FunctionType) -> Iterator[types.FunctionType]:
+        """Functions of the package that a function names: globals, attributes of modules, and what closures hold."""
+        names = _names(function.__code__)
+        found = [function.__globals__[name] for name in names & function.__globals__.keys()]
+        found += [sys.modules[name] for name in names if self._belongs(name) and name in sys.modules]
+        found += [value for cell in function.__closure__ or () for value in _content(cell)]
+        seen: set[int] = set()
+        while found:
+            value = found.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, types.ModuleType) and self._belongs(value.__name__):
+                found += [vars(value)[name] for name in names & vars(value).keys()]
+            elif isinstance(value, type) and not issubclass(value, (Tensor, nn.Module)):
+                found += [f for method in vars(value).values() for f in _functions(method)]
+            elif isinstance(value, types.FunctionType) and self._belongs(value.__module__):
+                yield value
+
+    def _copy(self, function: types.FunctionType, classes: dict[type, type]) -> types.FunctionType:
+        """`classes`: for a method, the class that `super()` starts from."""
+        key = (function, *classes)
+        if key not in self._made:
+            scope = {**function.__globals__, "__builtins__": self._builtins}
+            scope.pop("__name__", None)  # torch.compile would look globals up in the module of that name
+            cells = tuple(types.CellType() for _ in function.__closure__ or ())
+            copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
+            copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
+            self._made[key] = copy  # before what it calls, which may call it
+            module = sys.modules[function.__module__]
+            for name in _names(function.__code__) & scope.keys():
+                scope[name] = self._global(module, name, scope[name])
+            for cell, before in zip(cells, function.__closure__ or (), strict=True):
+                for value in _content(before):
+                    cell.cell_contents = classes.get(value) or self.value(value) if _hashable(value) else value
+        return self._made[key]
+
+    def _global(self, module: types.ModuleType, name: str, value: Any) -> Any:
+        """A global of `module`, which may have imported it from the module that has another value for it."""
+        for source, own in self.values.items():
+            if name in own and getattr(sys.modules.get(source), name, _MISSING) is value:
+                return own[name]
+        return self.value(value)
+
+    def _method(self, method: Any, classes: dict[type, type]) -> Any:
+        if isinstance(method, (staticmethod, classmethod)):
+            return type(method)(self._method(method.__func__, classes))
+        if isinstance(method, property):
+            return property(*(part and self._method(part, classes) for part in (method.fget, method.fset, method.fdel)))
+        return self._copy(method, classes) if isinstance(method, types.FunctionType) else method
+
+    def _import(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """An import inside of a copy."""
+        return self.value(builtins.__import__(name, *args, **kwargs))
+
+
+class _View(types.ModuleType):
+    """A module of the package as copies find it: live, but for what the Rebinder replaces."""
+
+    def __init__(self, module: types.ModuleType, rebinder: Rebinder) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(_module=module, _rebinder=rebinder)
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._rebinder.replaced(self._module, name)
+        if found is not vars(self._module).get(name):
+            self.__dict__[name] = found
+        return found
+
+
+_MISSING = object()
+
+
+@cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Names and texts that a function and the functions defined in it refer to."""
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
+    return frozenset(code.co_names).union(texts, *inner)
+
+
+def _functions(method: Any) -> list[types.FunctionType]:
+    """The plain functions of an entry of a class."""
+    parts = [method, getattr(method, "__func__", None), *(getattr(method, n, None) for n in ("fget", "fset", "fdel"))]
+    return [part for part in parts if isinstance(part, types.FunctionType)]
+
+
+def _content(cell: types.CellType) -> list[Any]:
+    """What a closure's cell holds; nothing if it is empty yet."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+def _hashable(value: Any) -> bool:
+    return value.__hash__ is not None
