@@ -85,16 +85,21 @@ class Registry:
         run_name: str,
         samples: Samples | None = None,
     ) -> Job:
-        """The job for these inputs: a new one, an unfinished one resumed, or a finished one as it is.
+        """The job for these inputs: a new one, an earlier one that goes on, or a finished one as it is.
 
-        ValueError if a run of this name is unfinished and was made of something else, naming what changed.
+        ValueError if a run of this name is unfinished and was made of something else, naming what changed, or if it
+        cannot go on with these options.
         """
         run_name = require_name("run_name", run_name)
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:
-            name, job = self._claim(run_name, identity)
-            if job is None:
+            name, job = self._claim(run_name, identity, config)
+            if job is not None and (job.status != "finished" or job.steps_of(config) > job.checkpoint):
+                job.reconfigure(config, samples, identity)
+                if job.is_over:
+                    job.start(model)
+            elif job is None:
                 job = self._job(
                     Spec(
                         id=uuid.uuid4().hex[:12],
@@ -106,16 +111,14 @@ class Registry:
                         identity=identity,
                         outputs=output_folders(name),
                         created=time.time(),
+                        samples=samples,
                     )
                 )
                 self.jobs[job.spec.id] = job
-            if job.status != "finished":
-                job.reconfigure(config, samples)
-                if job.is_over:
-                    job.start(model)
+                job.start(model)
         return job
 
-    def _claim(self, run_name: str, identity: Identity) -> tuple[str, Job | None]:
+    def _claim(self, run_name: str, identity: Identity, config: TrainConfig) -> tuple[str, Job | None]:
         """The job to go on with, or None and a name whose files are nobody's: `run_name`, perhaps with a number."""
         name, number = run_name, 1
         while True:
@@ -125,7 +128,7 @@ class Registry:
                 if not any(Path(folder).exists() for folder in output_folders(name).values()):
                     return name, None
             elif earlier.status == "finished":
-                if not identity.changes(earlier.spec.identity):
+                if goes_on(earlier, identity, config):
                     return name, earlier
             elif earlier.resumable or not earlier.is_over:
                 identity.require_same(earlier.spec.identity, name)
@@ -210,6 +213,21 @@ def start_registry() -> None:
     global _registry
     _registry = Registry(Path(folder_paths.get_system_user_directory("kinoloom")) / "jobs")
     atexit.register(_registry.shutdown)
+
+
+def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
+    """Whether a finished run is the one that is asked for, or becomes it by more steps; ValueError if it cannot."""
+    if identity.changes(job.spec.identity):
+        return False
+    job.require_reachable(config)
+    if job.steps_of(config) == job.checkpoint:
+        return not identity.adjusted(job.spec.identity)
+    if not job.state_path.is_file():
+        raise ValueError(
+            f"run {job.spec.run_name!r} cannot be made longer than its {job.checkpoint} steps: its state was not kept "
+            "(keep_state). Choose another run name"
+        )
+    return True
 
 
 def started_as(run_name: str, name: str) -> bool:

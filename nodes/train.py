@@ -50,8 +50,8 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                     io.String.Input(
                         "run_name",
                         default="my_run",
-                        tooltip="Names the run and its files. Running again under "
-                        "the same name resumes what was stopped and leaves a finished run as it is.",
+                        tooltip="Names the run and its files. Running again under the same name resumes what was "
+                        "stopped and leaves a finished run as it is; with more steps it goes on.",
                     ),
                     *(widget(option) for option in knobs(recipe.Config)),
                     TrainingSamplesType.Input(
@@ -101,7 +101,8 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             check_data(recipe, config, data)
             shaped = samples and fit_samples(recipe, carried(model), data, samples)
             job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
-            shown = {"text": (f"{job.spec.run_name}: {job.status}",), "kinoloom_job": (job.spec.id,)}
+            text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
+            shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
             return io.NodeOutput(job.spec.id, ui=shown)
 
     Train.__name__ = recipe.name

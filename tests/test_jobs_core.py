@@ -487,7 +487,7 @@ def stopped_run(folder: Path, model: Any, data: TrainingData, **options: Any) ->
     return finish(job, model, "stopped")
 
 
-@pytest.mark.parametrize("changed", ["learning_rate", "data", "model", "file", "method"])
+@pytest.mark.parametrize("changed", ["rank", "data", "model", "file", "method"])
 def test_resuming_something_else_is_refused_by_name(
     changed: str, model: Any, data: TrainingData, tmp_path: Path
 ) -> None:
@@ -498,14 +498,14 @@ def test_resuming_something_else_is_refused_by_name(
         tiny.write_wan(tmp_path / "other.safetensors", seed=1)
         model = load_model(tmp_path / "other.safetensors")
     identities = {
-        "learning_rate": lambda: replace(own, config={**own.config, "learning_rate": 0.5}),
+        "rank": lambda: replace(own, config={**own.config, "rank": 8}),
         "data": lambda: replace(own, data=write_data(tmp_path / "d", "wan", each=3).digest),
         "model": lambda: replace(own, base_model=host.ModelSource.of(model).identity),
         "file": lambda: replace(own, files={"identity_file": "0" * 64}),
         "method": lambda: replace(own, recipe="KinoloomTrainOther"),
     }
     named = {
-        "learning_rate": r"learning_rate \(was 0.01, now 0.5\)",
+        "rank": r"rank \(was 4, now 8\)",
         "data": "training data",
         "model": "base model",
         "file": "content of identity_file",
@@ -533,6 +533,8 @@ def test_what_does_not_change_the_result_may_change_on_resume() -> None:
     }.items():
         assert not identity(**{option: value}).changes(identity())
     assert identity(rank=8).changes(identity()) == ["rank (was 4, now 8)"]
+    assert identity(shift=2.0).adjusted(identity()) == ["shift (was 1.0, now 2.0)"]
+    assert not identity(shift=2.0).changes(identity()) and not identity(rank=8).adjusted(identity())
     identity().require_same(identity(), "run")
 
 

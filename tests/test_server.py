@@ -171,8 +171,8 @@ def test_resume_with_changed_options_or_data_is_refused_by_name(server: Server, 
     job_event(on, "strict", step_reached(2))
     on.post(f"/kinoloom/jobs/{jobs(on, 'strict')[0]['id']}/stop")
     job_event(on, "strict", ended)
-    with pytest.raises(PromptError, match=r"learning_rate \(was 0\.005, now 0\.001\)"):
-        on.run(train(on, WAN, "strict", wait=False, steps=5000, learning_rate=1e-3))
+    with pytest.raises(PromptError, match=r"rank \(was 4, now 8\)"):
+        on.run(train(on, WAN, "strict", wait=False, steps=5000, rank=8))
     other = train(on, WAN, "strict", wait=False, steps=5000)
     other["data"]["inputs"]["single_frames"] = 2
     with pytest.raises(PromptError, match="training data"):

@@ -138,7 +138,10 @@ class SetAndSequence:
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
-        stages = [Phase(SET, config.set_steps, "frames"), Phase(SEQUENCE, config.sequence_steps, "clips")]
+        stages = [
+            Phase(SET, config.set_steps, "frames", option="set_steps"),
+            Phase(SEQUENCE, config.sequence_steps, "clips", option="sequence_steps"),
+        ]
         return [stage for stage in stages if stage.steps]
 
     @staticmethod

@@ -141,8 +141,12 @@ class SvdTracklets:
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
-        steps = {PAINTED: config.self_tracking_steps, CLEAN: config.clean_steps}
-        return [Phase(name, count, "clips", clips=100, loss_falls=False) for name, count in steps.items() if count]
+        stages = {PAINTED: "self_tracking_steps", CLEAN: "clean_steps"}
+        phases = [
+            Phase(name, getattr(config, option), "clips", clips=100, loss_falls=False, option=option)
+            for name, option in stages.items()
+        ]
+        return [phase for phase in phases if phase.steps]
 
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:

@@ -9,12 +9,12 @@ from zipfile import is_zipfile
 import torch
 
 from ...lora_io.file import atomic_write
-from .config import NOT_TRAJECTORY, TrainConfig
+from .config import FIXED, NOT_TRAJECTORY, TrainConfig
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run was made of: changing any of it makes another run."""
+    """What a run is made of. Another method, base model, data, file or option of FIXED makes another run."""
 
     recipe: str
     base_model: str
@@ -28,7 +28,7 @@ class Identity:
         return Identity(recipe, base_model, data, kept, files)
 
     def changes(self, earlier: "Identity") -> list[str]:
-        """Names of what differs from `earlier`, with both values where they are short."""
+        """What makes this another run than `earlier`: names, with both values where they are short."""
         changed = [
             label
             for label, ours, theirs in (
@@ -38,16 +38,22 @@ class Identity:
             )
             if ours != theirs
         ]
-        for name in sorted(earlier.config):  # what an earlier version did not know is no change
-            then, now = earlier.config[name], self.config.get(name)
-            if then != now:
-                changed.append(f"{name} (was {then!r}, now {now!r})")
+        changed += [text for name, text in self._options(earlier).items() if name in FIXED]
         changed += [
             f"content of {name}"
             for name in sorted(self.files.keys() | earlier.files.keys())
             if self.files.get(name) != earlier.files.get(name)
         ]
         return changed
+
+    def adjusted(self, earlier: "Identity") -> list[str]:
+        """The other options that differ from `earlier`, with both values: the same run goes on with them."""
+        return [text for name, text in self._options(earlier).items() if name not in (*FIXED, *NOT_TRAJECTORY)]
+
+    def _options(self, earlier: "Identity") -> dict[str, str]:
+        """What an earlier version did not know is no change."""
+        pairs = {name: (then, self.config.get(name)) for name, then in sorted(earlier.config.items())}
+        return {name: f"{name} (was {then!r}, now {now!r})" for name, (then, now) in pairs.items() if then != now}
 
     def require_same(self, earlier: "Identity", run_name: str) -> None:
         if changed := self.changes(earlier):

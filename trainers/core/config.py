@@ -220,8 +220,14 @@ def check(option: Field, value: Any) -> None:
         raise ValueError(f"{name}={value}: expected {low}..{high}")
 
 
-# What only says when to look at the run or how to share the machine; a resumed run may change it.
+# What only says when to look at the run or how to share the machine: the weights are the same at any value.
 NOT_TRAJECTORY = ("save_every", "pause_when_busy", "checkpointing", "validate_every", "trigger_words")
+# What the trained weights are and begin from: another value makes another run. All others may change on the way.
+FIXED = (
+    *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),
+    *("train", "spatial_layers", "temporal_layers", "spatial_loras"),
+    *("identity_file", "control_file", "domain_adapter"),
+)
 
 
 def make(config_class: type[TrainConfig], values: dict[str, Any]) -> TrainConfig:

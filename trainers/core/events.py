@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Plan:
-    """Sent before the first step and again after the measured warm-up steps. Memory in bytes, times in seconds."""
+    """Sent before the first step and again after the measured warm-up steps. Memory in bytes, times in seconds.
+
+    note: what changed, if the run goes on under other options.
+    """
 
     checkpointing: bool
     memory_needed: int
@@ -15,6 +18,7 @@ class Plan:
     seconds_per_step: float | None
     seconds_total: float | None
     reason: str
+    note: str = ""
 
     def __str__(self) -> str:
         time = ""
@@ -22,7 +26,8 @@ class Plan:
             time = f"{self.seconds_per_step:.2f} s per step, {self.seconds_total / 60:.0f} min for this phase. "
         needed, available = self.memory_needed / 2**30, self.memory_available / 2**30
         state = "on" if self.checkpointing else "off"
-        return f"{time}Memory {needed:.1f} of {available:.1f} GiB free. Checkpointing {state}: {self.reason}."
+        memory = f"Memory {needed:.1f} of {available:.1f} GiB free. Checkpointing {state}: {self.reason}."
+        return f"{self.note} {time}{memory}".lstrip()
 
 
 @dataclass(frozen=True)

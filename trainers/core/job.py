@@ -14,8 +14,9 @@ import torch
 from ...lora_io.file import write_text
 from . import host
 from .advice import Finding, advise, look_at, of_failure
-from .checkpoint import State, load_state, save_state
+from .checkpoint import Identity, State, load_state, save_state
 from .config import TrainConfig
+from .continuing import describe, require_reachable
 from .data import PhaseData
 from .events import Event, Failed, Finished, Plan, Step, to_json
 from .export import export_files, public_config
@@ -59,6 +60,7 @@ class Job(Record):
         self.make_room = make_room
         self.config: TrainConfig = recipe.Config(**spec.config)
         self.plan: Plan | None = None
+        self.note = ""  # what changed, if the run goes on under other options
         self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._resume.set()
         self.ended.set()
@@ -75,9 +77,32 @@ class Job(Record):
         self.ended.clear()
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
-    def reconfigure(self, config: TrainConfig, samples: Samples | None) -> None:
-        """Take over what does not change what is learned: politeness at once, the rest at the next start."""
-        self.config, self.spec = config, replace(self.spec, config=vars(config), samples=samples)
+    def reconfigure(self, config: TrainConfig, samples: Samples | None, identity: Identity) -> None:
+        """Take over the options of a run that is the same but for them: politeness at once, the rest at the next start.
+
+        ValueError if the run cannot go on with them.
+        """
+        adjusted, name = identity.adjusted(self.spec.identity), self.spec.run_name
+        if adjusted and not self.is_over:
+            raise ValueError(
+                f"run {name!r} is {self.status}: stop it before it can go on with {', '.join(adjusted)}, or choose "
+                "another run name"
+            )
+        self.require_reachable(config)
+        if self.is_over:
+            self.note = describe(adjusted, self.checkpoint, config.lr_schedule)
+        self.spec = replace(self.spec, config=vars(config), samples=samples, identity=identity)
+        self.config = config
+        if self.total:
+            self.total = self.steps_of(config)
+
+    def steps_of(self, config: TrainConfig) -> int:
+        return sum(phase.steps for phase in self.recipe_class.phases(config))
+
+    def require_reachable(self, config: TrainConfig) -> None:
+        """ValueError if the steps made so far do not fit those of `config`."""
+        before, after = (self.recipe_class.phases(c) for c in (self.config, config))
+        require_reachable(before, after, self.checkpoint, self.spec.run_name)
 
     def stop(self) -> None:
         """End after the current step, keeping a usable LoRA and a resumable state."""
@@ -198,7 +223,7 @@ class Job(Record):
         finally:
             if taken:
                 self.slot.release()
-            self._model = None
+            self._model, self.note = None, ""
             self._end(status, event, trouble)
 
     def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:
@@ -240,10 +265,12 @@ class Job(Record):
         backbone = self.backbone.load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
         recipe = self.recipe_class(backbone, self.config)
-        self.total = sum(phase.steps for phase in recipe.phases(self.config))
+        self.total = self.steps_of(self.config)
         state = self._load_state()
         self._advise()
         logging.info("Kinoloom: %s: starts at step %d of %d", self.spec.run_name, self.done, self.total)
+        if self.note:
+            logging.info("Kinoloom: %s: %s", self.spec.run_name, self.note)
         self._set_status("running")
 
         def phase_data(phase: Phase) -> PhaseData:
@@ -259,7 +286,8 @@ class Job(Record):
             trainable, free = count_trainable(backbone.module), host.free_memory(device)
             moments = 0 if state.step else STATE_BYTES[self.config.optimizer]  # a resumed run's are loaded by now
             states = trainable * (4 + moments)  # fp32 gradients
-            self.plan = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
+            made = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
+            self.plan = replace(made, note=self.note)
             self._warm_up = []
             self._show(self.plan)
 

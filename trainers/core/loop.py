@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .data import PhaseData
 from .events import Event, Step, Validation
 from .noise import Rng
-from .optim import make_optimizer, make_schedule
+from .optim import make_optimizer, make_schedule, take_up
 from .recipe import Batch, Phase, Recipe
 
 QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution; validation averages over them
@@ -106,12 +106,11 @@ class PhaseRun:
         if state.recipe is not None:
             recipe.load_state_dict(state.recipe)
         self.average = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        if state.average is not None:
-            self.average.load_state_dict(state.average)
+        if self.average and state.average is not None:
+            self.average.load_state_dict({**state.average, "decay": config.ema_decay})
             self.average.to(self.parameters[0].device)
         if state.optimizer is not None:
-            self.optimizer.load_state_dict(state.optimizer)
-            self.schedule.load_state_dict(state.schedule)
+            take_up(self.optimizer, self.schedule, state.optimizer, state.schedule)
         if state.scaler:
             scaler.load_state_dict(state.scaler)
 

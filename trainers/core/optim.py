@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from .config import TrainConfig
 
 BETA1 = 0.9
+OPTIONS = ("initial_lr", "betas", "weight_decay")  # of a parameter group; the rest of it is the optimizer's memory
 STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 8}  # per trained value, at most
 
 
@@ -31,6 +33,18 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimiz
     )
 
 
+def take_up(optimizer: Optimizer, schedule: LambdaLR, memory: dict[str, Any], place: dict[str, Any]) -> None:
+    """Go on from what an earlier optimizer remembers and from its schedule's place, at the rates and options of now."""
+    own = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(memory)
+    schedule.load_state_dict(place)
+    schedule.base_lrs = [options["initial_lr"] for options in own]
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, options, rate in zip(optimizer.param_groups, own, schedule._last_lr, strict=True):
+        group.update(options, lr=rate)
+
+
 def _bitsandbytes() -> Any:
     try:
         import bitsandbytes
@@ -42,6 +56,6 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.optim
 
 
-def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)

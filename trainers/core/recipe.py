@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 class Phase:
     """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames"), `clips` of them or more.
 
-    loss_falls: whether the loss of a run that goes well does.
+    loss_falls: whether the loss of a run that goes well does. option: the one that holds `steps`.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Phase:
     split: str
     clips: int = 1
     loss_falls: bool = True
+    option: str = "steps"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""Going on with a run: longer, at other rates, or as another run; what a run keeps for that, and which run a name means."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kinoloom.lora_io.file import load
+from kinoloom.nodes import jobs
+from kinoloom.trainers import recipes
+from kinoloom.trainers.core.config import FIXED, NOT_TRAJECTORY
+from kinoloom.trainers.core.job import Job
+
+from .runs import Published, assert_same, events, make_config, state_of
+
+WAN, SNS, TRACKLETS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainSvdTracklets"
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Published:
+    published = Published()
+    monkeypatch.setattr(jobs, "publish", published)
+    monkeypatch.setattr(jobs, "announce", lambda message: None)
+    return published
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published) -> jobs.Registry:
+    """The job registry on folders of its own, without a server that has a queue."""
+    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+    monkeypatch.setattr(jobs.Registry, "busy", lambda self, job: False)
+    monkeypatch.setattr(jobs.Registry, "make_room", lambda self: None)
+    return jobs.Registry(tmp_path / "jobs")
+
+
+@pytest.fixture
+def start(registry: jobs.Registry, inputs: Callable) -> Start:
+    """Start a run as a Train node does, and wait for its end: `start("dance", WAN, steps=3)`."""
+
+    def run(run_name: str, recipe: str = WAN, files: dict[str, str] | None = None, **options: Any) -> Job:
+        model, data = inputs(recipe)
+        config = make_config(recipe, **options)
+        job = registry.start(model, recipe, config, data, files or {}, run_name)
+        assert job.ended.wait(600)
+        return job
+
+    return run
+
+
+def moved(value: Any) -> Any:
+    """Another number within every option's range."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else 0.9 * value if value else 0.5
+
+
+def tensors(job: Job) -> dict:
+    return load(Path(job.parts[-1]))[0]
+
+
+# -- longer ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "short", "long"),
+    [
+        (WAN, {"steps": 4}, {"steps": 7}),
+        (WAN, {"steps": 3, "optimizer": "Prodigy", "learning_rate": 1.0, "ema_decay": 0.5}, {"steps": 5}),
+        (WAN, {"steps": 3, "optimizer": "Adafactor", "warmup_steps": 4}, {"steps": 6}),
+        (SNS, {"set_steps": 2, "sequence_steps": 2}, {"sequence_steps": 4}),
+        (SNS, {"set_steps": 3, "sequence_steps": 0, "ema_decay": 0.5}, {"set_steps": 4, "sequence_steps": 2}),
+        ("KinoloomTrainMotionDirector", {"steps": 2}, {"steps": 3}),
+        (TRACKLETS, {"self_tracking_steps": 1, "clean_steps": 1}, {"clean_steps": 2}),
+    ],
+)
+def test_a_finished_run_made_longer_equals_the_long_run_to_the_bit(
+    recipe: str, short: dict, long: dict, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = {**short, "validate_every": 0}
+    first = start("dance", recipe, **options)
+    done = first.done
+    again = start("dance", recipe, **{**options, **long})
+    straight = start("at once", recipe, **{**options, **long})
+    assert again is first and again.status == "finished" and again.total == again.done == straight.done > done
+    assert_same(vars(state_of(again)), vars(state_of(straight)))
+    assert_same(tensors(again), tensors(straight))
+    ours, theirs = ([(e["done"], e["losses"]) for e in events(job, "step")] for job in (again, straight))
+    assert ours == theirs
+    assert again.parts[-1] in {e["path"] for e in again.history if e["event"] == "saved"}
+    plans = [e["note"] for e in again.history if e["event"] == "plan"]
+    assert plans and all(f"Goes on from step {done} with changed options" in note for note in plans)
+    assert f"Goes on from step {done}" in again.log_path.read_text()
+    assert start("dance", recipe, **{**options, **long}) is first and first.note == "", "as it is"
+
+
+def test_a_stopped_run_goes_on_at_another_rate_on_a_new_schedule(start: Start, published: Published) -> None:
+    published.at(2, Job.stop)
+    options = {"steps": 4, "lr_schedule": "linear", "validate_every": 0}
+    job = start("dance", **options, learning_rate=1e-2)
+    assert (job.status, job.done) == ("stopped", 2)
+    published.actions.clear()
+    assert start("dance", **{**options, "steps": 8}, learning_rate=4e-3) is job
+    rates = [e["learning_rate"] for e in events(job, "step")]
+    assert rates == pytest.approx([1e-2, 7.5e-3, *(4e-3 * (8 - step) / 8 for step in range(2, 8))])
+    note = [e["note"] for e in job.history if e["event"] == "plan"][0]
+    assert "steps (was 4, now 8)" in note and "learning_rate (was 0.01, now 0.004)" in note
+    assert "linear course of the learning rate is planned anew" in note and note in job.summary()["plan"]["text"]
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_every_option_that_may_change_does_while_the_run_goes_on(
+    recipe: str, start: Start, published: Published
+) -> None:
+    known = recipes()[recipe].Config.__dataclass_fields__
+    first = {"preset": "custom"} if "preset" in known else {}
+    published.at(1, Job.stop)
+    job = start("dance", recipe, **first)
+    published.actions.clear()
+    before = vars(job.config)
+    changed = {"lr_schedule": "cosine", "precision": "bf16", "timestep_sampling": "uniform", "spatial_loras": 1}
+    changed |= {"noise_levels": "uniform", "self_conditioning_prob": 0.0, "max_grad_norm": 0.3, "warmup_steps": 1}
+    for name, option in known.items():
+        if name in (*FIXED, *NOT_TRAJECTORY, "preset") or option.metadata["choices"] or isinstance(option.default, str):
+            continue
+        value = before[name]
+        changed.setdefault(name, moved(value))
+    changed = {name: value for name, value in changed.items() if name in known}
+    assert start("dance", recipe, **first, **changed) is job and job.status == "finished", job.error
+    assert job.done == job.steps_of(job.config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "before", "after", "message"),
+    [
+        (WAN, {"steps": 4}, {"steps": 3}, r"steps=3: run 'dance' has made 4 of these steps already"),
+        (SNS, {"set_steps": 2, "sequence_steps": 2}, {"sequence_steps": 1}, r"sequence_steps=1: .* has made 2"),
+        (SNS, {"set_steps": 2, "sequence_steps": 2}, {"sequence_steps": 0}, r"sequence_steps=0: .* has made 2"),
+        (
+            SNS,
+            {"set_steps": 2, "sequence_steps": 2},
+            {"set_steps": 3, "sequence_steps": 9},
+            r"set_steps=3: run 'dance' is past phase 'set', which had 2 steps",
+        ),
+        (TRACKLETS, {"self_tracking_steps": 0, "clean_steps": 1}, {"self_tracking_steps": 5}, "past phase 'self-"),
+    ],
+)
+def test_shorter_than_done_or_longer_in_a_phase_that_is_over_is_refused(
+    recipe: str, before: dict, after: dict, message: str, start: Start, registry: jobs.Registry
+) -> None:
+    job = start("dance", recipe, **before)
+    written = (job.folder / "job.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        start("dance", recipe, **{**before, **after})
+    assert list(registry.jobs.values()) == [job] and (job.folder / "job.json").read_bytes() == written
+
+
+def test_a_stopped_run_cannot_become_shorter_than_its_checkpoint(start: Start, published: Published) -> None:
+    published.at(3, Job.stop)
+    job = start("dance", steps=6)
+    published.actions.clear()
+    with pytest.raises(ValueError, match="steps=2: run 'dance' has made 3 of these steps already, expected at least 3"):
+        start("dance", steps=2)
+    assert start("dance", steps=3) is job and (job.status, job.done, job.total) == ("finished", 3, 3)
+
+
+def test_another_rate_alone_or_another_rank_is_another_run_once_a_run_is_finished(start: Start) -> None:
+    first = start("dance", steps=2)
+    for options in ({"learning_rate": 1e-3}, {"rank": 2}, {"rank": 2, "steps": 4}):
+        other = start("dance", **{"steps": 2, **options})
+        assert other is not first and other.spec.run_name.startswith("dance-") and other.status == "finished"
+
+
+def test_a_run_that_goes_on_is_not_changed_under_way(start: Start, registry: jobs.Registry, inputs: Callable) -> None:
+    model, data = inputs(WAN)
+    job = registry.start(model, WAN, make_config(WAN, steps=500), data, {}, "dance")
+    try:
+        with pytest.raises(ValueError, match=r"run 'dance' is \w+: stop it before .* steps \(was 500, now 600\)"):
+            registry.start(model, WAN, make_config(WAN, steps=600), data, {}, "dance")
+    finally:
+        job.stop()
+        assert job.ended.wait(60)
+    assert job.config.steps == 500
