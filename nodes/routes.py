@@ -13,6 +13,7 @@ from aiohttp import web
 from ..trainers.core.job import Job, loader_name
 from ..trainers.core.report import POLICY
 from ..trainers.core.runlog import last_lines
+from .generation import generation
 from .jobs import registry
 from .motion import MOTION_LORAS
 
@@ -44,6 +45,13 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get("/kinoloom/jobs/{id}/files")
     async def list_files(request: web.Request) -> web.Response:
         return await answer(files, find(request))
+
+    @routes.get("/kinoloom/jobs/{id}/generation")
+    async def show_generation(request: web.Request) -> web.Response:
+        try:
+            return await answer(generation, find(request))
+        except ValueError as error:
+            raise refusal(web.HTTPConflict, str(error)) from error
 
     @routes.get("/kinoloom/jobs/{id}/log")
     async def show_log(request: web.Request) -> web.Response:

@@ -184,7 +184,7 @@ def test_a_broken_run_says_why_and_no_text_becomes_html(panel: Page, client: Cli
             const advice = [{kind: "x", text: hostile, link: "javascript:window.hacked = true"}];
             const plan = {...job.plan, text: hostile};
             const texts = {run_name: hostile, title: hostile, phase: hostile, error: hostile, status: hostile};
-            const changed = {...job, ...texts, advice, plan, losses: {[hostile]: 1}, lora_names: {x: hostile}};
+            const changed = {...job, ...texts, advice, plan, losses: {[hostile]: 1}, main_file: hostile};
             app.api.dispatchCustomEvent("kinoloom.job", {job: changed, event: "status"});
         }""",
         {"job": job_of(client, name), "hostile": HOSTILE},

@@ -19,7 +19,7 @@ from .core.data import TrainingData
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
 from .core.noise import Rng
-from .core.recipe import Batch, Export, Phase
+from .core.recipe import Batch, Export, Generation, Phase
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"
@@ -186,6 +186,16 @@ class MotionDirector:
         looks = {name: Export("the look, for LoRA loaders", PHASE, "kohya") for name in spatial_groups(config)}
         motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "motion_lora", "animatediff_motion_lora")}
         return looks | (motion if config.train != SPATIAL else {})
+
+    @staticmethod
+    def generations(config: Any) -> list[Generation]:
+        both, motion = "motion_director_both_generate", {"KinoloomLoadMotionLora": TEMPORAL}
+        looks = [{"Load LoRA: spatial": name} for name in spatial_groups(config)]
+        return [
+            *(Generation(both, look | motion) for look in looks),
+            Generation("motion_director_new_subject_generate", motion),
+            *(Generation(both, look) for look in looks),
+        ]
 
     def start(self, phase: Phase) -> None:
         c = self.config

@@ -21,10 +21,10 @@ from .core.host import base_identities
 from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
-from .core.recipe import Batch, Export, Phase
+from .core.recipe import Batch, Export, Generation, Phase
 
 SET, SEQUENCE = "set", "sequence"
-IDENTITY, MOTION = "identity", "motion"
+IDENTITY, MOTION, COMBINED = "identity", "motion", "combined"
 
 
 class SetAndSequence:
@@ -149,9 +149,15 @@ class SetAndSequence:
         identity = {IDENTITY: Export("the look alone", SET)}
         stage_two = {
             MOTION: Export("the motion alone; works only on top of the identity of the same run", SEQUENCE),
-            "combined": Export("look and motion in one file", SEQUENCE),
+            COMBINED: Export("look and motion in one file", SEQUENCE),
         }
         return (identity if config.set_steps else {}) | (stage_two if config.sequence_steps else {})
+
+    @staticmethod
+    def generations(config: Any) -> list[Generation]:
+        identity, motion = "Load LoRA: identity", "Load LoRA: motion"
+        loaded = {identity: IDENTITY, motion: MOTION}, {motion: COMBINED}, {identity: IDENTITY}
+        return [Generation("set_and_sequence_generate", loaders) for loaders in loaded]
 
     def start(self, phase: Phase) -> None:
         if IDENTITY not in self.lora.active:

@@ -11,7 +11,7 @@ from .backbones.svd import Svd, SvdConfig, video_losses
 from .core.config import changed, knob
 from .core.lora import copied, fill
 from .core.noise import Rng
-from .core.recipe import Batch, Export, Phase
+from .core.recipe import Batch, Export, Generation, Phase
 
 UNET = "unet"
 LAYERS = {
@@ -74,6 +74,10 @@ class SvdFinetune:
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:
         return {UNET: Export("the model, for Load Diffusion Model", "clips", "model", "diffusion_models")}
+
+    @staticmethod
+    def generations(config: Any) -> list[Generation]:
+        return []  # svd_finetune trains and generates in one
 
     def start(self, phase: Phase) -> None:
         for parameter in self.trained.values():

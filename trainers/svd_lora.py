@@ -20,6 +20,7 @@ class SvdLora(PlainLora):
     description = "Trains a LoRA for Stable Video Diffusion (image to video) on clips."
     backbone = "svd"
     columns = ("latents", "image")
+    template = "svd_lora_generate"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SvdConfig, LoraConfig):

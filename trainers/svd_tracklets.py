@@ -21,7 +21,7 @@ from .core.host import OPERATIONS, make_private
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng, derived_generator
-from .core.recipe import Batch, Export, Phase
+from .core.recipe import Batch, Export, Generation, Phase
 
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"
@@ -156,6 +156,13 @@ class SvdTracklets:
             for phase in SvdTracklets.phases(config)
             for name, description in [files[phase.name]]
         }
+
+    @staticmethod
+    def generations(config: Any) -> list[Generation]:
+        return [
+            Generation("svd_tracklets_generate", {"KinoloomLoadTrackletControl": name})
+            for name in reversed(SvdTracklets.exports(config))
+        ]
 
     def start(self, phase: Phase) -> None:
         self.phase = phase.name

@@ -21,6 +21,7 @@ class WanLora(PlainLora):
     description = "Trains a LoRA for a Wan 2.1 text-to-video model on clips, photos, or both."
     backbone = "wan"
     columns = ("latents", "prompt_embeds")
+    template = "wan_lora_generate"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LoraConfig):

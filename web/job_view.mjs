@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.mjs";
 import { el, fill } from "./dom.mjs";
-import { mainFile, openGeneration } from "./generate.mjs";
+import { openGeneration } from "./generate.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
@@ -64,7 +64,7 @@ export class JobView {
             el("div", { className: "kl-title" }, el("b", { textContent: job.run_name }), el("small", {}, job.title)),
             stateOf(job),
         ]);
-        const offered = [status, pause_requested, resumable, job.checkpoint, job.lora_names];
+        const offered = [status, pause_requested, resumable, job.checkpoint, job.main_file];
         fill(this.actions, offered, () => this.buttons(job));
         fill(this.trouble, [error, advice], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
@@ -95,9 +95,9 @@ export class JobView {
             const label = `Resume from step ${job.checkpoint}`;
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
         }
-        const name = mainFile(job.lora_names);
+        const name = job.main_file;
         if (name) {
-            const generate = () => this.jobs.attempt(() => openGeneration(job));
+            const generate = () => this.jobs.attempt(() => openGeneration(this.jobs, job));
             made.push(button("Generate", "pi-video", "Open the template that generates with it", generate));
             made.push(button("Copy name", "pi-copy", name, () => this.host.copy(name)));
         }

@@ -150,8 +150,15 @@ class Job(Record):
             "seconds_left": tally.seconds_for(self.total - tally.done) if going else None,
             "files": files,
             "lora_names": {label: loader_name(Path(path)) for label, path in files.items()},
+            "main_file": self._main_file(files),
             "ended": self.ended_at,
         }
+
+    def _main_file(self, files: dict[str, str]) -> str | None:
+        """What loaders list the whole result as, or the best so far, or the part that there is; None without files."""
+        labels = (label for name in self.recipe_class.exports(self.config) for label in (f"{name}-best", name))
+        made = [files[label] for label in labels if label in files]
+        return loader_name(Path(made[-1])) if made else None
 
     def report(self) -> str:
         """The run as one page of HTML."""

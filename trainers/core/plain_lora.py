@@ -1,17 +1,19 @@
 """What recipes share that train one LoRA on one objective in one phase."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .lora import LoraGroups
-from .recipe import Export, Phase
+from .recipe import Export, Generation, Phase
 
 GROUP = "lora"
 
 
 class PlainLora:
     """A recipe but for its name, options and `losses`; its Config is a LoraConfig with `steps` and `target_layers`."""
+
+    template: ClassVar[str]  # the workflow that generates
 
     def __init__(self, backbone: Any, config: Any) -> None:
         self.backbone, self.config = backbone, config
@@ -26,6 +28,10 @@ class PlainLora:
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:
         return {GROUP: Export("the trained LoRA", "clips")}
+
+    @classmethod
+    def generations(cls, config: Any) -> list[Generation]:
+        return [Generation(cls.template, {"LoraLoaderModelOnly": GROUP})]
 
     def start(self, phase: Phase) -> None:
         c = self.config

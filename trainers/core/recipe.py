@@ -42,6 +42,17 @@ class Export:
     folder: str = "loras"
 
 
+@dataclass(frozen=True)
+class Generation:
+    """A shipped workflow that generates with a run's files.
+
+    loaders: the export that each loader node takes, the node by its title, or by its type if it has no own title.
+    """
+
+    template: str
+    loaders: dict[str, str]
+
+
 class Recipe(Protocol):
     """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
 
@@ -63,6 +74,11 @@ class Recipe(Protocol):
     def phases(config: Any) -> list[Phase]: ...
     @staticmethod
     def exports(config: Any) -> dict[str, Export]: ...
+    @staticmethod
+    def generations(config: Any) -> list[Generation]:
+        """The best first; one serves if the run made all that it loads."""
+        ...
+
     def start(self, phase: Phase) -> None: ...
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]: ...
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]: ...
