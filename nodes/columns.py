@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..trainers.core.data import column_path, write_column
 from .framing import center_crop, fit, latent_mask
-from .prompts import TOKEN_MASK_PROB, encode_prompt
+from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 from .sources import Source
 
-# Raise a number when what its column holds changes.
-VERSIONS = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 2, "tracklets": 1, "sample": 1}
+# Raise a number when what its column holds changes, or when files that an earlier version wrote may be wrong.
+VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
 
 
 def data_folder() -> Path:
@@ -52,11 +52,14 @@ class Columns:
         stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
         return stem, column_path(self.folder, stem, column).is_file()
 
-    def cached(self, column: str, key: tuple, make: Callable[[], dict[str, Tensor]]) -> str:
+    def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
+        """File stem of a column, made unless it is there. ValueError for values that are not finite says `name`."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         stem, found = self.find(column, *key)
         if not found:
-            write_column(self.folder, stem, column, make())
+            made = make()
+            require_finite(name, made)
+            write_column(self.folder, stem, column, made)
         self.bar.update(1)
         return stem
 
@@ -65,9 +68,22 @@ class Columns:
         with safe_open(str(column_path(self.folder, stem, "latents")), framework="pt") as opened:
             return tuple(opened.get_slice("latents").get_shape())
 
-    def prompt(self, clip: Any, clip_id: str, caption: str, variants: int) -> str:
-        key = (clip_id, caption, variants, TOKEN_MASK_PROB)
-        return self.cached("prompt_embeds", key, lambda: encode_prompt(clip, caption, variants))
+    def prompts(
+        self, clip: Any, clip_id: str, texts: dict[str, str], variants: int, *, literal: bool
+    ) -> dict[str, str]:
+        """File stem by text. `texts` has what an error calls each; all are checked before the first is encoded."""
+        described = {
+            text: describe(tokenize(clip, text, literal=literal, name=name)) for text, name in texts.items()
+        }
+
+        def one(text: str) -> str:
+            key = (clip_id, text, described[text], variants, TOKEN_MASK_PROB)
+            name = f"{texts[text]} {shown(text)}"
+            return self.cached(
+                "prompt_embeds", key, name, lambda: encode_prompt(clip, text, variants, literal=literal)
+            )
+
+        return {text: one(text) for text in texts}
 
     def latents(
         self, vae: Any, vae_id: str, source: Source, windows: list[list[int]], width: int, height: int
@@ -98,21 +114,42 @@ class Columns:
         after: tuple,
         make: Callable[[list[Tensor]], dict[str, Tensor]],
     ) -> list[str]:
-        """A file per window of source frames; `before` and `after` stand around the window in its key.
-
-        Single frames are read in one pass over the source, whose every pass begins at its first frame.
-        """
+        """A file per window of source frames; its cache key is (*before, window, *after)."""
         missing = [window for window in windows if not self.find(column, *before, window, *after)[1]]
-        if all(len(window) == 1 for window in missing):
-            passes = iter([source.frames(_places(source, [window[0] for window in missing]))] * len(missing))
-        else:
-            passes = (source.frames(_places(source, window)) for window in missing)
+        read = reader(source, missing)
 
-        def one(window: list[int]) -> dict[str, Tensor]:
-            frames = next(passes)
-            return make([next(frames) for _ in window])
+        def one(window: list[int]) -> str:
+            name = f"{source.name} frames {window[0]}-{window[-1]}"
+            return self.cached(column, (*before, window, *after), name, lambda: make(read(window)))
 
-        return [self.cached(column, (*before, window, *after), lambda w=window: one(w)) for window in windows]
+        return [one(window) for window in windows]
+
+
+def reader(source: Source, windows: list[list[int]]) -> Callable[[list[int]], list[Tensor]]:
+    """Reads the frames of a window. Single frames in ascending order are read in one pass over the source."""
+
+    def fresh(window: list[int]) -> list[Tensor]:
+        return list(source.frames(_places(source, window)))
+
+    if any(len(window) > 1 for window in windows):
+        return fresh
+    singles = sorted({window[0] for window in windows})
+    ahead = zip(singles, source.frames(_places(source, singles)), strict=True)
+
+    def one(window: list[int]) -> list[Tensor]:
+        frame = next((frame for index, frame in ahead if [index] == window), None)
+        return fresh(window) if frame is None else [frame]
+
+    return one
+
+
+def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{name}: {', '.join(bad)} came out as values that are no numbers: expected finite ones. Try the model "
+            "that encodes it in bf16 or fp32"
+        )
 
 
 def _places(source: Source, indices: list[int]) -> list[int]:

@@ -179,12 +179,16 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
             if serves_both(p.clip.captions, photo=p.clip.source.photo, with_frames=options.single_frames > 0)
         ]
     )
-    captions = dict.fromkeys(text for p in plans for text in (p.clip.captions.motion, p.clip.captions.static))
+    captions = {
+        text: f"{clip.source.name}: caption"
+        for clip in (planned.clip for planned in plans)
+        for text in (clip.captions.motion, clip.captions.static)
+    }
     samples = [(planned, _samples(planned, options.single_frames)) for planned in plans]
     files = sum(len(taken) * (2 if p.clip.mask else 1) for p, groups in samples for _, _, taken in groups)
     columns = Columns(data_folder(), comfy.utils.ProgressBar(len(captions) + files))
     clip_id, vae_id = identity.of_text_encoder(text_encoder), identity.of_vae(vae)
-    prompts = {text: columns.prompt(text_encoder, clip_id, text, options.token_variants) for text in captions}
+    prompts = columns.prompts(text_encoder, clip_id, captions, options.token_variants, literal=True)
     rows = []
     for planned, groups in samples:
         source, mask, size = planned.clip.source, planned.clip.mask, (planned.width, planned.height)

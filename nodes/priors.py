@@ -16,6 +16,7 @@ from . import identity
 from .captions import MOTION_TOKEN, SUBJECT_TOKEN
 from .columns import Columns, data_folder, encode_pixels, frame_step
 from .framing import spread
+from .prompts import tokenize
 
 Conditioning = list[list]
 
@@ -62,7 +63,9 @@ class Sampler:
     cfg: float
 
     def conditioning(self, prompt: str) -> Conditioning:
-        return self.text_encoder.encode_from_tokens_scheduled(self.text_encoder.tokenize(prompt), show_pbar=False)
+        """As CLIP Text Encode makes it, prompt weights included."""
+        tokens = tokenize(self.text_encoder, prompt, literal=False, name="prompt")
+        return self.text_encoder.encode_from_tokens_scheduled(tokens, show_pbar=False)
 
     def sample(
         self,
@@ -154,8 +157,8 @@ def add_priors(
     bar = comfy.utils.ProgressBar(2 * len(prompts) + len(clips) * (options.steps + 1 + frames))
     columns = Columns(data_folder(), bar)
     clip_id = identity.of_text_encoder(sampler.text_encoder)
-    texts = dict.fromkeys(text for prompt in prompts for text in (prompt, appearance(prompt)))
-    encoded = {text: columns.prompt(sampler.text_encoder, clip_id, text, options.token_variants) for text in texts}
+    texts = dict.fromkeys((text for prompt in prompts for text in (prompt, appearance(prompt))), "prompts")
+    encoded = columns.prompts(sampler.text_encoder, clip_id, texts, options.token_variants, literal=False)
     rows = []
     for clip, latents in zip(clips, generate(columns, sampler, clip_id, clips), strict=True):
         named = {"latents": latents, "prompt_embeds": encoded[clip.prompt]}
@@ -189,7 +192,7 @@ def generate(columns: Columns, sampler: Sampler, clip_id: str, clips: list[Prior
         positive, negative = conditioning[clip.prompt], conditioning[sampler.negative]
         return {"latents": sampler.sample(positive, negative, clip.seed, clip.shape, columns.bar)}
 
-    return [columns.cached("latents", keys[clip], lambda clip=clip: sample(clip)) for clip in clips]
+    return [columns.cached("latents", keys[clip], clip.name, lambda clip=clip: sample(clip)) for clip in clips]
 
 
 def encode_frames(
@@ -212,5 +215,6 @@ def encode_frames(
     found = []
     for index in spread(list(range(total)), count):
         key = ("prior frame", vae_id, clip_latents, index)
-        found.append((index, columns.cached("latents", key, lambda index=index: make(index))))
+        name = f"frame {index} of a prior clip"
+        found.append((index, columns.cached("latents", key, name, lambda index=index: make(index))))
     return found

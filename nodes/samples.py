@@ -86,8 +86,10 @@ def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOption
     names = read_prompts(prompts)
     columns = Columns(data_folder(), comfy.utils.ProgressBar(len(names) + 1))
     clip_id = identity.of_text_encoder(clip)
-    away, *stems = (columns.prompt(clip, clip_id, text, 0) for text in (negative, *names))
-    made_of = {"column": PROMPTS, "names": names, "stems": tuple(stems), "negative": away}
+    texts = {negative: "negative", **dict.fromkeys(names, "prompts")}
+    encoded = columns.prompts(clip, clip_id, texts, 0, literal=False)
+    stems = tuple(encoded[name] for name in names)
+    made_of = {"column": PROMPTS, "names": names, "stems": stems, "negative": encoded[negative]}
     return Samples(folder=str(columns.folder), **made_of, first_cfg=options.cfg, **vars(options))
 
 
@@ -115,7 +117,7 @@ def sample_first_frames(
         }
 
     key = (*models, width, height, options.frames, told, tracklets and tracklets.to_json())
-    stems = [columns.cached(FIRST_FRAMES, (*key, frame.digest), lambda frame=frame: make(frame)) for frame in frames]
+    stems = [columns.cached(FIRST_FRAMES, (*key, f.digest), f.name, lambda frame=f: make(frame)) for f in frames]
     made_of = {"column": FIRST_FRAMES, "names": tuple(f.name for f in frames), "stems": tuple(stems), "negative": ""}
     size = {"width": width, "height": height, "shift": 1.0, "first_cfg": 1.0}
     return Samples(folder=str(columns.folder), **made_of, **size, **given)

@@ -24,6 +24,7 @@ from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
 from kinoloom.trainers.core.sampling import Samples
 
+from .encoders import load_wan, own_folders
 from .media import write_image, write_video
 
 OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "token_variants": 0, "source_fps": 16.0}
@@ -31,16 +32,7 @@ OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "t
 
 @pytest.fixture(scope="module")
 def models(tiny_models: Path) -> dict[str, Any]:
-    for kind in ("vae", "diffusion_models", "text_encoders"):
-        folder_paths.add_model_folder_path(kind, str(tiny_models / kind))
-    import nodes as core
-
-    with torch.inference_mode():
-        return {
-            "vae": core.VAELoader().load_vae("tiny_wan_vae.safetensors")[0],
-            "clip": core.CLIPLoader().load_clip("tiny_clip.safetensors", "wan")[0],
-            "model": core.UNETLoader().load_unet("tiny_wan.safetensors", "default")[0],
-        }
+    return load_wan(tiny_models)
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +47,8 @@ def clip(models: dict[str, Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path) -> Iterator[Path]:
-    """An input and a user folder of the test's own; the code runs in inference mode, as nodes do."""
-    before = folder_paths.get_input_directory(), folder_paths.get_user_directory()
-    folder_paths.set_input_directory(str(tmp_path / "input"))
-    folder_paths.set_user_directory(str(tmp_path / "user"))
-    (tmp_path / "input" / "set").mkdir(parents=True)
-    with torch.inference_mode():
-        yield tmp_path / "input" / "set"
-    folder_paths.set_input_directory(before[0])
-    folder_paths.set_user_directory(before[1])
+    with own_folders(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

@@ -6,13 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.clip_vision
-import comfy.sd
 import comfy_extras.nodes_video_model as core
-import folder_paths
 import numpy as np
 import pytest
-import tiny_sd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import samples as samples_nodes
@@ -20,47 +16,28 @@ from kinoloom.nodes import svd_data, svd_encode
 from kinoloom.trainers.core.data import TrainingData, column_path
 from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .encoders import image_vae, own_folders, tiny_vision
 from .media import write_image, write_video
-from tiny_weights import Weights
 
 OPTIONS = {"frames_per_clip": 4, "fps": 8.0, "size": 64, "motion_bucket": 0, "source_fps": 8.0}
-VISION = {
-    "hidden_size": 32, "image_size": 224, "intermediate_size": 64, "model_type": "clip_vision_model",
-    "num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 2, "patch_size": 56, "projection_dim": 1024,
-    "hidden_act": "gelu",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    save_file(tiny_sd.tiny_autoencoder(Weights(0)), path)
-    return comfy.sd.VAE(comfy.utils.load_torch_file(str(path)))
+    return image_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
 def clip_vision() -> Any:
-    with torch.inference_mode():
-        model = comfy.clip_vision.ClipVisionModel(VISION)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        return model
+    return tiny_vision()
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Iterator[Path]:
-    before = folder_paths.get_input_directory(), folder_paths.get_user_directory()
-    folder_paths.set_input_directory(str(tmp_path / "input"))
-    folder_paths.set_user_directory(str(tmp_path / "user"))
-    (tmp_path / "input" / "set").mkdir(parents=True)
-    with torch.inference_mode():
-        yield tmp_path / "input" / "set"
-    folder_paths.set_input_directory(before[0])
-    folder_paths.set_user_directory(before[1])
+    with own_folders(tmp_path) as made:
+        yield made
 
 
 def moving(pixels_per_frame: float, frames: int = 4, height: int = 64, width: int = 128) -> Tensor:
