@@ -77,7 +77,8 @@ class EncodeClips(io.ComfyNode):
                     "caption",
                     multiline=True,
                     tooltip="What is seen: subject and surroundings. For "
-                    "Set-and-Sequence describe the appearance here, with [v] before the subject.",
+                    "Set-and-Sequence describe the appearance here, with [v] before the subject. Read literally: "
+                    "(word:1.2) weighs nothing.",
                 ),
                 io.String.Input(
                     "motion_caption",
@@ -219,7 +220,7 @@ class PriorClips(io.ComfyNode):
                     multiline=True,
                     tooltip="One prompt per line: appearance, then motion, such "
                     "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
-                    "kind, without [v] and [u]; about 16 lines.",
+                    "kind, without [v] and [u]; about 16 lines. (word:1.2) weighs a word, as in CLIP Text Encode.",
                 ),
                 io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt. " + LIKE_GENERATION),
                 *(made for advanced, made in options if not advanced),

@@ -144,7 +144,8 @@ class SamplePrompts(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     tooltip="One prompt per line, with [v] and [u] if the captions have them. Try one as in the "
-                    "captions, one in other surroundings, and one of another subject.",
+                    "captions, one in other surroundings, and one of another subject. (word:1.2) weighs a word, as in "
+                    "CLIP Text Encode.",
                 ),
                 io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt of all."),
                 *(widget(option) for option in knobs(PromptOptions)),
