@@ -3,13 +3,13 @@
 import atexit
 import json
 import logging
-import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..trainers.core.config import TrainConfig
 from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models
 from ..trainers.core.job import Job
+from ..trainers.core.line import Line
 from ..trainers.core.record import Spec
 from ..trainers.core.sampling import Samples
 from .motion import MOTION_LORAS
@@ -45,9 +46,9 @@ class Registry:
         self.folder = folder
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
-        self.voided: list[str] = []  # names of runs that were deleted, or resumed without their nodes
+        self.voided: list[Spec] = []  # of runs that were deleted, or started without their nodes
         self.waiters = 0  # nodes in the queue that wait for a run
-        self.slot = threading.Semaphore()
+        self.line = Line()
         self.room_wanted = threading.Event()
         for path in sorted(folder.glob("*/job.json")):
             try:
@@ -61,7 +62,7 @@ class Registry:
     def _job(self, spec: Spec) -> Job:
         recipe = recipes()[spec.recipe]
         backbone = backbone_modules()[recipe.backbone]
-        return Job(self.folder / spec.id, spec, recipe, backbone, publish, self.busy, self.slot, self.make_room)
+        return Job(self.folder / spec.id, spec, recipe, backbone, publish, self.busy, self.line, self.make_room)
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:
@@ -69,8 +70,10 @@ class Registry:
         return self.jobs[job_id]
 
     def newest(self, run_name: str) -> Job | None:
-        """The last job started as `run_name`, which may have been given a number."""
-        return self._last(job for job in list(self.jobs.values()) if started_as(run_name, job.spec.run_name))
+        """The last job that was asked for as `run_name`, which may have been given a number, or is called so."""
+        jobs = list(self.jobs.values())
+        asked = [job for job in jobs if same_name(asked_as(job.spec), run_name)]
+        return self._last(asked or [job for job in jobs if same_name(job.spec.run_name, run_name)])
 
     def _last(self, jobs: Iterable[Job]) -> Job | None:
         return max(jobs, key=lambda job: job.spec.created, default=None)
@@ -95,6 +98,8 @@ class Registry:
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
         with self.lock:
             name, job = self._claim(run_name, identity, config)
+            if job is not None and not job.spec.asked_as:
+                job.spec = replace(job.spec, asked_as=run_name)
             if job is not None and (job.status != "finished" or job.steps_of(config) > job.checkpoint):
                 job.reconfigure(config, samples, identity)
                 if job.is_over:
@@ -112,6 +117,7 @@ class Registry:
                         outputs=output_folders(name),
                         created=time.time(),
                         samples=samples,
+                        asked_as=run_name,
                     )
                 )
                 self.jobs[job.spec.id] = job
@@ -122,11 +128,12 @@ class Registry:
         """The job to go on with, or None and a name whose files are nobody's: `run_name`, perhaps with a number."""
         name, number = run_name, 1
         while True:
-            named = (job for job in self.jobs.values() if job.spec.run_name.casefold() == name.casefold())
-            earlier = self._last(named)
+            earlier = self._last(job for job in self.jobs.values() if same_name(job.spec.run_name, name))
             if earlier is None:
                 if not any(Path(folder).exists() for folder in output_folders(name).values()):
                     return name, None
+            elif not may_be_meant(earlier, run_name, identity):
+                pass
             elif earlier.status == "finished":
                 if goes_on(earlier, identity, config):
                     return name, earlier
@@ -144,11 +151,31 @@ class Registry:
             if not job.is_over:
                 job.resume()
             elif job.resumable:
-                job.spec.source.require_reloadable()
-                job.start(None)
-                self.voided.append(job.spec.run_name)
+                self._start_alone(job)
             else:
-                raise ValueError(f"run {job.spec.run_name!r} is {job.status} and has no checkpoint to resume from")
+                more = job.dead_end or "Run its workflow with more steps to go on."
+                raise ValueError(f"run {job.spec.run_name!r} is {job.status}. {more}")
+
+    def restart(self, job: Job) -> None:
+        """Start again a run that ended before it saved anything."""
+        with self.lock:
+            if not job.is_over or not job.dead_end or job.files:
+                name, status = job.spec.run_name, job.status
+                raise ValueError(f"run {name!r} is {status}: only a run that ended and saved nothing starts again")
+            self._start_alone(job)
+
+    def _start_alone(self, job: Job) -> None:
+        """Without its nodes, whose earlier results are void."""
+        job.spec.source.require_reloadable()
+        job.start(None)
+        self.voided.append(job.spec)
+
+    def move(self, job: Job, by: int) -> None:
+        """Earlier (-1) or later (1) in line; ValueError if it does not wait."""
+        try:
+            self.line.move(job, by)
+        except ValueError as error:
+            raise ValueError(f"run {job.spec.run_name!r} is {job.status}: {error}") from error
 
     def delete(self, job: Job) -> None:
         """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
@@ -160,12 +187,12 @@ class Registry:
             if job.folder.exists():
                 shutil.rmtree(job.folder)
             del self.jobs[job.spec.id]
-            self.voided.append(job.spec.run_name)
+            self.voided.append(job.spec)
         announce({"job": {"id": job.spec.id}, "event": "deleted"})
 
     def times_voided(self, run_name: str) -> int:
         """How often what the nodes of a run of this name gave became void, since the server started."""
-        return sum(started_as(run_name, name) for name in self.voided)
+        return sum(any(same_name(run_name, name) for name in (asked_as(spec), spec.run_name)) for spec in self.voided)
 
     def busy(self, job: Job) -> bool:
         """Whether `job` should wait: the queue has work, the run is polite, and that work is not waiting for a run."""
@@ -230,9 +257,25 @@ def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
     return True
 
 
-def started_as(run_name: str, name: str) -> bool:
-    """Whether `name` is `run_name`, perhaps with a number."""
-    return re.fullmatch(re.escape(run_name) + r"(-\d+)?", name, re.IGNORECASE) is not None
+def same_name(one: str, other: str) -> bool:
+    """As folders on Windows and macOS compare."""
+    return one.casefold() == other.casefold()
+
+
+def asked_as(spec: Spec) -> str:
+    return spec.asked_as or spec.run_name
+
+
+def may_be_meant(job: Job, run_name: str, identity: Identity) -> bool:
+    """Whether who asks for `run_name` may mean this job, whose name is `run_name`, perhaps with a number.
+
+    Not if it was asked for by another name, but for two cases, where it also has to be made of the same: its own name
+    was typed, or an earlier version started it, which did not note what was asked for.
+    """
+    if same_name(asked_as(job.spec), run_name):
+        return True
+    own = same_name(job.spec.run_name, run_name)
+    return (own or not job.spec.asked_as) and not identity.changes(job.spec.identity)
 
 
 def publish(job: Job, event: dict) -> None:

@@ -74,7 +74,7 @@ def _wait(job: Job, node_id: str) -> None:
             if job.total:
                 bar = bar or comfy.utils.ProgressBar(job.total)
                 bar.update_absolute(job.done, job.total)
-            if shown != (text := str(job.plan or job.status)):
+            if shown != (text := job.headline):
                 shown = text
                 PromptServer.instance.send_progress_text(text, node_id)
     except comfy.model_management.InterruptProcessingException:

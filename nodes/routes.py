@@ -81,6 +81,18 @@ def add_routes(routes: web.RouteTableDef) -> None:
     async def resume(request: web.Request) -> web.Response:
         return await change(request, registry().resume)
 
+    @routes.post("/kinoloom/jobs/{id}/restart")
+    async def restart(request: web.Request) -> web.Response:
+        return await change(request, registry().restart)
+
+    @routes.post("/kinoloom/jobs/{id}/earlier")
+    async def earlier(request: web.Request) -> web.Response:
+        return await change(request, lambda job: registry().move(job, -1))
+
+    @routes.post("/kinoloom/jobs/{id}/later")
+    async def later(request: web.Request) -> web.Response:
+        return await change(request, lambda job: registry().move(job, 1))
+
     @routes.post("/kinoloom/jobs/{id}/delete")
     async def delete(request: web.Request) -> web.Response:
         return await change(request, registry().delete)

@@ -1,7 +1,10 @@
 """Going on with a run: longer, at other rates, or as another run; what a run keeps for that, and which run a name means."""
 
 import logging
+import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from kinoloom.nodes import jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.config import FIXED, NOT_TRAJECTORY
 from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.core.line import ordinal
 
 from .runs import Published, assert_same, events, make_config, state_of
 
@@ -183,3 +187,111 @@ def test_a_run_that_goes_on_is_not_changed_under_way(start: Start, registry: job
         job.stop()
         assert job.ended.wait(60)
     assert job.config.steps == 500
+
+
+# -- which run a name means --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_got_a_number_and_a_run_of_that_name_are_two(start: Start, registry: jobs.Registry) -> None:
+    first, own = start("dance", steps=1), start("dance-2", steps=1, seed=3)
+    third = start("dance", steps=1, rank=2)
+    assert [job.spec.run_name for job in (first, own, third)] == ["dance", "dance-2", "dance-3"]
+    assert registry.newest("Dance") is third and registry.newest("dance-2") is own and third.spec.asked_as == "dance"
+    assert start("dance", steps=1, rank=2) is third and start("dance-3", steps=1, rank=2) is third
+    assert start("dance-3", steps=1, seed=9).spec.run_name == "dance-3-2", "not the run that dance became"
+    assert start("dance", steps=1) is first and start("dance-2", steps=1, seed=3) is own
+    registry.delete(own)
+    assert (registry.times_voided("dance"), registry.times_voided("dance-2")) == (0, 1)
+    registry.delete(third)
+    assert (registry.times_voided("dance"), registry.times_voided("dance-2")) == (1, 1)
+
+
+def test_a_numbered_run_of_an_earlier_version_is_found_by_what_it_is_made_of(
+    start: Start, registry: jobs.Registry, published: Published
+) -> None:
+    start("dance", steps=1)
+    published.at(2, Job.stop)
+    second = start("dance", steps=4, rank=2)
+    published.actions.clear()
+    second.spec = replace(second.spec, asked_as="")  # as its record said
+    second.write()
+    again = jobs.Registry(registry.folder)
+    kept = again.jobs[second.spec.id]
+    assert kept.spec.asked_as == "" and again.newest("dance") is not kept
+    registry.jobs = again.jobs
+    assert start("dance", steps=4, rank=2) is kept and (kept.status, kept.done) == ("finished", 4)
+    assert kept.spec.asked_as == "dance" and again.newest("dance") is kept
+
+
+def test_a_node_says_the_name_that_its_run_got(start: Start) -> None:
+    start("dance", steps=1)
+    job = start("dance", steps=1, rank=2)
+    assert job.headline.startswith("dance-2: ") and job.summary()["asked_as"] == "dance"
+
+
+# -- the line ----------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_wait_in_line_first_come_first_served_and_can_be_reordered(
+    registry: jobs.Registry, inputs: Callable, published: Published
+) -> None:
+    model, data = inputs(WAN)
+    gate, begun = threading.Event(), []
+    published.at(1, lambda job: (begun.append(job.spec.run_name), gate.wait(60)))
+    config = make_config(WAN, steps=1, validate_every=0)
+
+    def queue(name: str) -> Job:
+        return registry.start(model, WAN, config, data, {}, name)
+
+    first = queue("a")
+    while not begun:
+        assert not first.ended.wait(0.05)
+    others = {name: queue(name) for name in "bcde"}
+    assert [job.summary()["in_line"] for job in others.values()] == [f"{n} in line" for n in ("1st", "2nd", "3rd", "4th")]
+    assert others["c"].headline == "c: waiting, 2nd in line" and first.in_line == ""
+    before = len(published)
+    registry.move(others["d"], -1)
+    registry.move(others["d"], -1)
+    registry.move(others["d"], -1)  # it is the first already
+    assert others["d"].in_line == "1st in line" and len(published) > before, "those who look are told"
+    registry.move(others["e"], 1)
+    others["b"].stop()
+    assert others["b"].ended.wait(60) and others["b"].status == "stopped"
+    assert [others[name].in_line for name in "dce"] == ["1st in line", "2nd in line", "3rd in line"]
+    with pytest.raises(ValueError, match="run 'a' is running: the run does not wait in line"):
+        registry.move(first, 1)
+    gate.set()
+    assert all(others[name].ended.wait(60) for name in "dce")
+    assert begun == ["a", "d", "c", "e"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (11, "11th"), (12, "12th"), (22, "22nd"), (113, "113th")]
+)
+def test_ordinals(number: int, text: str) -> None:
+    assert ordinal(number) == text
+
+
+# -- nothing to go on from ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_so_and_starts_again(
+    start: Start, registry: jobs.Registry, published: Published
+) -> None:
+    def copy(job: Job) -> None:
+        shutil.copytree(job.folder, registry.folder.parent / "killed" / job.spec.id)
+
+    published.at(1, copy)
+    start("dance", steps=3, save_every=50)
+    published.actions.clear()
+    killed = jobs.Registry(registry.folder.parent / "killed")
+    (job,) = killed.jobs.values()
+    assert (job.status, job.done, job.resumable) == ("interrupted", 1, False)
+    assert "before its first checkpoint" in job.summary()["dead_end"]
+    with pytest.raises(ValueError, match="run 'dance' is interrupted. It ended before its first checkpoint"):
+        killed.resume(job)
+    killed.restart(job)
+    assert job.ended.wait(60) and (job.status, job.done, job.dead_end) == ("finished", 3, "")
+    assert [e["done"] for e in job.history if e["event"] == "step"] == [1, 2, 3]
+    with pytest.raises(ValueError, match="run 'dance' is finished"):
+        killed.restart(job)

@@ -30,6 +30,7 @@ from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.core.line import Line
 from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
 from kinoloom.trainers.core.noise import Rng
@@ -472,12 +473,14 @@ def test_a_busy_queue_holds_the_run_and_stop_ends_it_there(model: Any, data: Tra
 
 def test_a_paused_run_that_waits_lets_others_pass(model: Any, data: TrainingData, tmp_path: Path) -> None:
     first, second = (make_job(tmp_path / name, model, data, make_config(WAN_LORA), WAN_LORA) for name in "ab")
-    first.slot = second.slot = threading.Semaphore()
-    with first.slot:
-        first.start(model)
-        first.pause()
+    first.line = second.line = Line()
+    first.line.join(second)
+    assert first.line.take(second)
+    first.start(model)
+    first.pause()
+    first.line.release()
     finish(second, model)
-    assert first.status == "waiting"
+    assert first.status == "waiting" and first.summary()["in_line"] == "1st in line"
     first.resume()
     assert first.ended.wait(60) and first.status == "finished"
 

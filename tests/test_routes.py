@@ -95,6 +95,7 @@ def test_unknown_jobs(ask: Ask, job_id: str) -> None:
     for method, path in (
         ("GET", ""), ("GET", "/files"), ("GET", "/log"), ("GET", "/report.html"), ("GET", "/samples/000001-0.webp"),
         ("POST", "/stop"), ("POST", "/pause"), ("POST", "/resume"), ("POST", "/delete"),
+        ("POST", "/restart"), ("POST", "/earlier"), ("POST", "/later"),
     ):  # fmt: skip
         status, _ = ask(method, f"/kinoloom/jobs/{job_id}{path}")
         assert status in (404, 405), (method, path)
@@ -170,6 +171,12 @@ def test_bodies(ask: Ask, body: bytes, status: int) -> None:
 def test_resuming_a_finished_run_is_refused(ask: Ask) -> None:
     status, answer = ask("POST", "/kinoloom/jobs/job7/resume")
     assert status == 409 and "finished" in answer["error"]
+
+
+@pytest.mark.parametrize(("action", "why"), [("restart", "only a run that ended and"), ("earlier", "not wait in line")])
+def test_what_a_finished_run_cannot_do_is_refused(ask: Ask, action: str, why: str) -> None:
+    status, answer = ask("POST", f"/kinoloom/jobs/job7/{action}")
+    assert status == 409 and "run 'run 7' is finished" in answer["error"] and why in answer["error"]
 
 
 # -- a real server -----------------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class JobWidget {
         const job = jobOf(this.node, this.jobs);
         this.id = job?.id;
         this.open.hidden = !job;
-        this.facts.textContent = job ? [steps(job), timeLeft(job)].filter(Boolean).join(" · ") : "No run yet.";
-        fill(this.state, [job?.status, job?.pause_requested], () => (job ? [stateOf(job)] : []));
+        this.facts.textContent = job ? [steps(job), timeLeft(job), job.run_name].filter(Boolean).join(" · ") : "No run yet.";
+        fill(this.state, [job?.status, job?.pause_requested, job?.in_line], () => (job ? [stateOf(job)] : []));
         fill(this.progress, [job?.status, job?.done, job?.total], () => (job ? [bar(job)] : []));
         this.note.textContent = job?.error ?? "";
         const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
@@ -72,10 +72,13 @@ function jobOf(node, jobs) {
         const source = node.getInputNode(0);
         return (source && showsJob(source) && jobOf(source, jobs)) || said;
     }
-    const name = node.widgets.find((widget) => widget.name === "run_name")?.value ?? "";
-    const numbered = new RegExp(`^${name.replace(/[^\w]/g, "\\$&")}(-\\d+)?$`, "i");
-    if (said && numbered.test(said.run_name)) return said;
-    return jobs.list.find((job) => job.recipe === kind(node) && numbered.test(job.run_name));
+    const folded = (text) => text.trim().toLowerCase();
+    const name = folded(node.widgets.find((widget) => widget.name === "run_name")?.value ?? "");
+    const asked = (job) => folded(job.asked_as) === name;
+    const called = (job) => folded(job.run_name) === name;
+    if (said && (asked(said) || called(said))) return said;
+    const own = jobs.list.filter((job) => job.recipe === kind(node));
+    return own.find(asked) ?? own.find(called);
 }
 
 /** Keeps the widgets of all nodes up to date. Returns what to call for each new node. */

@@ -59,14 +59,14 @@ export class JobView {
         if (!job) return this.host.back();
         const { entries, epoch, config } = this.jobs.follow(this.id);
         const { status, pause_requested, resumable, error, advice, plan } = job;
-        fill(this.head, [job.run_name, job.title, status, pause_requested], () => [
+        fill(this.head, [job.run_name, job.title, status, pause_requested, job.in_line], () => [
             button("", "pi-arrow-left", "All runs", () => this.host.back()),
             el("div", { className: "kl-title" }, el("b", { textContent: job.run_name }), el("small", {}, job.title)),
             stateOf(job),
         ]);
-        const offered = [status, pause_requested, resumable, job.checkpoint, job.main_file];
+        const offered = [status, pause_requested, resumable, job.dead_end, job.checkpoint, job.main_file];
         fill(this.actions, offered, () => this.buttons(job));
-        fill(this.trouble, [error, advice], () => this.troubles(job));
+        fill(this.trouble, [error, advice, job.dead_end], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
         this.drawCurves();
         const samples = entries.filter(({ event }) => event === "sample");
@@ -94,6 +94,8 @@ export class JobView {
         } else if (job.resumable) {
             const label = `Resume from step ${job.checkpoint}`;
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
+        } else if (job.dead_end && !Object.keys(job.files).length) {
+            made.push(button("Start again", "pi-refresh", "From the first step, with the same options", post("restart")));
         }
         const name = job.main_file;
         if (name) {
@@ -112,8 +114,9 @@ export class JobView {
         if (await this.host.confirm(`Delete run ${job.run_name}?`, kept)) await this.jobs.post(job.id, "delete");
     }
 
-    troubles({ error, advice }) {
+    troubles({ error, advice, dead_end }) {
         const shown = error ? [el("div", { className: "kl-error", textContent: error })] : [];
+        if (dead_end) shown.push(el("div", { className: "kl-advice", textContent: dead_end }));
         for (const { text, link } of advice) {
             const safe = link && /^https?:$/.test(new URL(link, location.href).protocol);
             const more = safe ? [" ", el("a", { href: link, target: "_blank", rel: "noopener" }, "More")] : [];

@@ -56,13 +56,21 @@ export class Panel {
             const old = this.rows;
             this.rows = new Map(list.map(({ id }) => [id, old.get(id) ?? this.row(id)]));
             const empty = "No run yet. Queue a workflow with a Train node, such as one of Kinoloom's templates.";
-            return list.length ? this.rows.values() : [el("p", { textContent: empty })];
+            const shown = [...this.rows.values()].map(({ moves, open }) => el("div", { className: "kl-line" }, open, moves));
+            return list.length ? shown : [el("p", { textContent: empty })];
         });
-        for (const job of list) fill(this.rows.get(job.id), job, () => this.line(job));
+        for (const job of list) {
+            const { open, moves } = this.rows.get(job.id);
+            fill(open, job, () => this.line(job));
+            moves.hidden = !job.in_line;
+        }
     }
 
     row(id) {
-        return el("button", { type: "button", className: "kl-row", onclick: () => this.open(id) });
+        const move = (iconName, title, action) => button("", iconName, title, () => this.jobs.post(id, action));
+        const moves = el("div", { className: "kl-moves", hidden: true });
+        moves.append(move("pi-arrow-up", "Start earlier", "earlier"), move("pi-arrow-down", "Start later", "later"));
+        return { open: el("button", { type: "button", className: "kl-row", onclick: () => this.open(id) }), moves };
     }
 
     line(job) {

@@ -19,7 +19,8 @@ export const icon = (name) => el("i", { className: `pi ${name}`, ariaHidden: "tr
 export function stateOf(job) {
     const { status } = job;
     const waits = status === "paused" && !job.pause_requested;
-    const text = waits ? "waits for the queue" : job.pause_requested && !hasEnded(job) ? "paused" : status;
+    const place = job.in_line && status === "waiting" ? `${status}, ${job.in_line}` : status;
+    const text = waits ? "waits for the queue" : job.pause_requested && !hasEnded(job) ? "paused" : place;
     return el("span", { className: `kl-state kl-${status}` }, icon(ICONS[status] ?? "pi-circle"), ` ${text}`);
 }
 

@@ -20,6 +20,7 @@ from .continuing import describe, require_reachable
 from .data import PhaseData
 from .events import Event, Failed, Finished, Plan, Step, to_json
 from .export import export_files, public_config
+from .line import Line, ordinal
 from .loop import Diverged, Session, train
 from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
@@ -40,7 +41,7 @@ class Job(Record):
     """status: "waiting" for its turn, "loading", "running", "paused", then one of record.ENDED.
 
     `publish(job, event)` is called for every change; `busy(job)` says whether the run should wait because the queue has
-    work; of the jobs that share a `slot` one runs at a time, after `make_room()` took other models off the card.
+    work; of the jobs that share a `line` one runs at a time, after `make_room()` took other models off the card.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class Job(Record):
         backbone: Any,
         publish: Callable[["Job", dict], None],
         busy: Callable[["Job"], bool],
-        slot: threading.Semaphore | None = None,
+        line: Line | None = None,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(folder, spec)
         self.recipe_class, self.backbone = recipe, backbone
-        self.publish, self.busy, self.slot = publish, busy, slot or threading.Semaphore()
+        self.publish, self.busy, self.line = publish, busy, line or Line()
         self.make_room = make_room
         self.config: TrainConfig = recipe.Config(**spec.config)
         self.plan: Plan | None = None
@@ -75,6 +76,7 @@ class Job(Record):
         self._model = model or self.spec.source
         self.status = "waiting"
         self.ended.clear()
+        self.line.join(self)
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
     def reconfigure(self, config: TrainConfig, samples: Samples | None, identity: Identity) -> None:
@@ -128,6 +130,27 @@ class Job(Record):
         return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
 
     @property
+    def in_line(self) -> str:
+        """ "2nd in line" of a run that waits, else nothing."""
+        place = self.line.place(self)
+        return f"{ordinal(place)} in line" if place else ""
+
+    @property
+    def headline(self) -> str:
+        """The run's name and what it does."""
+        text = f"waiting, {self.in_line}" if self.in_line else str(self.plan or self.status)
+        return f"{self.spec.run_name}: {text}"
+
+    @property
+    def dead_end(self) -> str:
+        """Why a run that ended early cannot go on; nothing if it can, or need not."""
+        if self.status == "finished" or self.resumable or not self.ended.is_set():
+            return ""
+        if self.files:
+            return "The state to go on from is gone. Start anew, or from its LoRA with start_from."
+        return "It ended before its first checkpoint, so there is nothing to go on from: it can only start again."
+
+    @property
     def log_path(self) -> Path:
         return self.folder / "log.txt"
 
@@ -145,6 +168,9 @@ class Job(Record):
             **{name: getattr(self, name) for name in own},
             **{name: getattr(tally, name) for name in ("phase", "losses", "plan", "samples")},
             "title": self.recipe_class.title,
+            "asked_as": self.spec.asked_as or self.spec.run_name,
+            "in_line": self.in_line,
+            "dead_end": self.dead_end,
             "pause_requested": not self._resume.is_set(),
             "seconds_per_step": pace,
             "seconds_left": tally.seconds_for(self.total - tally.done) if going else None,
@@ -181,6 +207,10 @@ class Job(Record):
 
     def _show_status(self) -> None:
         self.write()
+        self.moved()
+
+    def moved(self) -> None:
+        """Tell those who look at the run of its new state or place in line."""
         self.publish(self, {"event": "status", "epoch": self.epoch})
 
     def _emit(self, event: Event) -> None:
@@ -229,7 +259,8 @@ class Job(Record):
                 host.release()
         finally:
             if taken:
-                self.slot.release()
+                self.line.release()
+            self.line.leave(self)
             self._model, self.note = None, ""
             self._end(status, event, trouble)
 
@@ -247,15 +278,14 @@ class Job(Record):
         finally:
             self.ended.set()
             self.publish(self, placed)
-            self.publish(self, {"event": "status", "epoch": self.epoch})
+            self.moved()
 
     def _take_slot(self) -> bool:
-        """One run at a time: two private models would compete for the same memory. False if stopped while waiting."""
+        """False if stopped while waiting."""
         while not self._stop.is_set():
-            if self._held:
-                self._stop.wait(POLL_SECONDS)
-            elif self.slot.acquire(timeout=POLL_SECONDS):
+            if self.line.take(self):
                 return True
+            self._stop.wait(POLL_SECONDS)
         return False
 
     def _train(self) -> bool:
@@ -328,11 +358,11 @@ class Job(Record):
         return state
 
     @property
-    def _held(self) -> bool:
+    def held(self) -> bool:
         return not self._resume.is_set() or self.busy(self)
 
     def _should_stop(self) -> bool:
-        while not self._stop.is_set() and self._held:
+        while not self._stop.is_set() and self.held:
             self._set_status("paused")
             self._stop.wait(POLL_SECONDS)
         if not self._stop.is_set():

@@ -25,7 +25,8 @@ class Spec:
     """Everything a run is made of, as plain values that survive a restart.
 
     outputs: where its files go, by ComfyUI's name of the model folder they are for. samples: what it shows on the way,
-    which is no part of its identity.
+    which is no part of its identity. asked_as: the name that was asked for, where run_name may have got a number; not
+    known ("") of runs that an earlier version started.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Spec:
     outputs: dict[str, str]
     created: float
     samples: Samples | None = None
+    asked_as: str = ""
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Spec":

@@ -1,0 +1,69 @@
+"""The line of runs that wait for the one slot in which a run trains."""
+
+import threading
+from typing import Protocol
+
+
+class Waiting(Protocol):
+    """What the line knows of a run. `held`: whether it lets others pass for now; `moved()`: its place is another."""
+
+    @property
+    def held(self) -> bool: ...
+    def moved(self) -> None: ...
+
+
+class Line:
+    """First in, first out; two private models at once would compete for the same memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Waiting] = []
+        self._taken = False
+
+    def join(self, run: Waiting) -> None:
+        with self._lock:
+            self._waiting.append(run)
+
+    def leave(self, run: Waiting) -> None:
+        """Nothing happens if `run` does not wait."""
+        with self._lock:
+            behind = self._waiting[self._waiting.index(run) + 1 :] if run in self._waiting else []
+            self._waiting = [other for other in self._waiting if other is not run]
+        for other in behind:
+            other.moved()
+
+    def take(self, run: Waiting) -> bool:
+        """Give `run` the slot, if it is free and nobody who could use it stands before `run`."""
+        with self._lock:
+            first = next((other for other in self._waiting if not other.held), None)
+            if self._taken or first is not run:
+                return False
+            self._taken = True
+        self.leave(run)
+        return True
+
+    def release(self) -> None:
+        with self._lock:
+            self._taken = False
+
+    def place(self, run: Waiting) -> int | None:
+        """1 for the next one; None if `run` does not wait."""
+        with self._lock:
+            return self._waiting.index(run) + 1 if run in self._waiting else None
+
+    def move(self, run: Waiting, by: int) -> None:
+        """Earlier (-1) or later (1), as far as there is a place; ValueError if `run` does not wait."""
+        with self._lock:
+            if run not in self._waiting:
+                raise ValueError("the run does not wait in line")
+            place = self._waiting.index(run)
+            self._waiting.insert(max(place + by, 0), self._waiting.pop(place))
+            waiting = list(self._waiting)
+        for other in waiting:
+            other.moved()
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th, 21st."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return f"{number}{ending}"
