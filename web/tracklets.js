@@ -1,7 +1,7 @@
 // An editor of tracklets: boxes on a frame, key frames on a timeline. It reads and writes JSON text, nothing else.
 
 import { addStyle, el } from "./dom.mjs";
-import { MAX_OBJECTS, MIN_SIDE, PALETTE, boxAt, format, parse, toVideo } from "./tracklet_data.js";
+import { MAX_ID, MAX_OBJECTS, MIN_SIDE, PALETTE, boxAt, format, inReach, parse, toVideo } from "./tracklet_data.js";
 import { HANDLES, paintFrame } from "./tracklet_picture.js";
 
 const MARGIN = 18; // pixels around the frame, where boxes that leave it can be caught
@@ -74,7 +74,7 @@ export class TrackletEditor {
         this.error.hidden = true;
         this.data = { width, height, frames, interpolated: "hard", tracklets: [] };
         try {
-            if (text.trim()) this.data = toVideo({ ...this.data, ...parse(text) }, width, height, frames);
+            if (text.trim()) this.data = toVideo(parse(text), width, height, frames);
         } catch (error) {
             this.error.textContent = `The JSON cannot be used.\n\n${error.message}`;
             this.error.hidden = false;
@@ -155,7 +155,9 @@ export class TrackletEditor {
 
     add(box) {
         const { tracklets } = this.data;
-        const id = Math.max(0, ...tracklets.map((tracklet) => tracklet.id)) + 1;
+        const ids = tracklets.map((tracklet) => tracklet.id);
+        let id = Math.max(0, ...ids) + 1;
+        if (id > MAX_ID) for (id = 1; ids.includes(id); ) id += 1;
         const color = PALETTE.find((free) => !tracklets.some((tracklet) => tracklet.color === free));
         const enter = this.frame ? { enter: this.frame } : {};
         const keyframes = [{ frame: this.frame, box, hard: true }];
@@ -195,7 +197,9 @@ export class TrackletEditor {
 
     nudge([x1, y1, x2, y2], right, down) {
         const [dx, dy] = [right * MIN_SIDE, down * MIN_SIDE];
-        this.place(this.tracklet, [x1 + dx, y1 + dy, x2 + dx, y2 + dy]);
+        const moved = [x1 + dx, y1 + dy, x2 + dx, y2 + dy];
+        if (!moved.every(inReach)) return;
+        this.place(this.tracklet, moved);
         this.commit();
     }
 

@@ -17,6 +17,7 @@ MAX_OBJECTS = 20  # slots of Tracklet2Video (TrackDiffusion, SVD branch: "fixed_
 MAX_FRAMES, MAX_SIDE, MAX_ID = 100_000, 16384, 2**31 - 1
 REACH = 10.0  # a box may lie outside of the frame, but one in pixels is a mistake
 MIN_SIDE = 0.01  # of the frame; a box that shows less is not there
+WHOLE = ("width", "height", "frames", "id", "frame", "enter", "leave")
 INTERPOLATED = ("hard", "soft")
 PALETTE = (
     "#ff0000 #00ff00 #1e3cff #ffff00 #e100ff #00f0ff #ffb400 #8700e1 #00c387 #e178b4 #0096d2 #b47800 #a5c3ff #1e7800 "
@@ -165,7 +166,8 @@ class Tracklets:
     def fit(self, width: int, height: int) -> "Tracklets":
         """As seen after the largest central crop to width / height, as nodes/framing.py cuts it, and a resize."""
         scale = max(width / self.width, height / self.height)
-        crop_w, crop_h = min(round(width / scale), self.width), min(round(height / scale), self.height)
+        crop_w, crop_h = (max(round(side / scale), 1) for side in (width, height))
+        crop_w, crop_h = min(crop_w, self.width), min(crop_h, self.height)
         whole = (crop_w, crop_h) == (self.width, self.height)
         left, top = (self.width - crop_w) // 2, (self.height - crop_h) // 2
         return replace(self if whole else self.crop(left, top, crop_w, crop_h), width=width, height=height)
@@ -305,7 +307,10 @@ def _known(kind: type, value: Any, required: tuple[str, ...]) -> dict[str, Any]:
         _expect(name in names, name, value[name], f"one of {', '.join(names)}")
     for name in required:
         _expect(name in value, name, None, f"a value; {', '.join(required)} are needed")
-    return dict(value)
+    def whole(name: str, found: Any) -> bool:  # JSON has one kind of number: 1.0 is a whole one, as in the editor
+        return name in WHOLE and isinstance(found, float) and found.is_integer()
+
+    return {name: int(found) if whole(name, found) else found for name, found in value.items()}
 
 
 def _parsed(given: dict[str, Any], name: str, parse: Callable[[Any, int], Any]) -> list[Any]:
