@@ -202,6 +202,43 @@ def test_a_broken_run_says_why_and_no_text_becomes_html(panel: Page, client: Cli
         expect(other.locator(".kl-row", has_text=name)).to_contain_text(message)
 
 
+def test_options_that_do_not_fit_are_said_at_the_node_and_nothing_is_queued(panel: Page, client: Client) -> None:
+    page = panel
+    load(page, client, "com1.v2", rank=4)
+    page.evaluate("app.queuePrompt(0)")
+    message = "run_name='com1.v2': expected another name, because Windows keeps this one for a device"
+    expect(page.get_by_text(message).first).to_be_visible()
+    train = "app.graph.nodes.find((node) => node.type === 'KinoloomTrainWanLora')"
+    page.wait_for_function(f"{train}.has_errors")
+    assert [job for job in client.jobs() if job["run_name"].startswith("com1")] == []
+    load(page, client, HOSTILE)
+    page.evaluate("app.queuePrompt(0)")
+    expect(page.get_by_text(f"run_name={HOSTILE!r}: expected letters").first).to_be_visible()
+    assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
+
+
+def test_generate_puts_each_file_into_its_loader_and_bypasses_the_others(page: Page) -> None:
+    def opened(template: str, loaders: dict[str, str | None]) -> dict[str, tuple[str, int]]:
+        page.evaluate(
+            """async (answer) => {
+                const { openGeneration } = await import("/extensions/kinoloom/generate.mjs");
+                await openGeneration({ ask: async () => answer }, { id: "1", run_name: "run" });
+            }""",
+            {"template": template, "loaders": loaders},
+        )
+        nodes = page.evaluate("app.graph.nodes.map((n) => [n.title, n.type, n.widgets?.[0]?.value, n.mode])")
+        return {name: (value, mode) for *names, value, mode in nodes for name in names if name in loaders}
+
+    spatial, temporal = "kinoloom/run/run-spatial-000009.safetensors", "kinoloom/run/run-temporal-best-000007.safetensors"
+    both = {"Load LoRA: spatial": spatial, "KinoloomLoadMotionLora": temporal}
+    assert opened("motion_director_both_generate", both) == {
+        "Load LoRA: spatial": (spatial, 0),
+        "KinoloomLoadMotionLora": (temporal, 0),
+    }
+    found = opened("motion_director_both_generate", {**both, "KinoloomLoadMotionLora": None})
+    assert found["Load LoRA: spatial"] == (spatial, 0) and found["KinoloomLoadMotionLora"][1] == 4
+
+
 def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
     values = [4.0, 2.0, None, 3.0, 1.0]
     weight, mean, count, expected = 0.6, 0.0, 0, []
