@@ -199,6 +199,7 @@ ELSEWHERE = {
     "preset": "test_motion_director: it sets rank, rates and decay, and refuses other ones",
     "control_file": "test_svd_tracklets: a run goes on from it",
     "identity_file": "test_set_and_sequence: an identity file continues to the same bits",
+    "wan_version": "test_wan_kinds: it says what a file's name does not",
     "self_conditioning_prob": "above: only 0 is accepted",
     "pause_when_busy": "read where the queue is known: see the test below",
 }

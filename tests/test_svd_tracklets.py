@@ -25,6 +25,7 @@ from kinoloom.trainers.backbones.tracklet_control import (
     read,
     widths_of,
 )
+from kinoloom.trainers.core.host import ModelSource
 from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
 from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_weights, soften
@@ -424,6 +425,15 @@ def test_a_control_for_another_model_and_other_files_are_refused(tiny_models: Pa
             control_nodes.ApplyTracklets.execute(load_tiny(tiny_models, "wan"), control, PATH)
     with pytest.raises(ValueError, match="tiny_svd.safetensors.*no position_net and fusers"):
         control_nodes.load_control(str(tiny_models / "diffusion_models" / "tiny_svd.safetensors"))
+
+
+def test_a_model_with_tracklets_applied_is_refused_by_training(
+    model: Any, trained: tuple[SvdTracklets, Path], tmp_path: Path
+) -> None:
+    """Its layers would be merged and its boxes dropped."""
+    controlled = applied(model, trained[1])
+    with pytest.raises(ValueError, match="carries the model 'tracklet_control', the diffusion_model wrapper"):
+        ModelSource.of(controlled)
 
 
 def test_only_a_run_s_file_is_taken_by_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

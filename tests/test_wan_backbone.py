@@ -165,27 +165,13 @@ def test_gradients_are_the_same_when_activations_are_recomputed(model: Any, data
 # -- which models ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_to_video_model_is_refused(tmp_path: Path) -> None:
-    tiny.write_wan(tmp_path / "i2v.safetensors", i2v=True)
-    with pytest.raises(
-        ValueError, match="found a Wan i2v model with 36 input channels, expected Wan 2.1 text-to-video"
-    ):
-        wan.check(load_model(tmp_path / "i2v.safetensors").model, {}, [])
-
-
-def test_a_wan_of_other_channels_is_refused(tmp_path: Path) -> None:
-    tiny.write_wan(tmp_path / "wide.safetensors", in_dim=32)
-    with pytest.raises(ValueError, match="with 32 input channels, expected .* with 16"):
-        wan.check(load_model(tmp_path / "wide.safetensors").model, {}, [])
-
-
 def test_another_architecture_is_refused_by_its_name() -> None:
     config = comfy.supported_models.SD15(
         {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1],
          "channel_mult": [1], "transformer_depth": [1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1],
          "num_heads": 2, "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None}
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"found BaseModel \(UNetModel\), expected a Wan 2.1 text-to-video model"):
+    with pytest.raises(ValueError, match=r"found BaseModel \(UNetModel\), expected Wan 2.1 text-to-video"):
         wan.check(comfy.model_base.BaseModel(config), {}, [])
 
 
@@ -198,7 +184,7 @@ def test_a_model_that_cannot_be_loaded_again_is_refused(model: Any) -> None:
 
 def test_bypass_loras_are_refused(model: Any) -> None:
     bypassed, _ = comfy.sd.load_bypass_lora_for_models(model, None, lora_file(), 1.0, 0)
-    with pytest.raises(ValueError, match="bypass LoRAs or hooks"):
+    with pytest.raises(ValueError, match="carries a bypass LoRA"):
         host.ModelSource.of(bypassed)
 
 
@@ -399,7 +385,7 @@ def test_storage_type_chosen_in_the_loader_holds_under_dynamic_vram(
 def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None:
     patched = model.clone()
     patched.add_object_patch("diffusion_model.blocks.1", patched.model.diffusion_model.blocks[0])
-    with pytest.raises(ValueError, match=r"patched inside \(diffusion_model\.blocks\.1\)"):
+    with pytest.raises(ValueError, match=r"the patched part 'diffusion_model\.blocks\.1'"):
         host.ModelSource.of(patched)
     schedule = model.clone()
     schedule.add_object_patch("model_sampling", model.get_model_object("model_sampling"))

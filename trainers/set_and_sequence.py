@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lora_io.wan import MOTION_STAGES, read_wan_lora
-from .backbones.wan import Wan
+from .backbones.wan import Wan, WanConfig
 from .core.config import LoraConfig, changed, knob
 from .core.host import base_identities
 from .core.lora import LoraGroups, layer_shapes
@@ -39,7 +39,7 @@ class SetAndSequence:
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(LoraConfig):
+    class Config(WanConfig, LoraConfig):
         rank: int = changed(LoraConfig, "rank", 32)
         set_steps: int = knob(
             600, "Optimizer steps of stage 1, the look. 0 skips it and needs an identity file.", min=0, max=1_000_000
@@ -127,6 +127,7 @@ class SetAndSequence:
                 raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
 
         def check_model(self, model: Any) -> None:
+            super().check_model(model)
             if self.identity_file:
                 read_identity(self, model.model.diffusion_model, base_identities(model))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .backbones.wan import Wan
+from .backbones.wan import Wan, WanConfig
 from .core.config import LoraConfig, knob
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
@@ -24,7 +24,7 @@ class WanLora(PlainLora):
     template = "wan_lora_generate"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(LoraConfig):
+    class Config(WanConfig, LoraConfig):
         steps: int = knob(500, "Optimizer steps. One clip wants 300 to 1000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",

@@ -1,14 +1,18 @@
 """Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.config import TrainConfig, knob
 from ..core.data import Row
+from ..core.host import file_of
 from ..core.noise import FlowMatch
 from .base import check_channels, latent_size, prepare_latents, prompts
+from .wan_kinds import kind_of, require_wan21
 
 LATENT_CHANNELS = 16
 SIDE = 16  # pixels of a token's side
@@ -23,14 +27,29 @@ def check(model: Any, parts: dict[str, Any], rows: Iterable[Row]) -> None:
 
 def _check_model(model: Any) -> None:
     module = getattr(model, "diffusion_model", None)
-    kind = type(module).__name__
-    if kind != "WanModel":
-        raise ValueError(f"model: found {type(model).__name__} ({kind}), expected a Wan 2.1 text-to-video model")
-    if module.model_type != "t2v" or module.in_dim != LATENT_CHANNELS:
+    plain = type(model).__name__ == "WAN21" and module.model_type == "t2v" and module.in_dim == LATENT_CHANNELS
+    if not plain:
         raise ValueError(
-            f"model: found a Wan {module.model_type} model with {module.in_dim} input channels, expected "
-            f"Wan 2.1 text-to-video with {LATENT_CHANNELS}"
+            f"model: found {kind_of(model)}, expected Wan 2.1 text-to-video with {LATENT_CHANNELS} input channels"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig(TrainConfig):
+    """What every recipe for Wan can be told."""
+
+    wan_version: str = knob(
+        "auto",
+        "Set it to 2.1 if a 14B file is Wan 2.1 and neither its name nor its metadata says so. Experts of Wan 2.2 have "
+        "the same shapes and are refused.",
+        choices=("auto", "2.1"),
+        advanced=True,
+        added=1,
+    )
+
+    def check_model(self, model: Any) -> None:
+        """`model` is a MODEL."""
+        require_wan21(*file_of(model), model.model.diffusion_model.dim, self.wan_version)
 
 
 def latent_shape(parts: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, ...]:

@@ -221,7 +221,7 @@ def check(option: Field, value: Any) -> None:
 
 
 # What only says when to look at the run or how to share the machine: the weights are the same at any value.
-NOT_TRAJECTORY = ("save_every", "pause_when_busy", "checkpointing", "validate_every", "trigger_words")
+NOT_TRAJECTORY = ("save_every", "pause_when_busy", "checkpointing", "validate_every", "trigger_words", "wan_version")
 # What the trained weights are and begin from: another value makes another run. All others may change on the way.
 FIXED = (
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),

@@ -24,13 +24,16 @@ from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import Decoder
 from torch import Tensor, nn
 
-from ...lora_io.file import fingerprint
+from ...lora_io.file import fingerprint, load_names
 from .about import project
+from .patches import require_kept
 from .rebound import Rebinder
 
 TINY_DECODERS = "vae_approx"  # a model folder
 # What Load Diffusion Model may have a file stored as, as ModelSource.weight_dtype says it.
 WEIGHT_DTYPES = ("", "torch.float8_e4m3fn", "torch.float8_e4m3fn+fast", "torch.float8_e5m2")
+SAFETENSORS = (".safetensors", ".sft")
+LONGEST_METADATA = 1 << 16  # characters that are searched
 PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
 
 
@@ -126,23 +129,20 @@ class ModelSource:
 
 
 def require_trainable(model: Any) -> None:
-    """ValueError names what a MODEL carries that a private copy cannot keep."""
-    kind = type(model).__name__
+    """ValueError names what keeps a MODEL from being copied, or what a copy would lose."""
     if model.cached_patcher_init is None:
         raise ValueError(
-            f"model: a {kind} that cannot be loaded a second time (its loader keeps no file). Use Load "
+            f"model: a {type(model).__name__} that cannot be loaded a second time (its loader keeps no file). Use Load "
             "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
         )
-    if model.injections or model.hook_patches:
-        raise ValueError(
-            f"model: a {kind} with bypass LoRAs or hooks. Use ordinary LoRA loaders before a train node"
-        )
-    inside = [key for key in model.object_patches if key.startswith("diffusion_model")]
-    if inside or model.weight_wrapper_patches:
-        raise ValueError(
-            f"model: a {kind} patched inside ({', '.join(inside[:3]) or 'weight wrappers'}), for example by a "
-            "compile or attention node. Connect the model before those nodes to the train node"
-        )
+    require_kept(model, PARTS)
+
+
+def file_of(model: Any) -> tuple[Path, str]:
+    """The file that a MODEL came from, and the values of its metadata in one text."""
+    path = Path(str(model.cached_patcher_init[1][0]))
+    metadata = load_names(path)[1] if path.suffix.lower() in SAFETENSORS else {}
+    return path, " ".join(metadata.values())[:LONGEST_METADATA]
 
 
 def base_identities(model: Any) -> frozenset[str]:

@@ -1,0 +1,61 @@
+"""Which of Wan's many models a model is: by its class, its shape and what its file says of itself."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+# By core's class of model, and by its `model_type` where a class has several.
+BY_CLASS = {
+    "WAN22": "Wan 2.2 5B (text and image to video)",
+    "WAN21_CausalAR": "a causal Wan 2.1 (self-forcing)",
+    "WAN21_Vace": "Wan VACE",
+    "WAN21_HuMo": "HuMo",
+    "WAN22_Animate": "Wan 2.2 Animate",
+    "WAN22_S2V": "Wan 2.2 S2V (sound to video)",
+    "WAN21_FlowRVS": "FlowRVS",
+    "WAN21_SCAIL": "SCAIL",
+    "WAN21_SCAIL2": "SCAIL 2",
+    "WAN22_WanDancer": "WanDancer",
+    "WAN21_Camera": "Wan Fun Camera",
+}
+IMAGE_CHANNELS = 36  # 16 of the noise, 4 of the mask, 16 of the image
+WIDTH_14B = 5120
+WAN_22 = re.compile(r"wan[\s._-]*v?2[\s._-]?2|a14b|(high|low)[\s._-]*noise", re.IGNORECASE)
+WAN_21 = re.compile(r"wan[\s._-]*v?2[\s._-]?1(?!\d)", re.IGNORECASE)
+PHANTOM = re.compile("phantom", re.IGNORECASE)
+
+
+def kind_of(model: Any) -> str:
+    """What a comfy BaseModel of Wan's family other than plain text-to-video is called."""
+    name, module = type(model).__name__, model.diffusion_model
+    if name != "WAN21":
+        return BY_CLASS.get(name, f"{name} ({type(module).__name__})")
+    if module.model_type == "i2v":
+        return "Wan 2.1 image-to-video"
+    if module.in_dim == IMAGE_CHANNELS:
+        return "Wan 2.2 A14B image-to-video (or Fun Inpaint)"
+    return f"a Wan {module.model_type} model with {module.in_dim} input channels (Fun Control has 48)"
+
+
+def require_wan21(path: Path, metadata: str, width: int, said: str) -> None:
+    """ValueError if the file of a text-to-video model is another than Wan 2.1, which has the same shapes as Phantom and
+    the two experts of Wan 2.2 A14B; `said` is "2.1" where the user knows that a file of no telling name is.
+
+    The file's name is asked first, then its metadata, then the name of its folder. Only the 14B width has experts.
+    """
+    texts = [path.stem, metadata, *([path.parent.name] if width == WIDTH_14B else [])]
+    for text in texts:
+        if PHANTOM.search(text):
+            raise ValueError(f"model: {path.name} is Phantom (subject to video), expected Wan 2.1 text-to-video")
+        if WAN_22.search(text):
+            raise ValueError(
+                f"model: {path.name} is an expert of Wan 2.2 A14B, which is made for high or for low noise alone. "
+                "Training would spend most steps on the other noise; expected Wan 2.1 text-to-video"
+            )
+        if WAN_21.search(text):
+            return
+    if width == WIDTH_14B and said != "2.1":
+        raise ValueError(
+            f"wan_version={said!r}: {path.name} does not say which 14B model it is, and Wan 2.1 has the same shapes as "
+            "the experts of Wan 2.2, which are refused. Set wan_version to 2.1 if you know that it is Wan 2.1"
+        )
