@@ -75,6 +75,9 @@ class Registry:
         asked = [job for job in jobs if same_name(asked_as(job.spec), run_name)]
         return self._last(asked or [job for job in jobs if same_name(job.spec.run_name, run_name)])
 
+    def called(self, name: str) -> Job | None:
+        return self._last(job for job in list(self.jobs.values()) if same_name(job.spec.run_name, name))
+
     def _last(self, jobs: Iterable[Job]) -> Job | None:
         return max(jobs, key=lambda job: job.spec.created, default=None)
 
@@ -128,7 +131,7 @@ class Registry:
         """The job to go on with, or None and a name whose files are nobody's: `run_name`, perhaps with a number."""
         name, number = run_name, 1
         while True:
-            earlier = self._last(job for job in self.jobs.values() if same_name(job.spec.run_name, name))
+            earlier = self.called(name)
             if earlier is None:
                 if not any(Path(folder).exists() for folder in output_folders(name).values()):
                     return name, None

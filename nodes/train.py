@@ -10,12 +10,13 @@ from safetensors import safe_open
 
 from ..lora_io.file import sha256
 from ..trainers import backbone_modules, recipes
+from ..trainers.core.checkpoint import Identity
 from ..trainers.core.config import TrainConfig, check, make
 from ..trainers.core.data import PhaseData, TrainingData, column_path
 from ..trainers.core.host import carried, device, require_trainable, resolve_precision
 from ..trainers.core.recipe import Recipe
 from ..trainers.core.sampling import PROMPTS, Samples
-from .jobs import registry
+from .jobs import asked_as, registry, same_name
 from .widgets import (
     NO_FILE,
     TrainingDataType,
@@ -71,9 +72,10 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             What arrives by wire is None here, and checked by `execute`. The one error is raised and not returned,
             because ComfyUI repeats a returned one for each input.
             """
-            if run_name is not None:
-                require_name("run_name", run_name)
-            check_options(recipe.Config, values)
+            name = None if run_name is None else require_name("run_name", run_name)
+            config = check_options(recipe.Config, values)
+            if name and config:
+                check_earlier(name, recipe.name, config)
             return True
 
         @classmethod
@@ -148,8 +150,8 @@ def file_options(config_class: type) -> dict[str, str]:
     return {o.name: o.metadata["file_of"] for o in fields(config_class) if o.metadata["file_of"]}
 
 
-def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> None:
-    """ValueError if widget values do not fit, each alone and together; of options that are None nothing is known."""
+def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> TrainConfig | None:
+    """The config, or None if it is not known, because a value is None. ValueError for values that do not fit."""
     options = {option.name: option for option in fields(config_class)}
     given = {name: value for name, value in values.items() if name in options}
     known = {name: value for name, value in given.items() if value is not None}
@@ -157,8 +159,18 @@ def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> No
         check(options[name], value)
     for name, folder in file_options(config_class).items():
         known[name] = chosen_path(name, folder, known.get(name, ""))
-    if None not in given.values():
-        make(config_class, known)
+    return None if None in given.values() else make(config_class, known)
+
+
+def check_earlier(name: str, recipe: str, config: TrainConfig) -> None:
+    """ValueError if the options alone show that the unfinished run of this name cannot go on with them."""
+    earlier = registry().called(name)
+    if earlier is None or earlier.status == "finished" or not same_name(asked_as(earlier.spec), name):
+        return
+    if earlier.resumable or not earlier.ended.is_set():
+        known = earlier.spec.identity
+        Identity.of(recipe, known.base_model, known.data, config, known.files).require_same(known, name)
+        earlier.require_reachable(config)
 
 
 def chosen_path(option: str, folder: str, name: str) -> str:

@@ -1,6 +1,8 @@
 """What ComfyUI's own check of a prompt says of our nodes before it is queued, and when their results are made anew."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ from comfy_api.latest import io
 from kinoloom.nodes import control, data, jobs, motion, samples, svd_data, tracklets, train
 from kinoloom.nodes.widgets import require_name
 from kinoloom.trainers import recipes
+from kinoloom.trainers.core.job import Job
 
 import nodes
+
+from .runs import Published, finish, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 TRACKLETS = "KinoloomTrainSvdTracklets"
@@ -44,7 +49,8 @@ class Output(io.ComfyNode):
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jobs, "_registry", jobs.Registry(tmp_path / "jobs"))
     for node in (Anything, Output, *(node for module in MODULES for node in module.NODES)):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
 
@@ -216,7 +222,6 @@ def test_a_file_that_is_replaced_is_loaded_again(
 ) -> None:
     monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(jobs, "_registry", jobs.Registry(tmp_path / "jobs"))
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
     one.write_bytes(b"1")
     other.write_bytes(b"1")
@@ -268,3 +273,35 @@ def test_tracklets_by_wire_are_files_of_the_input_folder(
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
     with pytest.raises(ValueError, match="Invalid file path|file="):
         tracklets.LoadTracklets.execute(file, 64, 64, 24.0, 0.0)
+
+
+@pytest.fixture
+def stopped(inputs: Callable, tmp_path: Path) -> Job:
+    """A run called "dance", stopped after 3 of 9 steps."""
+    job = make_job(tmp_path, *inputs(WAN), make_config(WAN, steps=9, rank=4), WAN)
+    job.spec = replace(job.spec, run_name="dance")
+    job.publish = Published().at(3, Job.stop)
+    finish(job, inputs(WAN)[0], "stopped")
+    jobs.registry().jobs[job.spec.id] = job
+    return job
+
+
+@pytest.mark.parametrize(
+    ("node_id", "changed", "expected"),
+    [
+        (WAN, {"rank": 8}, "run 'dance' cannot be resumed: changed since it was started: rank (was 4, now 8)"),
+        (SNS, {}, "run 'dance' cannot be resumed: changed since it was started: training method"),
+        (WAN, {"steps": 2}, "steps=2"),
+    ],
+)
+def test_a_run_that_cannot_go_on_with_the_options_is_refused_before_anything_is_encoded(
+    stopped: Job, node_id: str, changed: dict[str, Any], expected: str
+) -> None:
+    same = {name: stopped.config.__dict__[name] for name in ("seed", "rank", "steps", "save_precision")}
+    for name in ("dance", " Dance "):
+        assert errors(WAN, run_name=name, **same) == []
+        own = {**same, **changed} if node_id == WAN else changed
+        (error,) = errors(node_id, run_name=name, **own)
+        assert expected.casefold() in error.casefold()
+        assert errors(node_id, run_name="dance-2", **own) == [], "another run"
+    assert errors(WAN, run_name="dance", **{**same, "learning_rate": 1e-5, "steps": 20}) == [], "may change on the way"

@@ -72,7 +72,7 @@ function jobOf(node, jobs) {
         const source = node.getInputNode(0);
         return (source && showsJob(source) && jobOf(source, jobs)) || said;
     }
-    const folded = (text) => text.trim().toLowerCase();
+    const folded = (text = "") => text.trim().toLowerCase();
     const name = folded(node.widgets.find((widget) => widget.name === "run_name")?.value ?? "");
     const asked = (job) => folded(job.asked_as) === name;
     const called = (job) => folded(job.run_name) === name;
