@@ -1,27 +1,24 @@
 """Nodes that make training data."""
 
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import comfy.samplers
 import folder_paths
 from comfy_api.latest import InputImpl, io
-from server import PromptServer
 
 from ..trainers.core.config import check
 from ..trainers.core.data import Row, TrainingData
 from . import captions, videos
 from .columns import frame_step
-from .encode import ROLES, Clip, Options, check_role, encode, plan
-from .folder import Reading, listing, plan_folder, resolve_folder
+from .encode import ROLES, Clip, ClipPlan, Options, check_role, encode, plan
+from .folder import listing, plan_folder, resolve_folder
 from .framing import check_length
-from .priors import PriorOptions, Sampler, add_priors, read_prompts
+from .lists import by_place, for_each, listed, only, only_each
+from .priors import PriorClips
 from .sources import Source, from_tensor
 from .widgets import UNCONNECTED, TrainingDataType, require_one, widget
-
-LIKE_GENERATION = "Use what you use for generation."
 
 
 def vae_and_text_encoder() -> list[io.Input]:
@@ -54,14 +51,17 @@ class EncodeClips(io.ComfyNode):
             node_id="KinoloomEncodeClips",
             display_name="Encode Training Clips",
             category="Kinoloom/data",
-            description="Encodes one clip and its captions for training. What was encoded before is taken from disk.",
+            description="Encodes a clip, or a list of clips and photos, with captions for training. What was encoded "
+            "before is taken from disk.",
+            is_input_list=True,
             search_aliases=["dataset", "video lora", "training data"],
             inputs=[
                 *vae_and_text_encoder(),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The frames of the clip, or one photo. Connect either this or video.",
+                    tooltip="The frames of the clip, or one photo. A list, such as Load Image-Text (from Folder) "
+                    "gives, holds a clip or photo in each item. Connect either this or video.",
                 ),
                 io.Video.Input(
                     "video",
@@ -79,7 +79,7 @@ class EncodeClips(io.ComfyNode):
                     multiline=True,
                     tooltip="What is seen: subject and surroundings. For "
                     "Set-and-Sequence describe the appearance here, with [v] before the subject. Read literally: "
-                    "(word:1.2) weighs nothing.",
+                    "(word:1.2) weighs nothing. A list holds one for each clip.",
                 ),
                 io.String.Input(
                     "motion_caption",
@@ -102,27 +102,47 @@ class EncodeClips(io.ComfyNode):
         cls,
         vae: Any,
         clip: Any,
-        caption: str,
-        source_fps: float,
+        caption: Any,
+        source_fps: Any,
         images: Any = None,
         video: Any = None,
         masks: Any = None,
-        motion_caption: str = "",
+        motion_caption: Any = "",
         **options: Any,
     ) -> io.NodeOutput:
-        chosen = Options(**options)
-        check_length(chosen.frames_per_clip, frame_step(vae))
-        require_one(images, video, None)
-        source = video_source(video) if images is None else from_tensor("images", images, source_fps)
-        mask = None if masks is None else from_tensor("masks", masks, source.fps)
-        try:
-            written = captions.resolve(
-                caption, "", motion_caption, photo=source.photo, with_frames=chosen.single_frames > 0
-            )
-            planned = plan(Clip(source, written, mask), chosen, frame_step(vae))
-        except ValueError as error:
-            raise ValueError(f"{source.name}: {error}") from error
-        return io.NodeOutput(encode([planned], "train", chosen, vae, clip))
+        vae, clip, chosen = only("vae", vae), only("clip", clip), Options(**only_each(options))
+        step = frame_step(vae)
+        check_length(chosen.frames_per_clip, step)
+        sources = clip_sources(images, video, only("source_fps", source_fps))
+        texts = (by_place(*given, len(sources)) for given in (("caption", caption), ("motion_caption", motion_caption)))
+        clips = list(zip(sources, *texts, by_place("masks", masks, len(sources)), strict=True))
+
+        def planned(given: tuple[Source, str, str, Any]) -> ClipPlan:
+            source, still, moving, masked = given
+            mask = None if masked is None else from_tensor("masks", masked, source.fps)
+            with_frames = chosen.single_frames > 0
+            written = captions.resolve(still, "", moving, photo=source.photo, with_frames=with_frames)
+            return plan(Clip(source, written, mask), chosen, step)
+
+        plans = for_each(planned, clips, lambda given: given[0].name)
+        return io.NodeOutput(encode(plans, "train", chosen, vae, clip))
+
+
+def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
+    """The clips and photos of one of these inputs; those of a list are numbered."""
+    require_one(images, video, None)
+    name, given = ("images", listed(images)) if video is None else ("video", listed(video))
+    if not given:
+        raise ValueError(f"{name}: the list is empty, expected one clip or more")
+    places = list(enumerate(given, 1))
+    found = for_each(
+        lambda place: from_tensor(name, place[1], fps) if video is None else video_source(place[1]),
+        places,
+        lambda place: name if len(given) == 1 else f"{name} #{place[0]}",
+    )
+    if len(found) == 1:
+        return found
+    return [replace(source, name=f"{source.name} #{number}") for number, source in enumerate(found, 1)]
 
 
 def video_source(video: Any) -> Source:
@@ -160,24 +180,6 @@ def check_folder_options(role: str | None, hold_out: int | None) -> bool:
     return True
 
 
-def alpha_as_mask() -> io.Input:
-    return io.Boolean.Input(
-        "alpha_as_mask",
-        default=False,
-        advanced=True,
-        tooltip="Take the transparency of photos and frames as their mask: only what is opaque counts. A mask file "
-        "goes first. Transparent parts are shown white in either case.",
-    )
-
-
-def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
-    """The data, with lines that are shown on the node."""
-    text = "\n".join(lines)
-    if node.hidden:  # in a prompt
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-    return io.NodeOutput(data, ui={"text": (text,)})
-
-
 class ClipsFromFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -193,10 +195,8 @@ class ClipsFromFolder(io.ComfyNode):
                 *vae_and_text_encoder(),
                 *folder_and_role(),
                 *clip_widgets("folders of frames"),
-                alpha_as_mask(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -212,83 +212,12 @@ class ClipsFromFolder(io.ComfyNode):
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
     @classmethod
-    def execute(
-        cls,
-        vae: Any,
-        clip: Any,
-        folder: str,
-        role: str,
-        source_fps: float,
-        alpha_as_mask: bool = False,
-        **options: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, vae: Any, clip: Any, folder: str, role: str, source_fps: float, **options: Any) -> io.NodeOutput:
         chosen = Options(**options)
         check_length(chosen.frames_per_clip, frame_step(vae))
         root = Path(folder_paths.get_input_directory())
-        reading = Reading(source_fps, alpha_as_mask=alpha_as_mask)
-        plans, notes = plan_folder(root, folder, reading, chosen, frame_step(vae))
-        data = encode(plans, role, chosen, vae, clip)
-        return output(cls, data, notes) if notes else io.NodeOutput(data)
-
-
-class PriorClips(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        options = [(option.metadata["advanced"], widget(option)) for option in fields(PriorOptions)]
-        return io.Schema(
-            node_id="KinoloomPriorClips",
-            display_name="Generate Prior Clips",
-            category="Kinoloom/data",
-            description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training "
-            "on them as well keeps the model from forgetting other subjects. Made only once.",
-            search_aliases=["regularization", "prior preservation", "class images"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will be trained, without LoRAs, with your shift."),
-                io.Clip.Input("clip", tooltip="Its text encoder."),
-                io.Vae.Input("vae", tooltip="Its VAE."),
-                TrainingDataType.Input("data", tooltip="The encoded clips, which say size and length."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    tooltip="One prompt per line: appearance, then motion, such "
-                    "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
-                    "kind, without [v] and [u]; about 16 lines. (word:1.2) weighs a word, as in CLIP Text Encode.",
-                ),
-                io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt. " + LIKE_GENERATION),
-                *(made for advanced, made in options if not advanced),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="uni_pc", tooltip=LIKE_GENERATION
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple", tooltip=LIKE_GENERATION
-                ),
-                *(made for advanced, made in options if advanced),
-            ],
-            outputs=[TrainingDataType.Output(display_name="data", tooltip="The data and the prior clips.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, prompts: str | None = None) -> bool:
-        if prompts is not None:  # does not arrive by wire
-            read_prompts(prompts)
-        return True
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        clip: Any,
-        vae: Any,
-        data: TrainingData,
-        prompts: str,
-        negative: str,
-        sampler_name: str,
-        scheduler: str,
-        **options: Any,
-    ) -> io.NodeOutput:
-        chosen = PriorOptions(**options)
-        sampler = Sampler(model, clip, sampler_name, scheduler, negative, chosen.steps, chosen.cfg)
-        return io.NodeOutput(add_priors(data, sampler, vae, read_prompts(prompts), chosen))
+        plans = plan_folder(root, folder, source_fps, chosen, frame_step(vae))
+        return io.NodeOutput(encode(plans, role, chosen, vae, clip))
 
 
 class CombineData(io.ComfyNode):

@@ -1,7 +1,6 @@
 """The job registry (the pack's only module-level state) and its websocket events."""
 
 import atexit
-import json
 import logging
 import shutil
 import threading
@@ -23,8 +22,9 @@ from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models
 from ..trainers.core.job import Job
 from ..trainers.core.line import Line
-from ..trainers.core.record import Spec
+from ..trainers.core.record import Spec, read_record
 from ..trainers.core.sampling import Samples
+from ..trainers.core.unreadable import Unreadable
 from .motion import MOTION_LORAS
 from .widgets import TRACKLET_CONTROL, output_folder, require_name
 
@@ -46,20 +46,27 @@ class Registry:
         self.folder = folder
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
+        self.unreadable: dict[str, Unreadable] = {}
         self.voided: list[Spec] = []  # of runs that were deleted, or started without their nodes
         self.waiters = 0  # nodes in the queue that wait for a run
         self.line = Line()
         self.room_wanted = threading.Event()
         for path in sorted(folder.glob("*/job.json")):
-            try:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                job = self._job(Spec.from_json(kept["spec"]))
-                job.restore(kept)
-                self.jobs[job.spec.id] = job
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                logging.warning("Kinoloom: %s is of another version or damaged, and not listed (%r)", path, error)
+            self._read(path.parent)
+
+    def _read(self, folder: Path) -> None:
+        try:
+            kept = read_record(folder)
+            job = self._job(kept.spec)
+            job.restore(kept)
+            self.jobs[folder.name] = job
+        except (ValueError, OSError) as error:
+            logging.warning("Kinoloom: run %s cannot be read: %s", folder, error)
+            self.unreadable[folder.name] = Unreadable(folder, str(error))
 
     def _job(self, spec: Spec) -> Job:
+        if spec.recipe not in recipes():
+            raise ValueError(f"training method {spec.recipe[:60]!r}: unknown")
         recipe = recipes()[spec.recipe]
         backbone = backbone_modules()[recipe.backbone]
         return Job(self.folder / spec.id, spec, recipe, backbone, publish, self.busy, self.line, self.make_room)
@@ -68,6 +75,13 @@ class Registry:
         if job_id not in self.jobs:
             raise ValueError(f"training job {job_id!r}: not found")
         return self.jobs[job_id]
+
+    def find(self, job_id: str) -> Job | Unreadable | None:
+        return self.jobs.get(job_id) or self.unreadable.get(job_id)
+
+    def newest_first(self) -> list[Job | Unreadable]:
+        found = [*self.jobs.copy().values(), *self.unreadable.copy().values()]
+        return sorted(found, key=lambda job: -(job.created if isinstance(job, Unreadable) else job.spec.created))
 
     def newest(self, run_name: str) -> Job | None:
         """The last job that was asked for as `run_name`, which may have been given a number, or is called so."""
@@ -180,18 +194,21 @@ class Registry:
         except ValueError as error:
             raise ValueError(f"run {job.spec.run_name!r} is {job.status}: {error}") from error
 
-    def delete(self, job: Job) -> None:
+    def delete(self, job: Job | Unreadable) -> None:
         """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
         with self.lock:
             if not job.is_over:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before it is deleted")
-            if self.jobs.get(job.spec.id) is not job:
+            if self.find(job.folder.name) is not job:
                 return
-            if job.folder.exists():
+            if job.folder.is_symlink():
+                job.folder.unlink()
+            elif job.folder.exists():
                 shutil.rmtree(job.folder)
-            del self.jobs[job.spec.id]
-            self.voided.append(job.spec)
-        announce({"job": {"id": job.spec.id}, "event": "deleted"})
+            if self.unreadable.pop(job.folder.name, None) is None:
+                del self.jobs[job.folder.name]
+                self.voided.append(job.spec)
+        announce({"job": {"id": job.folder.name}, "event": "deleted"})
 
     def times_voided(self, run_name: str) -> int:
         """How often what the nodes of a run of this name gave became void, since the server started."""

@@ -182,7 +182,7 @@ def require_windows(length: int, overlap: int) -> None:
     if not 2 <= length <= LONGEST:
         raise ValueError(f"context_length={length}: expected 2..{LONGEST}")
     if not 0 <= overlap < length:
-        raise ValueError(f"context_overlap={overlap}: expected 0 or more and less than context_length={length}")
+        raise ValueError(f"context_overlap={overlap}: expected less than context_length={length}, from 0 on")
 
 
 def sampling_with(motion: MotionModules) -> Callable:

@@ -13,6 +13,7 @@ from aiohttp import web
 from ..trainers.core.job import Job, loader_name
 from ..trainers.core.report import POLICY
 from ..trainers.core.runlog import last_lines
+from ..trainers.core.unreadable import Unreadable
 from .generation import generation
 from .jobs import registry
 from .motion import MOTION_LORAS
@@ -33,14 +34,14 @@ def add_routes(routes: web.RouteTableDef) -> None:
     async def list_jobs(request: web.Request) -> web.Response:
         offset = number(request, "offset", 0, 0, LARGEST_NUMBER)
         limit = number(request, "limit", PAGE, 1, LARGEST_PAGE)
-        jobs = sorted(registry().jobs.copy().values(), key=lambda job: -job.spec.created)
+        jobs = registry().newest_first()
         page = [job.summary() for job in jobs[offset : offset + limit]]
         return web.json_response({"jobs": page, "total": len(jobs)})
 
     @routes.get("/kinoloom/jobs/{id}")
     async def show_job(request: web.Request) -> web.Response:
         after = number(request, "after", 0, 0, LARGEST_NUMBER)
-        return await answer(lambda job: details(job, after), find(request))
+        return await answer(lambda job: details(job, after), find_any(request))
 
     @routes.get("/kinoloom/jobs/{id}/files")
     async def list_files(request: web.Request) -> web.Response:
@@ -55,7 +56,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
     @routes.get("/kinoloom/jobs/{id}/log")
     async def show_log(request: web.Request) -> web.Response:
-        return await answer(lambda job: {"lines": last_lines(job.log_path, LOG_LINES)}, find(request))
+        return await answer(lambda job: {"lines": last_lines(job.log_path, LOG_LINES)}, find_any(request))
 
     @routes.get("/kinoloom/jobs/{id}/report.html")
     async def show_report(request: web.Request) -> web.Response:
@@ -95,14 +96,15 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
     @routes.post("/kinoloom/jobs/{id}/delete")
     async def delete(request: web.Request) -> web.Response:
-        return await change(request, registry().delete)
+        return await change(request, registry().delete, find_any)
 
 
-def details(job: Job, after: int) -> dict[str, Any]:
+def details(job: Job | Unreadable, after: int) -> dict[str, Any]:
     epoch = job.epoch  # before the history: a cut in between is then noticed
     history = job.history[after:]
     place = {"history": history, "next": after + len(history), "epoch": epoch}
-    return {**job.summary(), "config": job.spec.config, **place}
+    config = {} if isinstance(job, Unreadable) else job.spec.config
+    return {**job.summary(), "config": config, **place}
 
 
 def files(job: Job) -> dict[str, Any]:
@@ -125,19 +127,26 @@ def sample_path(job: Job, name: str) -> Path:
 
 
 def find(request: web.Request) -> Job:
-    job = registry().jobs.get(request.match_info["id"])
+    job = find_any(request)
+    if isinstance(job, Unreadable):
+        raise refusal(web.HTTPConflict, job.summary()["error"])
+    return job
+
+
+def find_any(request: web.Request) -> Job | Unreadable:
+    job = registry().find(request.match_info["id"])
     if job is None:
         raise refusal(web.HTTPNotFound, "unknown job")
     return job
 
 
-async def answer(make: Callable[[Job], Any], job: Job) -> web.Response:
+async def answer(make: Callable[[Any], Any], job: Job | Unreadable) -> web.Response:
     """What may read files or be long is made beside the server's loop."""
     text = await asyncio.to_thread(lambda: json.dumps(make(job)))
     return web.json_response(text=text)
 
 
-async def change(request: web.Request, act: Callable[[Job], None]) -> web.Response:
+async def change(request: web.Request, act: Callable[[Any], None], find: Callable = find) -> web.Response:
     require_own_page(request)
     job = find(request)
     await read_object(request)

@@ -15,6 +15,7 @@ from ..trainers.core.tracklets import Tracklets, to_tensors
 from . import identity, sources
 from .columns import Columns, data_folder, encode_pixels
 from .framing import bucket, fit
+from .lists import joined, listed, only, only_each
 from .svd_data import encoders
 from .svd_encode import LARGEST_BUCKET
 from .train import knobs
@@ -137,6 +138,7 @@ class SamplePrompts(io.ComfyNode):
             category="Kinoloom/training",
             description="Prompts of which a run makes small videos while it trains, for Wan and AnimateDiff. Connect "
             "it to samples of a Train node. What is learned stays the same to the bit.",
+            is_input_list=True,
             search_aliases=["preview", "validation prompts"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model that is trained."),
@@ -154,14 +156,15 @@ class SamplePrompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompts: str | None = None) -> bool:
-        if prompts is not None:  # does not arrive by wire
-            read_prompts(prompts)
+    def validate_inputs(cls, prompts: Any = None) -> bool:
+        if None not in listed(prompts):  # does not arrive by wire
+            read_prompts(joined(prompts))
         return True
 
     @classmethod
-    def execute(cls, clip: Any, prompts: str, negative: str, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(sample_prompts(clip, prompts, negative, PromptOptions(**options)))
+    def execute(cls, clip: Any, prompts: Any, negative: Any, **options: Any) -> io.NodeOutput:
+        chosen = PromptOptions(**only_each(options))
+        return io.NodeOutput(sample_prompts(only("clip", clip), joined(prompts), only("negative", negative), chosen))
 
 
 class SampleFirstFrames(io.ComfyNode):
@@ -173,6 +176,7 @@ class SampleFirstFrames(io.ComfyNode):
             category="Kinoloom/training",
             description="First frames of which a run makes small videos while it trains Stable Video Diffusion. "
             "Connect it to samples of a Train node. What is learned stays the same to the bit.",
+            is_input_list=True,
             search_aliases=["preview", "validation images"],
             inputs=[
                 *encoders(),
@@ -189,9 +193,19 @@ class SampleFirstFrames(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, clip_vision: Any, images: Tensor, tracklets: Tracklets | None = None, **options: Any
+        cls, vae: Any, clip_vision: Any, images: Any, tracklets: Any = None, **options: Any
     ) -> io.NodeOutput:
-        return io.NodeOutput(sample_first_frames(vae, clip_vision, images, tracklets, FirstFrameOptions(**options)))
+        made_with = only_each({"vae": vae, "clip_vision": clip_vision, "tracklets": tracklets})
+        chosen = FirstFrameOptions(**only_each(options))
+        return io.NodeOutput(sample_first_frames(images=one_batch(listed(images)), options=chosen, **made_with))
+
+
+def one_batch(images: list[Tensor]) -> Tensor:
+    """The images of a list as a batch; all samples of a run are of one size."""
+    sizes = dict.fromkeys(f"{image.shape[2]}x{image.shape[1]}" for image in images)
+    if len(sizes) != 1:
+        raise ValueError(f"images: found the sizes {', '.join(sizes) or 'of none'}, expected one size for all")
+    return torch.cat(images)
 
 
 NODES = [SamplePrompts, SampleFirstFrames]

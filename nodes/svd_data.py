@@ -7,13 +7,16 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..trainers.backbones.svd import SIDE
+from ..trainers.core.data import TrainingData
 from ..trainers.core.tracklets import Tracklets
-from .data import ClipsFromFolder, alpha_as_mask, check_folder_options, folder_and_role, output, video_source
+from .data import ClipsFromFolder, check_folder_options, clip_sources, folder_and_role
 from .encode import Clip, plan
-from .folder import Reading, plan_folder, resolve_folder
-from .sources import Source, from_tensor
+from .folder import plan_folder, resolve_folder
+from .lists import by_place, for_each, only, only_each
+from .sources import Source
 from .svd_encode import LARGEST_BUCKET, SvdOptions, encode
 from .tracklets import load as load_tracklets
 from .widgets import UNCONNECTED, TrackletsType, TrainingDataType, require_one, widget
@@ -65,6 +68,13 @@ def encoders() -> list[io.Input]:
     ]
 
 
+def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
+    text = "\n".join(lines)
+    if node.hidden:  # in a prompt
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(data, ui={"text": (text,)})
+
+
 class EncodeSvdClips(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,8 +82,9 @@ class EncodeSvdClips(io.ComfyNode):
             node_id="KinoloomEncodeSvdClips",
             display_name="Encode Training Clips (SVD)",
             category="Kinoloom/data",
-            description="Encodes one clip for training Stable Video Diffusion. What was encoded before is taken from "
-            "disk.",
+            description="Encodes a clip, or a list of clips, for training Stable Video Diffusion. What was encoded "
+            "before is taken from disk.",
+            is_input_list=True,
             search_aliases=["dataset", "image to video training data", "stable video diffusion"],
             inputs=[
                 *encoders(),
@@ -105,22 +116,21 @@ class EncodeSvdClips(io.ComfyNode):
         cls,
         vae: Any,
         clip_vision: Any,
-        motion_bucket: int,
-        source_fps: float,
+        motion_bucket: Any,
+        source_fps: Any,
         images: Any = None,
         video: Any = None,
-        tracklets: Tracklets | None = None,
+        tracklets: Any = None,
         **options: Any,
     ) -> io.NodeOutput:
-        chosen = SvdOptions(**options)
-        require_one(images, video, None)
-        source = video_source(video) if images is None else from_tensor("images", images, source_fps)
-        try:
-            planned = plan(Clip(source, None), chosen, 1, SIDE)
-        except ValueError as error:
-            raise ValueError(f"{source.name}: {error}") from error
-        tracked = {source.name: tracklets} if tracklets else {}
-        return output(cls, *encode([planned], "train", chosen, motion_bucket, vae, clip_vision, tracked))
+        chosen = SvdOptions(**only_each(options))
+        sources = clip_sources(images, video, only("source_fps", source_fps))
+        plans = for_each(lambda source: plan(Clip(source, None), chosen, 1, SIDE), sources, lambda source: source.name)
+        boxes = [] if tracklets is None else by_place("tracklets", tracklets, len(sources), shared=False)
+        tracked = {source.name: drawn for source, drawn in zip(sources, boxes, strict=False)}
+        encoders = only("vae", vae), only("clip_vision", clip_vision)
+        bucket = only("motion_bucket", motion_bucket)
+        return output(cls, *encode(plans, "train", chosen, bucket, *encoders, tracked))
 
 
 class SvdClipsFromFolder(io.ComfyNode):
@@ -138,7 +148,6 @@ class SvdClipsFromFolder(io.ComfyNode):
                 *encoders(),
                 *folder_and_role(),
                 *inputs(),
-                alpha_as_mask(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
             hidden=[io.Hidden.unique_id],
@@ -154,23 +163,13 @@ class SvdClipsFromFolder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        vae: Any,
-        clip_vision: Any,
-        folder: str,
-        role: str,
-        motion_bucket: int,
-        source_fps: float,
-        alpha_as_mask: bool = False,
-        **options: Any,
+        cls, vae: Any, clip_vision: Any, folder: str, role: str, motion_bucket: int, source_fps: float, **options: Any
     ) -> io.NodeOutput:
         chosen = SvdOptions(**options)
         root = Path(folder_paths.get_input_directory())
-        reading = Reading(source_fps, captioned=False, alpha_as_mask=alpha_as_mask)
-        plans, notes = plan_folder(root, folder, reading, chosen, 1, SIDE)
+        plans = plan_folder(root, folder, source_fps, chosen, 1, side=SIDE, captioned=False)
         tracked = read_tracklets(resolve_folder(root, folder), [planned.clip.source for planned in plans])
-        data, lines = encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked)
-        return output(cls, data, notes + lines)
+        return output(cls, *encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked))
 
 
 NODES = [EncodeSvdClips, SvdClipsFromFolder]

@@ -1,6 +1,5 @@
 """Training runs without nodes: synthetic columns on disk, and jobs on them with every recipe at its smallest."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kinoloom.trainers.core.host import ModelSource
 from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
-from kinoloom.trainers.core.record import Spec
+from kinoloom.trainers.core.record import Spec, read_record
 from kinoloom.trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
 from torch import Tensor
 from toyworld.pack import unet, video_unet
@@ -200,7 +199,7 @@ def make_job(
     """A job in folder/job whose files go to folder/out; one that a folder already holds is taken up as after a restart."""
     kept = folder / "job" / "job.json"
     if kept.is_file():
-        spec = Spec.from_json(json.loads(kept.read_text())["spec"])
+        spec = read_record(kept.parent).spec
     else:
         source = ModelSource.of(model)
         spec = Spec(
@@ -227,7 +226,7 @@ def make_job(
         make_room=lambda: None,
     )
     if kept.is_file():
-        job.restore(json.loads(kept.read_text()))
+        job.restore(read_record(kept.parent))
     return job
 
 

@@ -22,6 +22,7 @@ from kinoloom.nodes import samples as samples_nodes
 from kinoloom.nodes.columns import Columns, encode_pixels
 from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
+from kinoloom.trainers.core.plain import read
 from kinoloom.trainers.core.sampling import Samples
 
 from .encoders import load_wan, own_folders
@@ -571,7 +572,7 @@ def test_sample_prompts_are_encoded_as_captions_are_and_survive_a_restart(clip: 
     node = samples_nodes.SamplePrompts
     (samples,) = node.execute(clip, "a man\n\n  a [v] dog runs \n", "blurry", **SAMPLED).result
     assert samples.names == ("a man", "a [v] dog runs") and samples.sample_every == 3
-    assert Samples.from_json(json.loads(json.dumps(asdict(samples)))) == samples
+    assert read(Samples, json.loads(json.dumps(asdict(samples))), "samples") == samples
     positive, negative = replace(samples, shape=(16, 2, 4, 4)).conditions(1)
     for batch, text in ((positive, "a [v] dog runs"), (negative, "blurry")):
         encoded, length = clip.encode_from_tokens(clip.tokenize(text)), batch["prompt_embeds"].shape[1]

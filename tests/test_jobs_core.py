@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -355,11 +355,12 @@ for name, root in job["packages"].items():
     sys.modules[name] = importlib.util.module_from_spec(spec)
 from pathlib import Path
 from kinoloom.trainers.core.data import TrainingData
+from kinoloom.trainers.core.plain import read
 from tests import runs
 from kinoloom.trainers import recipes
 for name, done in job["runs"].items():
     backbone = recipes()[name].backbone
-    model, data = runs.load_tiny(Path(job["models"]), backbone), TrainingData.from_json(job["data"][backbone])
+    model, data = runs.load_tiny(Path(job["models"]), backbone), read(TrainingData, job["data"][backbone], "data")
     reached = threading.Event()
     def hold(job, reached=reached):
         reached.set()
@@ -381,7 +382,7 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         "options": [] if torch.cuda.is_available() else ["--cpu"],
         "packages": {"kinoloom": str(Path(__file__).parents[1]), "tests": str(Path(__file__).parent)},
         "models": str(tiny_models),
-        "data": {recipes()[name].backbone: inputs(name)[1].to_json() for name in RECIPES},
+        "data": {recipes()[name].backbone: asdict(inputs(name)[1]) for name in RECIPES},
         "runs": kills,
     }
     child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(told)], capture_output=True, text=True, timeout=600)

@@ -1,6 +1,7 @@
 """What ComfyUI's own check of a prompt says of our nodes before it is queued, and when their results are made anew."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,7 @@ BOX = '{"width": 64, "height": 64, "frames": 4, "tracklets": [{"id": 0, "keyfram
         ("KinoloomPriorClips", {"prompts": " \n"}, "prompts is empty"),
         ("KinoloomSamplePrompts", {"prompts": "\n"}, "prompts: found 0, expected 1..16"),
         ("KinoloomSamplePrompts", {"prompts": "a\n" * 17}, "prompts: found 17, expected 1..16"),
-        ("KinoloomApplyMotionModule", {"context_length": 8, "context_overlap": 8}, "context_overlap=8: expected 0 or more"),
+        ("KinoloomApplyMotionModule", {"context_length": 8, "context_overlap": 8}, "context_overlap=8: expected less than context_length=8"),
         ("KinoloomApplyMotionModule", {"context_length": 1}, "context_length=1: expected 2..128"),
         ("KinoloomMergeMotionLoras", {"name": "LPT9.v2", "lora_1": ["any", 0]}, "name='LPT9.v2': expected another name"),
         ("KinoloomLoadTrackletControl", {"file": "none"}, "file='none': expected a control of the list"),
@@ -305,3 +306,15 @@ def test_a_run_that_cannot_go_on_with_the_options_is_refused_before_anything_is_
         assert expected.casefold() in error.casefold()
         assert errors(node_id, run_name="dance-2", **own) == [], "another run"
     assert errors(WAN, run_name="dance", **{**same, "learning_rate": 1e-5, "steps": 20}) == [], "may change on the way"
+
+
+def test_a_chosen_file_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    config, hashes = recipes()[SNS].Config, []
+    for content in (b"1", b"2", b"1"):
+        (tmp_path / "face.safetensors").write_bytes(content)
+        values = {"identity_file": "face.safetensors"}
+        hashes.append(train.resolve_files(config, values)["identity_file"])
+        assert values["identity_file"] == str(tmp_path / "face.safetensors")
+    assert hashes[0] == hashes[2] == hashlib.sha256(b"1").hexdigest() != hashes[1]
+    assert train.resolve_files(config, {"identity_file": "none"}) == {}

@@ -78,7 +78,7 @@ export class JobView {
         this.planned.hidden = !plan;
         this.plan.textContent = plan?.text ?? "";
         fill(this.config, config, () => rows(Object.entries(config ?? {})));
-        this.listFiles(JSON.stringify([job.files, status]));
+        if (status !== "unreadable") this.listFiles(JSON.stringify([job.files, status]));
         if (status !== this.status) this.readLog();
         this.status = status;
     }
@@ -103,10 +103,15 @@ export class JobView {
             made.push(button("Generate", "pi-video", "Open the template that generates with it", generate));
             made.push(button("Copy name", "pi-copy", name, () => this.host.copy(name)));
         }
+        if (job.status === "unreadable") return [this.deletion(job)];
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
         made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
-        if (hasEnded(job)) made.push(button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job)));
+        if (hasEnded(job)) made.push(this.deletion(job));
         return made;
+    }
+
+    deletion(job) {
+        return button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job));
     }
 
     async delete(job) {

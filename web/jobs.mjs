@@ -4,7 +4,7 @@ import { curves } from "./series.mjs";
 
 const PAGE = 100;
 const PAUSE = 150; // milliseconds between two changes, at least
-const ENDED = ["finished", "stopped", "failed", "interrupted"];
+const ENDED = ["finished", "stopped", "failed", "interrupted", "unreadable"];
 
 export const hasEnded = (job) => ENDED.includes(job.status);
 

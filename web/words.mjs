@@ -12,6 +12,7 @@ const ICONS = {
     stopped: "pi-stop-circle",
     failed: "pi-times-circle",
     interrupted: "pi-exclamation-circle",
+    unreadable: "pi-question-circle",
 };
 
 export const icon = (name) => el("i", { className: `pi ${name}`, ariaHidden: "true" });

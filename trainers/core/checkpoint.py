@@ -1,7 +1,8 @@
 """The resumable state of a run, and what must be unchanged for it to be continued exactly."""
 
 import json
-from dataclasses import asdict, dataclass
+import pickle
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -10,6 +11,8 @@ import torch
 
 from ...lora_io.file import atomic_write
 from .config import FIXED, NOT_TRAJECTORY, TrainConfig
+from .plain import Plain, parse, read
+from .versions import VERSION, current
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Identity:
     recipe: str
     base_model: str
     data: str
-    config: dict[str, Any]
+    config: dict[str, Plain]
     files: dict[str, str]
 
     @staticmethod
@@ -78,13 +81,19 @@ class State:
 
 
 def save_state(path: Path, state: State, identity: Identity) -> None:
-    content = {"state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
+    content = {"version": VERSION, "state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
     atomic_write(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_state(path: Path) -> tuple[State, Identity]:
     """Tensors come back on the CPU; loading runs no code from the file. ValueError if the file is damaged."""
-    if not is_zipfile(path):
-        raise ValueError(f"checkpoint {path}: damaged; delete it to start the run again")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return State(**content["state"]), Identity(**json.loads(content["identity"]))
+    try:
+        if not is_zipfile(path):
+            raise EOFError("cut off")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, identity = content["state"], parse(content["identity"], "identity")
+        known = {option.name: state[option.name] for option in fields(State) if option.name in state}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: damaged; delete it to start the run again") from error
+    version = content.get("version", 1)
+    return State(**current("state", known, version)), read(Identity, current("identity", identity, version), "identity")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -48,14 +48,6 @@ class TrainingData:
         """Hash of every row's content and use; equal data on another machine has the same."""
         described = [[row.name, row.split, row.role, sorted(row.columns.items())] for row in self.rows]
         return sha256(json.dumps(described).encode()).hexdigest()
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: dict) -> "TrainingData":
-        rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in value["rows"])
-        return TrainingData(value["folder"], rows)
 
 
 def column_path(folder: str | Path, stem: str, column: str) -> Path:

@@ -1,8 +1,12 @@
-"""What a running job tells the outside: frozen records of plain values, ready for JSON."""
+"""What a running job tells the outside: frozen records of plain values, ready for JSON. A number that JSON cannot hold
+is None there.
+"""
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
+
+from .plain import read
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Step:
     steps: int
     done: int
     total: int
-    losses: dict[str, float]
-    learning_rate: float
-    grad_norm: float
+    losses: dict[str, float | None]
+    learning_rate: float | None
+    grad_norm: float | None
     seconds: float
 
 
@@ -51,7 +55,7 @@ class Validation:
 
     phase: str
     step: int
-    loss: float
+    loss: float | None
     best: bool
     held_out: bool
     seconds: float
@@ -101,11 +105,20 @@ class Failed:
 
 
 Event = Plan | Step | Validation | Sample | SampleFailed | Saved | Finished | Failed
+KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 
 def to_json(event: Event) -> dict:
     """Plain values under the event's lower-case name; numbers that JSON cannot hold become None."""
     return {"event": type(event).__name__.lower(), **_finite(asdict(event))}
+
+
+def from_json(entry: dict[str, Any]) -> Event:
+    """The event that `to_json` made this of. ValueError says what does not fit."""
+    name = entry.get("event")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(KINDS)}")
+    return read(KINDS[name], entry, name)
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ from ...lora_io.file import write_text
 from . import host
 from .advice import Finding, advise, look_at, of_failure
 from .checkpoint import Identity, State, load_state, save_state
-from .config import TrainConfig
+from .config import TrainConfig, make
 from .continuing import describe, require_reachable
 from .data import PhaseData
 from .events import Event, Failed, Finished, Plan, Step, to_json
@@ -59,7 +59,7 @@ class Job(Record):
         self.recipe_class, self.backbone = recipe, backbone
         self.publish, self.busy, self.line = publish, busy, line or Line()
         self.make_room = make_room
-        self.config: TrainConfig = recipe.Config(**spec.config)
+        self.config: TrainConfig = make(recipe.Config, spec.config)
         self.plan: Plan | None = None
         self.note = ""  # what changed, if the run goes on under other options
         self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
@@ -166,7 +166,8 @@ class Job(Record):
         return {
             **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
             **{name: getattr(self, name) for name in own},
-            **{name: getattr(tally, name) for name in ("phase", "losses", "plan", "samples")},
+            **{name: getattr(tally, name) for name in ("phase", "losses", "samples")},
+            "plan": tally.plan and {**vars(tally.plan), "text": str(tally.plan)},
             "title": self.recipe_class.title,
             "asked_as": self.spec.asked_as or self.spec.run_name,
             "in_line": self.in_line,

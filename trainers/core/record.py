@@ -1,23 +1,25 @@
 """A run's folder: what the run is made of, how far it is, what happened."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from ...lora_io.file import write_text
 from .checkpoint import Identity
 from .data import TrainingData
-from .events import Event, to_json
+from .events import Event, from_json, to_json
 from .host import ModelSource
+from .plain import Plain, load_json, parse, read, require_small_file
 from .sampling import Samples
 from .tally import Tally
+from .versions import VERSION, current
 
 ENDED = ("finished", "stopped", "failed", "interrupted")
-KEPT = ("error", "files", "total", "checkpoint", "ended_at", "environment", "advice")
+LATEST = 1e11  # seconds since 1970 that a date is made of
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Spec:
     id: str
     run_name: str
     recipe: str
-    config: dict[str, Any]
+    config: dict[str, Plain]
     data: TrainingData
     source: ModelSource
     identity: Identity
@@ -41,12 +43,39 @@ class Spec:
     samples: Samples | None = None
     asked_as: str = ""
 
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> "Spec":
-        data, source = TrainingData.from_json(value["data"]), ModelSource(**value["source"])
-        samples = Samples.from_json(value["samples"]) if value.get("samples") else None
-        identity = Identity(**value["identity"])
-        return Spec(**{**value, "data": data, "source": source, "identity": identity, "samples": samples})
+
+@dataclass(frozen=True)
+class Kept:
+    """What job.json holds. checkpoint: optimizer steps made before the checkpoint."""
+
+    spec: Spec
+    status: str
+    tally: Tally
+    error: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    total: int = 0
+    checkpoint: int = 0
+    ended_at: float | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    advice: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_record(folder: Path) -> Kept:
+    """The job.json of a run's folder. ValueError or OSError says what is wrong with it."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder.name}: expected a folder, not a link to one")
+    content = load_json(folder / "job.json")
+    kept = read(Kept, current("record", content, content.get("version", 1)), "job.json")
+    spec = kept.spec
+    if spec.id != folder.name:
+        raise ValueError(f"job.json.spec.id={spec.id[:60]!r}: expected the name of its folder, {folder.name!r}")
+    if Path(spec.run_name).name != spec.run_name:
+        raise ValueError(f"job.json.spec.run_name={spec.run_name[:60]!r}: expected the name of a folder")
+    if not all(0 <= moment <= LATEST for moment in (spec.created, kept.ended_at or 0)):
+        raise ValueError(f"job.json: created={spec.created}, ended_at={kept.ended_at}: expected seconds since 1970")
+    if (history := folder / "history.jsonl").exists():
+        require_small_file(history)
+    return kept
 
 
 class Record:
@@ -58,13 +87,8 @@ class Record:
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self.spec = folder, spec
-        self.status, self.error = "created", ""
-        self.files: dict[str, str] = {}
-        self.total, self.ended_at = 0, None
-        self.checkpoint = 0  # optimizer steps made before the checkpoint
-        self.environment: dict[str, str] = {}
-        self.advice: list[dict[str, str]] = []
         self.epoch, self._reading = 0, threading.Lock()
+        self._take(Kept(spec, "created", Tally()))
         self._set_history([])
 
     @property
@@ -92,19 +116,21 @@ class Record:
         return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
 
     def write(self) -> None:
-        kept = {name: getattr(self, name) for name in ("status", *KEPT)}
-        kept |= {"spec": asdict(self.spec), "tally": vars(self.tally)}
-        write_text(self.folder / "job.json", json.dumps(kept))
+        kept = Kept(**{option.name: getattr(self, option.name) for option in fields(Kept)})
+        write_text(self.folder / "job.json", json.dumps({"version": VERSION, **asdict(kept)}))
 
-    def restore(self, kept: dict[str, Any]) -> None:
+    def restore(self, kept: Kept) -> None:
         """Take over what `write` left behind; a run that was going on is "interrupted"."""
-        self.status = kept["status"] if kept["status"] in ENDED else "interrupted"
-        for name in KEPT:
-            setattr(self, name, kept[name])
-        if kept["status"] in ENDED:
-            self._history, self.tally = None, Tally(**kept["tally"])
+        self._take(kept)
+        if kept.status in ENDED:
+            self._history = None
         else:
+            self.status = "interrupted"
             self._set_history(list(self._read_history()))
+
+    def _take(self, kept: Kept) -> None:
+        for option in fields(Kept):
+            setattr(self, option.name, getattr(kept, option.name))
 
     def append(self, event: Event) -> None:
         """Add an event to the history, in memory and on disk."""
@@ -136,9 +162,12 @@ class Record:
         self.tally, self.epoch = tally, max(self.epoch + 1, time.time_ns() // 1_000_000)
 
     def _read_history(self) -> Iterator[dict]:
-        path = self.folder / "history.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        """Its lines in order, but for those that are not readable, such as a last one that a crash cut off."""
+        path, lost = self.folder / "history.jsonl", 0
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
             try:
-                yield json.loads(line)
+                yield to_json(from_json(current("event", parse(line, path.name))))
             except ValueError:
-                return  # a crash cut the last line off
+                lost += 1
+        if lost:
+            logging.warning("Kinoloom: %s: %d lines are not readable and left out", path, lost)

@@ -50,10 +50,6 @@ class Samples:
     sample_every: int
     shape: tuple[int, ...] = ()
 
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> "Samples":
-        return Samples(**{name: tuple(v) if isinstance(v, list) else v for name, v in value.items()})
-
     def conditions(self, index: int) -> tuple[Batch, Batch]:
         """Batches of one clip: of sample number `index`, and of what it is guided away from."""
         positive = self._read(self.stems[index])

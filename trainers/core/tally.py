@@ -10,7 +10,7 @@ PACE_STEPS = 20  # the last of a phase, whose mean is the run's pace
 
 @dataclass
 class Tally:
-    """plan: the last one's fields and `text`; losses: those of the last step; seconds: of the last PACE_STEPS steps;
+    """plan: the last one; losses: those of the last step; seconds: of the last PACE_STEPS steps;
     aside: seconds of samples and validations since the first step.
     """
 
@@ -20,7 +20,7 @@ class Tally:
     losses: dict[str, float | None] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     aside: float = 0.0
-    plan: dict[str, Any] | None = None
+    plan: Plan | None = None
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -42,5 +42,4 @@ class Tally:
         elif entry["event"] == "sample":
             self.samples += 1
         elif entry["event"] == "plan":
-            fields = {name: value for name, value in entry.items() if name != "event"}
-            self.plan = {**fields, "text": str(Plan(**fields))}
+            self.plan = Plan(**{name: value for name, value in entry.items() if name != "event"})
