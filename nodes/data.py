@@ -146,11 +146,14 @@ def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
 
 
 def video_source(video: Any) -> Source:
-    """The VIDEO's file where it is a whole file, else its frames in memory."""
-    if isinstance(video, InputImpl.VideoFromFile) and video.get_active_trim_window() == (0.0, 0.0):
+    """The VIDEO's file, from its start to its end where it is trimmed; else its frames in memory."""
+    if isinstance(video, InputImpl.VideoFromFile):
         file = video.get_stream_source()
-        if isinstance(file, str):
-            return videos.video(Path(file))
+        try:
+            return videos.video(Path(file) if isinstance(file, str) else file, *video.get_active_trim_window())
+        except ValueError as error:
+            name = Path(file).name if isinstance(file, str) else "video"
+            raise ValueError(f"{name}: {error}") from error
     parts = video.get_components()
     return from_tensor("video", parts.images, float(parts.frame_rate))
 

@@ -1,69 +1,110 @@
-"""Videos, decoded by ffmpeg."""
+"""Videos: when each frame is shown, and the frames that are asked for."""
 
-from collections.abc import Generator, Iterable, Iterator
+import hashlib
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import imageio_ffmpeg
-import torch
 from torch import Tensor
 
 from .animations import animation, is_animated
-from .sources import Source, file_digest
+from .decoding import Look, decoded, opened
+from .hdr import TRANSFERS
+from .sources import Source, file_digest, pace
+from .stamps import damaged, stamps_of
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .mts .m2ts .ts .mpg .mpeg .wmv .flv .ogv .gif .apng".split()
 )
+READING = 2  # raise it when other frames are read from the same file
+LONGEST = 24  # hours
 
 
-def video(path: Path) -> Source:
-    if is_animated(path):
-        return animation(path)
-    stat = path.stat()
-    fps, width, height, count = _probe_video(path, stat.st_size, stat.st_mtime_ns)
+def video(file: Path | BytesIO, start: float = 0.0, duration: float = 0.0) -> Source:
+    """The frames from `start` on, for `duration` seconds or to the end. ValueError says why it cannot be read."""
+    if isinstance(file, Path):
+        if is_animated(file):
+            return animation(file)
+        name, digest = file.name, file_digest(file)
+        facts = _probe_file(file, digest)
+    else:
+        name, digest = "video", hashlib.sha256(file.getbuffer()).hexdigest()
+        facts = _probe(file, name)
+    stamps = facts.between(start, duration)
+    times = [float((stamp - stamps[0]) * facts.tick) for stamp in stamps]
+    fps, uneven = pace(times, facts.rates, tick=float(facts.tick))
     return Source(
-        path.name, file_digest(path), count, fps, width, height, False, lambda wanted: _read_video(path, wanted)
+        name,
+        hashlib.sha256(repr((digest, READING, start, duration)).encode()).hexdigest(),
+        len(stamps),
+        fps,
+        *facts.look.size,
+        False,
+        lambda wanted: _read(file, name, facts, [stamps[index] for index in wanted]),
+        uneven,
     )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """When frames are shown, in ticks of so many seconds, the rates that the file claims, and how it is decoded."""
+
+    stamps: list[int]
+    tick: Fraction
+    rates: list[float]
+    look: Look
+
+    def between(self, start: float, duration: float) -> list[int]:
+        first = bisect_left(self.stamps, int(start / self.tick)) if start else 0
+        last = bisect_left(self.stamps, int((start + duration) / self.tick)) if duration else len(self.stamps)
+        if first >= last:
+            raise ValueError(f"holds no frames from second {start:g} on")
+        hours = (self.stamps[last - 1] - self.stamps[first]) * self.tick / 3600
+        if hours > LONGEST:
+            raise ValueError(f"is {float(hours):.0f} hours long: expected at most {LONGEST}")
+        return self.stamps[first:last]
+
+
 @lru_cache(maxsize=1024)
-def _probe_video(path: Path, size: int, mtime_ns: int) -> tuple[float, int, int, int]:
-    """Frame rate, width, height and number of frames; the number is known only after decoding all of them."""
-    meta, decoded = _decode(path, pix_fmt="gray", bits_per_pixel=8)
-    count = sum(1 for _ in decoded)
-    if not count:
-        raise ValueError("holds no video frames")
-    if not meta["fps"]:
-        raise ValueError("does not say its frame rate")
-    return meta["fps"], *meta["size"], count
+def _probe_file(path: Path, digest: str) -> Facts:
+    return _probe(path, path.name)
 
 
-def _read_video(path: Path, wanted: Iterable[int]) -> Iterator[Tensor]:
-    meta, decoded = _decode(path)
-    width, height = meta["size"]
-    numbered, number, frame = enumerate(decoded), -1, b""
-    try:
-        for index in wanted:
-            while number < index:
-                number, frame = next(numbered, (index, b""))
-            if not frame:
-                raise ValueError(f"{path.name} ended before frame {index}")
-            yield torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3).float() / 255
-    finally:
-        decoded.close()
+def _probe(file: Path | BytesIO, name: str) -> Facts:
+    with opened(file) as (container, stream):
+        first = next(filter(None, decoded(container, stream)), None)
+        if first is None:
+            raise ValueError("not a readable video (none of its frames can be decoded)")
+        look = Look.of(first, stream)
+        tick, rates = stream.time_base, [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
+    if look.transfer:
+        logging.warning(
+            "Kinoloom: %s is HDR video (%s); its colours are tone-mapped to the standard range.",
+            name,
+            TRANSFERS[look.transfer],
+        )
+    return Facts(stamps_of(file, name, first), tick, rates, look)
 
 
-def _decode(path: Path, **options: Any) -> tuple[dict[str, Any], Generator[bytes, None, None]]:
-    """ffmpeg's decoder: what it says about the video, and its frames at a constant rate, upright, one at a time."""
-    decoded = imageio_ffmpeg.read_frames(str(path), **options)
-    frames = _readable(decoded)
-    return next(frames), frames
+def _read(file: Path | BytesIO, name: str, facts: Facts, stamps: Iterable[int]) -> Iterator[Tensor]:
+    with opened(file) as (container, stream):
+        shown = facts.look.pictures(filter(None, decoded(container, stream)), stream)
+        at, picture = -math.inf, None
+        for stamp in stamps:
+            while at < stamp:
+                at, picture = next(shown, (math.inf, None))
+            if at != stamp:
+                raise ValueError(f"{name} {_loss(file, facts)}")
+            yield facts.look.pixels(picture)
 
 
-def _readable(decoded: Iterator[Any]) -> Generator[Any, None, None]:
-    try:
-        yield from decoded
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"not a readable video ({reason})") from error
+def _loss(file: Path | BytesIO, facts: Facts) -> str:
+    with opened(file) as (container, stream):
+        given = {frame.pts for frame in decoded(container, stream) if frame}
+    return damaged(len(given.intersection(facts.stamps)), len(facts.stamps))
