@@ -4,6 +4,7 @@ Our own names are native module paths: `<module>.lora_down.weight` [rank, in], `
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -46,12 +47,27 @@ def to_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         path, _, rest = key.partition(".lora_")
         if rest:
-            name = "lora_unet_" + _diffusers_path(path.removeprefix(UNET)).replace(".", "_")
+            name = _kohya_name(path)
             kernel = path.endswith((".proj_in", ".proj_out"))
             named[f"{name}.lora_{rest}"] = tensor[..., None, None] if kernel else tensor
             if rest == "down.weight":
                 named[f"{name}.alpha"] = tensors.get(f"{path}.alpha", torch.tensor(float(len(tensor))))
     return named
+
+
+def from_kohya(tensors: dict[str, Tensor], paths: Iterable[str]) -> dict[str, Tensor]:
+    """Back to module paths, which are some of `paths`; ValueError names a key of another layer or form."""
+    names, named = {_kohya_name(path): path for path in paths}, {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        if name not in names or rest not in ("lora_down.weight", "lora_up.weight", "alpha"):
+            raise ValueError(f"LoRA key {key!r}: expected a factor of lora_unet_<a layer that is trained>")
+        named[f"{names[name]}.{rest}"] = tensor.flatten(1) if tensor.ndim else tensor
+    return named
+
+
+def _kohya_name(path: str) -> str:
+    return "lora_unet_" + _diffusers_path(path.removeprefix(UNET)).replace(".", "_")
 
 
 def _diffusers_path(path: str) -> str:

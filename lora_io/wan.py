@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .file import load
+from .fitting import require_base, require_layers
 from .peft import alpha_of, config_of
 
 ROOT = r"(base_model\.model\.)?(model\.)?(diffusion_model\.|transformer\.|pipe\.dit\.|dit\.|lora_unet__?|lycoris_)?"
@@ -95,12 +96,7 @@ def require_made_for(metadata: Mapping[str, str], refused: Collection[str] = (),
             )
     if (stage := metadata.get("sns.stage", "")) in refused:
         raise ValueError(f"a {stage} file: {MOTION_STAGES[stage]}. Expected the identity file of that run")
-    base = metadata.get("kinoloom.base_model")
-    if base and bases and base not in bases:
-        name = metadata.get("ss_sd_model_name", "another model")
-        raise ValueError(
-            f"trained on another base model than the one that is connected ({name}, by the hash in its metadata)"
-        )
+    require_base(metadata, bases)
 
 
 def read_wan_lora(
@@ -110,20 +106,13 @@ def read_wan_lora(
 
     ValueError says what is in the file instead; `refused` and `bases` as in `require_made_for`.
     """
+    named = read_any_wan_lora(path, refused, bases)
+    require_layers(named, layers, rank)
+    return named
+
+
+def read_any_wan_lora(path: Path, refused: Collection[str], bases: Collection[str]) -> dict[str, Tensor]:
+    """The same of whatever layers and rank."""
     tensors, metadata = load(path)
     require_made_for(metadata, refused, bases)
-    named = from_any_wan(tensors, alpha_of(config_of(path, metadata, "transformer.")))
-    found = {key.partition(".lora_")[0] for key in named if ".lora_" in key}
-    if different := layers.keys() ^ found:
-        what = "has layers that this model does not train" if different - layers.keys() else "leaves out layers"
-        raise ValueError(f"{what}, for example {min(different)}: expected {len(layers)} layers, found {len(found)}")
-    for module, (width_out, width_in) in layers.items():
-        down, up = named[f"{module}.lora_down.weight"], named[f"{module}.lora_up.weight"]
-        if (up.shape[0], down.shape[1]) != (width_out, width_in):
-            raise ValueError(
-                f"made for a model of another width: {module} is {up.shape[0]} x {down.shape[1]} in the file, "
-                f"{width_out} x {width_in} in the model that is connected"
-            )
-        if len(down) != rank:
-            raise ValueError(f"has rank {len(down)}, but rank={rank}: set rank to {len(down)}")
-    return named
+    return from_any_wan(tensors, alpha_of(config_of(path, metadata, "transformer.")))

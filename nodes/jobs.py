@@ -179,7 +179,16 @@ class Registry:
             if not job.is_over or not job.dead_end or job.files:
                 name, status = job.spec.run_name, job.status
                 raise ValueError(f"run {name!r} is {status}: only a run that ended and saved nothing starts again")
+            job.checkpoint = 0
             self._start_alone(job)
+
+    def free(self, job: Job) -> None:
+        """Remove the state that an ended run could go on from; ValueError while it runs."""
+        with self.lock:
+            if not job.is_over:
+                raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before its state is freed")
+            job.state_path.unlink(missing_ok=True)
+        job.moved()
 
     def _start_alone(self, job: Job) -> None:
         """Without its nodes, whose earlier results are void."""

@@ -82,6 +82,10 @@ def add_routes(routes: web.RouteTableDef) -> None:
     async def resume(request: web.Request) -> web.Response:
         return await change(request, registry().resume)
 
+    @routes.post("/kinoloom/jobs/{id}/free")
+    async def free(request: web.Request) -> web.Response:
+        return await change(request, registry().free)
+
     @routes.post("/kinoloom/jobs/{id}/restart")
     async def restart(request: web.Request) -> web.Response:
         return await change(request, registry().restart)

@@ -1,6 +1,7 @@
 """Going on with a run: longer, at other rates, or as another run; what a run keeps for that, and which run a name means."""
 
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -295,3 +296,56 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_so_and_starts_again(
     assert [e["done"] for e in job.history if e["event"] == "step"] == [1, 2, 3]
     with pytest.raises(ValueError, match="run 'dance' is finished"):
         killed.restart(job)
+
+
+# -- the state of a finished run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "size", "kept"),
+    [("auto", 0, True), ("auto", 10**9, True), ("auto", 10**9 + 1, False), ("always", 10**10, True), ("never", 0, False)],
+)
+def test_a_finished_run_keeps_its_state_as_keep_state_says(keep: str, size: int, kept: bool, start: Start) -> None:
+    job = start("dance", steps=1, keep_state="always")
+    assert job.state_bytes == job.summary()["state_bytes"] > 0
+    job.config = replace(job.config, keep_state=keep)
+    if size:
+        os.truncate(job.state_path, size)  # a sparse file
+    job.drop_state()
+    assert job.state_path.is_file() == kept and bool(job.state_bytes) == kept
+    job.status = "stopped"
+    job.state_path.write_bytes(b"")
+    job.drop_state()
+    assert job.state_path.is_file(), "a run that is not finished goes on from it"
+
+
+def test_a_run_whose_state_is_gone_is_not_made_longer(start: Start, registry: jobs.Registry) -> None:
+    short = start("short", steps=1, keep_state="never")
+    assert short.state_bytes == 0 and short.status == "finished" and Path(short.parts[-1]).is_file()
+    freed = start("freed", steps=1)
+    registry.free(freed)
+    assert freed.summary()["state_bytes"] == 0
+    for name in ("short", "freed"):
+        with pytest.raises(ValueError, match=f"run '{name}' cannot be made longer than its 1 steps: its state was not"):
+            start(name, steps=2)
+    assert start("short", steps=1, keep_state="never") is short, "as it is"
+
+
+def test_freeing_waits_for_the_end_and_leaves_nothing_to_resume(
+    start: Start, registry: jobs.Registry, published: Published
+) -> None:
+    refused = []
+
+    def free_and_stop(job: Job) -> None:
+        with pytest.raises(ValueError, match="run 'dance' is running: stop it before its state is freed"):
+            registry.free(job)
+        refused.append(job)
+        job.stop()
+
+    published.at(2, free_and_stop)
+    job = start("dance", steps=4)
+    assert refused and job.resumable
+    registry.free(job)
+    assert not job.resumable and "state to go on from is gone" in job.dead_end
+    with pytest.raises(ValueError, match="saved nothing"):
+        registry.restart(job)

@@ -95,7 +95,7 @@ def test_unknown_jobs(ask: Ask, job_id: str) -> None:
     for method, path in (
         ("GET", ""), ("GET", "/files"), ("GET", "/log"), ("GET", "/report.html"), ("GET", "/samples/000001-0.webp"),
         ("POST", "/stop"), ("POST", "/pause"), ("POST", "/resume"), ("POST", "/delete"),
-        ("POST", "/restart"), ("POST", "/earlier"), ("POST", "/later"),
+        ("POST", "/restart"), ("POST", "/free"), ("POST", "/earlier"), ("POST", "/later"),
     ):  # fmt: skip
         status, _ = ask(method, f"/kinoloom/jobs/{job_id}{path}")
         assert status in (404, 405), (method, path)

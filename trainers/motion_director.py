@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..lora_io.animatediff import read_spatial_lora, read_temporal_lora
 from .backbones.animatediff import AnimateDiff
+from .backbones.motion_module import PART
 from .core.config import LoraConfig, changed, knob
 from .core.data import TrainingData
+from .core.host import carried
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Generation, Phase
+from .core.start_from import Start, check_starts
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"
+MOTION_FOLDER = "animatediff_motion_lora"
 CUSTOM = "custom"
 PRESET_RANK = {"low": 32, "preferred": 64, "best": 64}
 ADAMW = {"learning_rate": 5e-4, "spatial_learning_rate": 1e-4, "weight_decay": 0.01}
@@ -131,6 +136,20 @@ class MotionDirector:
             0.1, "Share of each LoRA layer's output that is dropped in training.", min=0.0, max=0.9, step=0.05,
             advanced=True,
         )  # fmt: skip
+        start_from: str = changed(
+            LoraConfig,
+            "start_from",
+            "",
+            "The spatial LoRA to begin from: of the same base model, rank and layers. Training both needs "
+            "start_from_motion too.",
+        )
+        start_from_motion: str = knob(
+            "",
+            "The temporal LoRA to begin from: of the same rank and layers.",
+            file_of=MOTION_FOLDER,
+            advanced=True,
+            added=1,
+        )
         domain_adapter: str = knob(
             "",
             "AnimateDiff's domain adapter (v3_sd15_adapter), merged before training. Choose it if you use it after.",
@@ -140,6 +159,7 @@ class MotionDirector:
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            self._check_starts()
             if self.preset == CUSTOM:
                 return
             if self.optimizer not in PRESET_RATES:
@@ -155,6 +175,32 @@ class MotionDirector:
                         f"{self.optimizer}; set preset to {CUSTOM} to choose it yourself"
                     )
                 object.__setattr__(self, name, value)
+
+        def _check_starts(self) -> None:
+            files = {("start_from", SPATIAL): self.start_from, ("start_from_motion", TEMPORAL): self.start_from_motion}
+            for (option, part), file in files.items():
+                if file and self.train not in ("both", part):
+                    raise ValueError(f"{option}={Path(file).name!r}: expected none with train={self.train!r}")
+                if not file and self.train == "both" and any(files.values()):
+                    raise ValueError(f"{option}='': expected the {part} LoRA too, for both are trained")
+            if self.start_from and self.spatial_loras > 1:
+                raise ValueError(
+                    f"start_from={Path(self.start_from).name!r}: expected none with spatial_loras={self.spatial_loras}"
+                )
+
+        def starts(self) -> dict[str, Start]:
+            spatial, temporal = SPATIAL_LAYERS[self.spatial_layers], TEMPORAL_LAYERS[self.temporal_layers]
+            found = {
+                SPATIAL: Start("start_from", self.start_from, AnimateDiff.lora_targets[spatial], read_spatial_lora),
+                TEMPORAL: Start(
+                    "start_from_motion", self.start_from_motion, AnimateDiff.lora_targets[temporal], read_temporal_lora
+                ),
+            }
+            return {group: start for group, start in found.items() if start.file}
+
+        def check_model(self, model: Any) -> None:
+            modules = nn.ModuleDict({"unet": model.model.diffusion_model, "motion": carried(model)[PART]})
+            check_starts(self.starts(), self, modules, model)
 
         def check_data(self, data: TrainingData) -> None:
             rows = data.select("clips", "train")
@@ -184,7 +230,7 @@ class MotionDirector:
     @staticmethod
     def exports(config: Any) -> dict[str, Export]:
         looks = {name: Export("the look, for LoRA loaders", PHASE, "kohya") for name in spatial_groups(config)}
-        motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "motion_lora", "animatediff_motion_lora")}
+        motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "motion_lora", MOTION_FOLDER)}
         return looks | (motion if config.train != SPATIAL else {})
 
     @staticmethod
@@ -204,6 +250,8 @@ class MotionDirector:
             layers[TEMPORAL] = TEMPORAL_LAYERS[c.temporal_layers]
         for name, targets in layers.items():
             self.lora.add_group(name, AnimateDiff.lora_targets[targets], c.rank, c.alpha or c.rank, down_std=1 / c.rank)
+        for group, start in c.starts().items():
+            self.lora.load_group(group, start.tensors(c, self.backbone.module))
         self.lora.train_only({name: ("down", "up") for name in layers})
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:

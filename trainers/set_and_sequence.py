@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_io.wan import MOTION_STAGES, read_wan_lora
+from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
 from .backbones.wan import Wan, WanConfig
 from .core.config import LoraConfig, changed, knob
 from .core.host import base_identities
@@ -22,6 +22,7 @@ from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Generation, Phase
+from .core.start_from import Start, check_starts
 
 SET, SEQUENCE = "set", "sequence"
 IDENTITY, MOTION, COMBINED = "identity", "motion", "combined"
@@ -49,6 +50,12 @@ class SetAndSequence:
             "Optimizer steps of stage 2, the motion. 0 stops after the look; complex motion wants up to 2500.",
             min=0,
             max=1_000_000,
+        )
+        start_from: str = changed(
+            LoraConfig,
+            "start_from",
+            "",
+            "A LoRA whose look stage 1 begins from: an identity file or a plain LoRA, of the same base model and rank.",
         )
         identity_file: str = knob(
             "",
@@ -123,11 +130,27 @@ class SetAndSequence:
                     f"identity_file={self.identity_file!r}: expected none when set_steps={self.set_steps} trains a "
                     "new identity; set set_steps to 0"
                 )
+            if self.start_from and self.identity_file:
+                raise ValueError(
+                    f"start_from={Path(self.start_from).name!r}: expected none beside an identity_file, which "
+                    "replaces the stage that start_from begins"
+                )
             if not self.set_steps and not self.sequence_steps:
                 raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
 
+        def starts(self) -> dict[str, Start]:
+            """Stage 1 begins from a look: an identity, or a plain LoRA."""
+            if not self.start_from:
+                return {}
+
+            def read(file: Path, _: Any, bases: Collection[str]) -> dict[str, Tensor]:
+                return read_any_wan_lora(file, MOTION_STAGES, bases)
+
+            return {IDENTITY: Start("start_from", self.start_from, Wan.lora_targets["all"], read)}
+
         def check_model(self, model: Any) -> None:
             super().check_model(model)
+            check_starts(self.starts(), self, model.model.diffusion_model, model)
             if self.identity_file:
                 read_identity(self, model.model.diffusion_model, base_identities(model))
 
@@ -165,6 +188,8 @@ class SetAndSequence:
             self.lora.add_group(
                 IDENTITY, Wan.lora_targets["all"], self.config.rank, self.config.alpha or self.config.rank
             )
+            for group, start in self.config.starts().items():
+                self.lora.load_group(group, start.tensors(self.config, self.backbone.module))
         if phase.name == SEQUENCE:
             self._start_sequence()
         stages = {

@@ -1,15 +1,21 @@
 """LoRA for Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127): clips from their first frames."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..lora_io.file import load
+from ..lora_io.fitting import require_base
+from ..lora_io.keys import from_comfy
 from .backbones.svd import Svd, SvdConfig, video_losses
 from .core.config import LoraConfig, knob
 from .core.noise import Rng
-from .core.plain_lora import PlainLora
+from .core.plain_lora import PlainLora, plain_start
 from .core.recipe import Batch
+from .core.start_from import Start, check_starts
 
 
 class SvdLora(PlainLora):
@@ -33,11 +39,27 @@ class SvdLora(PlainLora):
             advanced=True,
         )
 
+        def starts(self) -> dict[str, Start]:
+            return plain_start(self, Svd.lora_targets, read_svd_lora)
+
+        def check_model(self, model: Any) -> None:
+            check_starts(self.starts(), self, model.model.diffusion_model, model)
+
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return video_losses(self.backbone, batch, rng, self.config)
 
     def metadata(self, name: str) -> dict[str, str]:
         return {"modelspec.architecture": "stable-video-diffusion-img2vid/lora"}
+
+
+def read_svd_lora(file: Path, layers: Collection[str], bases: Collection[str]) -> dict[str, Tensor]:
+    """ValueError for another spelling than ComfyUI's."""
+    tensors, metadata = load(file)
+    require_base(metadata, bases)
+    try:
+        return from_comfy(tensors)
+    except ValueError as error:
+        raise ValueError(f"{error}. Convert SVD Model gives LoRAs of other trainers ComfyUI's names") from error
 
 
 RECIPE = SvdLora

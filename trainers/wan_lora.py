@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..lora_io.wan import read_any_wan_lora
 from .backbones.wan import Wan, WanConfig
 from .core.config import LoraConfig, knob
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
-from .core.plain_lora import PlainLora
+from .core.plain_lora import PlainLora, plain_start
 from .core.recipe import Batch
+from .core.start_from import Start, check_starts
 
 
 class WanLora(PlainLora):
@@ -46,6 +49,15 @@ class WanLora(PlainLora):
             step=0.1,
             advanced=True,
         )
+
+        def starts(self) -> dict[str, Start]:
+            """From any but a motion file of Set-and-Sequence, which works only on top of another."""
+            refused = ("motion",)
+            return plain_start(self, Wan.lora_targets, lambda file, _, bases: read_any_wan_lora(file, refused, bases))
+
+        def check_model(self, model: Any) -> None:
+            super().check_model(model)
+            check_starts(self.starts(), self, model.model.diffusion_model, model)
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)

@@ -64,7 +64,8 @@ export class JobView {
             el("div", { className: "kl-title" }, el("b", { textContent: job.run_name }), el("small", {}, job.title)),
             stateOf(job),
         ]);
-        const offered = [status, pause_requested, resumable, job.dead_end, job.checkpoint, job.main_file];
+        const kept = [job.checkpoint, job.main_file, hasEnded(job) && job.state_bytes];
+        const offered = [status, pause_requested, resumable, job.dead_end, ...kept];
         fill(this.actions, offered, () => this.buttons(job));
         fill(this.trouble, [error, advice, job.dead_end], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
@@ -106,12 +107,21 @@ export class JobView {
         if (job.status === "unreadable") return [this.deletion(job)];
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
         made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
+        if (hasEnded(job) && job.state_bytes) {
+            const title = "Remove the state that more steps would go on from";
+            made.push(button(`Free ${size(job.state_bytes)}`, "pi-eraser", title, () => this.free(job)));
+        }
         if (hasEnded(job)) made.push(this.deletion(job));
         return made;
     }
 
     deletion(job) {
         return button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job));
+    }
+
+    async free(job) {
+        const lost = "Its state is removed, so it cannot go on. Files, history and samples stay.";
+        if (await this.host.confirm(`Free the state of run ${job.run_name}?`, lost)) await this.jobs.post(job.id, "free");
     }
 
     async delete(job) {
@@ -141,6 +151,7 @@ export class JobView {
             ["per step", pace && duration(pace)],
             ...named,
             ["memory", memory],
+            ["state on disk", job.state_bytes && size(job.state_bytes)],
         ];
         return [bar(job), ...rows(facts.filter(([, value]) => value))];
     }

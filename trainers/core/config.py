@@ -163,6 +163,14 @@ class TrainConfig:
         step=1e-3,
         advanced=True,
     )
+    keep_state: str = knob(
+        "auto",
+        "Whether a finished run keeps its state, from which more steps can go on. Auto keeps up to 1 GB, so that of a "
+        "LoRA. The training tab frees it at any time.",
+        choices=("auto", "always", "never"),
+        advanced=True,
+        added=1,
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -204,6 +212,13 @@ class LoraConfig(TrainConfig):
         step=0.1,
         advanced=True,
     )
+    start_from: str = knob(
+        "",
+        "A LoRA to begin from instead of from nothing: of the same base model, rank and layers.",
+        file_of="loras",
+        advanced=True,
+        added=1,
+    )
 
 
 def check(option: Field, value: Any) -> None:
@@ -221,12 +236,15 @@ def check(option: Field, value: Any) -> None:
 
 
 # What only says when to look at the run or how to share the machine: the weights are the same at any value.
-NOT_TRAJECTORY = ("save_every", "pause_when_busy", "checkpointing", "validate_every", "trigger_words", "wan_version")
+NOT_TRAJECTORY = (
+    *("save_every", "keep_state", "pause_when_busy", "checkpointing", "validate_every", "trigger_words"),
+    "wan_version",
+)
 # What the trained weights are and begin from: another value makes another run. All others may change on the way.
 FIXED = (
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),
     *("train", "spatial_layers", "temporal_layers", "spatial_loras"),
-    *("identity_file", "control_file", "domain_adapter"),
+    *("identity_file", "control_file", "domain_adapter", "start_from", "start_from_motion"),
 )
 
 

@@ -34,6 +34,7 @@ from .sampling import Samples, Sampling
 POLL_SECONDS = 0.1
 PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
 WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
+KEPT_BYTES = 10**9  # of the state of a finished run, with keep_state auto
 ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
 
 
@@ -146,7 +147,7 @@ class Job(Record):
         """Why a run that ended early cannot go on; nothing if it can, or need not."""
         if self.status == "finished" or self.resumable or not self.ended.is_set():
             return ""
-        if self.files:
+        if self.files or self.checkpoint:
             return "The state to go on from is gone. Start anew, or from its LoRA with start_from."
         return "It ended before its first checkpoint, so there is nothing to go on from: it can only start again."
 
@@ -162,7 +163,7 @@ class Job(Record):
         """What a list shows of the run; made without a look at the history, which may be long."""
         tally, pace, files = self.tally, self.tally.seconds_per_step, dict(self.files)
         going = self.total and not self.ended.is_set()
-        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice")
+        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes")
         return {
             **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
             **{name: getattr(self, name) for name in own},
@@ -274,12 +275,20 @@ class Job(Record):
             self.append(event)
             self.write()
             write_text(self.folder / "report.html", self.report())
+            self.drop_state()
         except OSError:  # the full disk that ended the run
             logging.exception("Kinoloom: run %s: its end could not be written down", self.spec.run_name)
         finally:
             self.ended.set()
             self.publish(self, placed)
             self.moved()
+
+    def drop_state(self) -> None:
+        """Remove the state of a finished run, unless `keep_state` has it kept."""
+        keep, size = self.config.keep_state, self.state_bytes
+        if self.status == "finished" and (keep == "never" or (keep == "auto" and size > KEPT_BYTES)):
+            self.state_path.unlink(missing_ok=True)
+            logging.info("Kinoloom: %s: state of %d bytes dropped (keep_state %s)", self.spec.run_name, size, keep)
 
     def _take_slot(self) -> bool:
         """False if stopped while waiting."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .lora import LoraGroups
 from .recipe import Export, Generation, Phase
+from .start_from import Reader, Start
 
 GROUP = "lora"
 
@@ -36,6 +37,8 @@ class PlainLora:
     def start(self, phase: Phase) -> None:
         c = self.config
         self.lora.add_group(GROUP, self.backbone.lora_targets[c.target_layers], c.rank, c.alpha or c.rank)
+        for group, start in c.starts().items():
+            self.lora.load_group(group, start.tensors(c, self.backbone.module))
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
@@ -45,3 +48,10 @@ class PlainLora:
 
     def metadata(self, name: str) -> dict[str, str]:
         return {}
+
+
+def plain_start(config: Any, targets: dict[str, str], read: Reader) -> dict[str, Start]:
+    """What the one group begins from, if from anything."""
+    if not config.start_from:
+        return {}
+    return {GROUP: Start("start_from", config.start_from, targets[config.target_layers], read)}

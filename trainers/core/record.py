@@ -108,6 +108,14 @@ class Record:
         return self.folder / "state.pt"
 
     @property
+    def state_bytes(self) -> int:
+        """Size of what the run goes on from; 0 if there is nothing."""
+        try:
+            return self.state_path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    @property
     def resumable(self) -> bool:
         return self.state_path.is_file() and self.status != "finished"
 

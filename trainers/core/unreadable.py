@@ -41,6 +41,7 @@ class Unreadable:
             "total": 0,
             "checkpoint": 0,
             "resumable": False,
+            "state_bytes": 0,
             "advice": [],
             **{"phase": "", "losses": {}, "plan": None, "samples": 0},
             "pause_requested": False,

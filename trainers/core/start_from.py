@@ -1,0 +1,53 @@
+"""Training that begins from a LoRA file instead of from nothing."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...lora_io.fitting import require_layers
+from .host import base_identities
+from .lora import layer_shapes
+
+# (file, paths of the layers, identities of the base model) -> <module>.lora_down/lora_up.weight, <module>.alpha
+Reader = Callable[[Path, Collection[str], Collection[str]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The file that `option` names, for the layers of a group, which match the expression `targets`."""
+
+    option: str
+    file: str
+    targets: str
+    read: Reader
+
+    def tensors(self, config: Any, module: nn.Module, bases: Collection[str] = ()) -> dict[str, Tensor]:
+        """The factors to begin with: the file's, at the scale of this run. ValueError if they do not fit `module`."""
+        path, layers = Path(self.file), layer_shapes(module, self.targets)
+        try:
+            named = self.read(path, layers.keys(), bases)
+            require_layers(named, layers, config.rank)
+        except ValueError as error:
+            raise ValueError(f"{self.option}={path.name!r}: {error}") from error
+        scale = (config.alpha or config.rank) / config.rank
+        alphas = {key: float(tensor) for key, tensor in named.items() if key.endswith(".alpha")}
+        if other := {alpha for alpha in alphas.values() if alpha / config.rank != scale}:
+            text = "Kinoloom: %s=%r has alpha %g, the run %g: its up factors are scaled, so that it has the same effect"
+            logging.info(text, self.option, path.name, min(other), scale * config.rank)
+        factors = {}
+        for key, tensor in named.items():
+            path_of, _, side = key.partition(".lora_")
+            if side:
+                own = alphas.get(f"{path_of}.alpha", config.rank) / config.rank
+                factors[key] = tensor * (own / scale) if side == "up.weight" and own != scale else tensor
+        return factors
+
+
+def check_starts(starts: Mapping[str, Start], config: Any, module: nn.Module, model: Any) -> None:
+    """ValueError if a file that the run begins from does not fit `module`, or is not for the base model of a MODEL."""
+    for start in starts.values():
+        start.tensors(config, module, base_identities(model))
