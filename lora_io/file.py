@@ -97,10 +97,12 @@ def free_path(folder: Path, name: str) -> Path:
     return next(folder / file for file in names if not (folder / file).exists())
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, each_block: Callable[[], None] = lambda: None) -> str:
+    """The file's hash; `each_block` is called often, and may raise to stop."""
     digest = hashlib.sha256()
     with open(path, "rb") as opened:
         while block := opened.read(1 << 22):
+            each_block()
             digest.update(block)
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOTION_TOKEN, SUBJECT_TOKEN = "[u]", "[v]"
+KINDS = {"plain": (".txt", ".caption"), "static": (".static.txt",), "motion": (".motion.txt",)}
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,30 @@ def warn_serves_both(names: list[str]) -> None:
         )
 
 
-def read_captions(path: Path, *, photo: bool, with_frames: bool) -> Captions:
-    """Captions beside a clip: clip.txt, or clip.static.txt and clip.motion.txt; in a folder of frames, caption.*"""
+def read_captions(path: Path, table: str = "", *, photo: bool, with_frames: bool) -> Captions:
+    """Captions beside a clip: clip.txt or clip.mp4.txt, clip.static.txt and clip.motion.txt; in a folder of frames,
+    caption.*; or `table`, the clip's text in metadata.jsonl or metadata.csv. ValueError if two differ."""
     stem = path.name if path.is_dir() else path.stem
     texts = {}
-    for kind in ("txt", "static.txt", "motion.txt"):
-        inside = [path / f"caption.{kind}"] if path.is_dir() else []
-        texts[kind] = next((_read(file) for file in (path.with_name(f"{stem}.{kind}"), *inside) if file.is_file()), "")
-    if not any(text.strip() for text in texts.values()):
+    for kind, suffixes in KINDS.items():
+        beside = [path.with_name(name + suffix) for name in dict.fromkeys((stem, path.name)) for suffix in suffixes]
+        inside = [path / f"caption{suffix}" for suffix in suffixes] if path.is_dir() else []
+        found = {file.name: _read(file).strip() for file in beside if file.is_file()}
+        if kind == "plain" and table:
+            found["metadata"] = table
+        found = found or {file.name: _read(file).strip() for file in inside if file.is_file()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"has captions that differ: {', '.join(found)}. Keep one")
+        texts[kind] = next(iter(found.values()), "")
+    if not any(texts.values()):
         raise ValueError(f"has no caption: write one into {stem}.txt")
-    return resolve(*texts.values(), photo=photo, with_frames=with_frames)
+    return resolve(**texts, photo=photo, with_frames=with_frames)
+
+
+def captioned(file: Path) -> str:
+    """The stem or name of the clip whose caption is in this file; empty for other files."""
+    suffixes = sorted((suffix for own in KINDS.values() for suffix in own), key=len, reverse=True)
+    return next((file.name.removesuffix(suffix) for suffix in suffixes if file.name.endswith(suffix)), "")
 
 
 def _read(path: Path) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import InputImpl, io
+from server import PromptServer
 
 from ..trainers.core.config import check
 from ..trainers.core.data import Row, TrainingData
 from . import captions, videos
 from .columns import frame_step
 from .encode import ROLES, Clip, ClipPlan, Options, check_role, encode, plan
-from .folder import listing, plan_folder, resolve_folder
+from .folder import Reading, listing, plan_folder, resolve_folder
 from .framing import check_length
 from .lists import by_place, for_each, listed, only, only_each
 from .priors import PriorClips
@@ -183,6 +184,24 @@ def check_folder_options(role: str | None, hold_out: int | None) -> bool:
     return True
 
 
+def alpha_as_mask() -> io.Input:
+    return io.Boolean.Input(
+        "alpha_as_mask",
+        default=False,
+        advanced=True,
+        tooltip="Take the transparency of photos and frames as their mask: only what is opaque counts. A mask file "
+        "goes first. Transparent parts are shown white in either case.",
+    )
+
+
+def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
+    """The data, with lines that are shown on the node."""
+    text = "\n".join(lines)
+    if node.hidden:  # in a prompt
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(data, ui={"text": (text,)})
+
+
 class ClipsFromFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -198,8 +217,10 @@ class ClipsFromFolder(io.ComfyNode):
                 *vae_and_text_encoder(),
                 *folder_and_role(),
                 *clip_widgets("folders of frames"),
+                alpha_as_mask(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -215,12 +236,23 @@ class ClipsFromFolder(io.ComfyNode):
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
     @classmethod
-    def execute(cls, vae: Any, clip: Any, folder: str, role: str, source_fps: float, **options: Any) -> io.NodeOutput:
+    def execute(
+        cls,
+        vae: Any,
+        clip: Any,
+        folder: str,
+        role: str,
+        source_fps: float,
+        alpha_as_mask: bool = False,
+        **options: Any,
+    ) -> io.NodeOutput:
         chosen = Options(**options)
         check_length(chosen.frames_per_clip, frame_step(vae))
         root = Path(folder_paths.get_input_directory())
-        plans = plan_folder(root, folder, source_fps, chosen, frame_step(vae))
-        return io.NodeOutput(encode(plans, role, chosen, vae, clip))
+        reading = Reading(source_fps, alpha_as_mask=alpha_as_mask)
+        plans, notes = plan_folder(root, folder, reading, chosen, frame_step(vae))
+        data = encode(plans, role, chosen, vae, clip)
+        return output(cls, data, notes) if notes else io.NodeOutput(data)
 
 
 class CombineData(io.ComfyNode):

@@ -1,15 +1,35 @@
 """Training clips in a folder: videos, folders of numbered frames and photos, with captions and masks beside them."""
 
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.utils
+from torch import Tensor
+
 from .captions import read_captions
+from .contents import Contents, read_contents, stem, unused
 from .encode import Clip, ClipPlan, Options, plan
 from .framing import SIDE
-from .photos import IMAGE_SUFFIXES, frames_folder, images_in, photo
-from .sources import Source, natural_key
-from .videos import VIDEO_SUFFIXES, video
+from .images import read_alpha, read_image
+from .metadata import read_metadata
+from .photos import is_image, is_transparent, open_images, read_mask
+from .sources import Source
+from .videos import video
 
-MASK = ".mask"
+
+@dataclass(frozen=True)
+class Reading:
+    """How the clips of a folder are read.
+
+    frames_fps: of folders of frames. captioned: whether clips need captions. alpha_as_mask: whether photos and frames
+    without a mask take their transparency as one.
+    """
+
+    frames_fps: float
+    captioned: bool = True
+    alpha_as_mask: bool = False
 
 
 def resolve_folder(root: Path, name: str) -> Path:
@@ -40,80 +60,61 @@ def check_links(folder: Path, root: Path) -> None:
 
 
 def plan_folder(
-    root: Path, name: str, frames_fps: float, options: Options, step: int, *, side: int = SIDE, captioned: bool = True
-) -> list[ClipPlan]:
-    """A plan per clip, in natural order. One ValueError names every clip that cannot be used, and why."""
+    root: Path, name: str, reading: Reading, options: Options, step: int, side: int = SIDE
+) -> tuple[list[ClipPlan], list[str]]:
+    """A plan per clip, in natural order, and what the user should know of how the folder was read.
+
+    One ValueError names every clip that cannot be used, and why.
+    """
     folder = resolve_folder(root, name)
     check_links(folder, root)
-    entries = clips_in(folder)
-    plans, problems = [], stray_masks(folder, entries)
-    for entry in entries:
+    contents = read_contents(folder)
+    table = read_metadata(folder) if reading.captioned else {}
+    problems, notes = unused(folder, contents, table)
+    plans, bar = [], comfy.utils.ProgressBar(len(contents.clips))
+    for path in contents.clips:
         try:
-            plans.append(plan(read_clip(entry, frames_fps, options, captioned), options, step, side))
+            clip = read_clip(path, contents, table, reading, options.single_frames > 0)
+            plans.append(plan(clip, options, step, side))
         except ValueError as error:
-            problems.append(f"{entry.name}: {error}")
+            problems.append(f"{path.name}: {error}")
+        else:
+            for source in (clip.source, clip.mask):
+                for note in source.notes if source else ():
+                    notes.setdefault(note, []).append(source.name)
+        bar.update(1)
+    lines = [f"{note}: {', '.join(dict.fromkeys(names))}" for note, names in notes.items()]
     if problems:
         raise ValueError(f"some clips in {name!r} cannot be used:\n- " + "\n- ".join(problems))
     if not plans:
-        raise ValueError(f"folder={name!r} holds no videos, photos or folders of frames")
-    return plans
+        raise ValueError("\n- ".join([f"folder={name!r} holds no videos, photos or folders of frames", *lines]))
+    if lines:
+        logging.warning("Kinoloom: in the folder %s\n- %s", name, "\n- ".join(lines))
+    return plans, lines
 
 
-def clips_in(folder: Path) -> list[Path]:
-    entries = (path for path in folder.iterdir() if not path.name.startswith(".") and not _is_mask(path))
-    return sorted((path for path in entries if _is_clip(path)), key=natural_key)
-
-
-def stray_masks(folder: Path, clips: list[Path]) -> list[str]:
-    stems = {_stem(clip) for clip in clips}
-    masks = sorted(path for path in folder.iterdir() if _is_mask(path) and _is_clip(path))
-    return [f"{mask.name}: no clip is called {_mask_of(mask)}" for mask in masks if _mask_of(mask) not in stems]
-
-
-def open_source(path: Path, frames_fps: float) -> Source:
+def open_source(path: Path, frames_fps: float, read: Callable[[Path], Tensor] = read_image) -> Source:
     """A video, a photo, or a folder of frames shown at `frames_fps`. ValueError says why a file cannot be read."""
-    if path.is_dir():
-        return frames_folder(path, frames_fps)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return photo(path)
-    return video(path)
+    return open_images(path, frames_fps, read) if path.is_dir() or is_image(path) else video(path)
 
 
-def read_clip(path: Path, frames_fps: float, options: Options, captioned: bool) -> Clip:
-    source = open_source(path, frames_fps)
+def read_clip(path: Path, contents: Contents, table: dict[str, str], reading: Reading, with_frames: bool) -> Clip:
+    source = open_source(path, reading.frames_fps)
     captions = None
-    if captioned:
-        captions = read_captions(path, photo=source.photo, with_frames=options.single_frames > 0)
-    return Clip(source, captions, read_mask(path, frames_fps))
+    if reading.captioned:
+        captions = read_captions(path, table.get(path.name, ""), photo=source.photo, with_frames=with_frames)
+    return Clip(source, captions, _mask(path, contents.masks.get(stem(path), []), reading))
 
 
-def read_mask(path: Path, frames_fps: float) -> Source | None:
+def _mask(path: Path, found: list[Path], reading: Reading) -> Source | None:
     """clip.mask.mp4, clip.mask.png or the folder clip.mask; None where there is none."""
-    found = [mask for mask in path.parent.iterdir() if _mask_of(mask) == _stem(path) and _is_clip(mask)]
     if len(found) > 1:
-        raise ValueError(f"has several masks: {', '.join(sorted(mask.name for mask in found))}")
-    if not found:
-        return None
+        raise ValueError(f"has several masks: {', '.join(mask.name for mask in found)}")
     try:
-        return open_source(found[0], frames_fps)
+        if found:
+            return open_source(found[0], reading.frames_fps, read_mask)
     except ValueError as error:
         raise ValueError(f"its mask {found[0].name}: {error}") from error
-
-
-def _is_clip(path: Path) -> bool:
-    if path.is_dir():
-        return bool(images_in(path))
-    return path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-
-
-def _mask_of(path: Path) -> str:
-    """The clip's stem from the mask's name; empty for what is no mask."""
-    return _stem(path).removesuffix(MASK) if _stem(path).endswith(MASK) else ""
-
-
-def _stem(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
-
-
-def _is_mask(path: Path) -> bool:
-    return bool(_mask_of(path))
+    if reading.alpha_as_mask and (path.is_dir() or is_image(path)) and is_transparent(path):
+        return open_images(path, reading.frames_fps, read_alpha)
+    return None

@@ -1,69 +1,74 @@
 """Photos and folders of frames."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from .animations import is_animated
+from .images import IMAGE_SUFFIXES, Header, read_alpha, read_header, read_image
 from .sources import Source, file_digest, natural_key
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+# Raise it when the pixels change of images whose header says `converted`.
+VERSION = 1
+ON_WHITE = "its transparent parts are shown white"
+MOST_COLOUR = 0.2  # of a mask: the largest difference between two channels
 
 
-def frames_folder(path: Path, fps: float) -> Source:
-    files = images_in(path)
+def open_images(path: Path, fps: float, read: Callable[[Path], Tensor] = read_image) -> Source:
+    """A photo, or a folder of frames shown at `fps`, whose files `read` turns into frames."""
+    is_photo, files = not path.is_dir(), images_in(path) if path.is_dir() else [path]
     if not files:
         raise ValueError("holds no images")
-    sizes = [image_size(file) for file in files]
-    for file, size in zip(files, sizes, strict=True):
-        if size != sizes[0]:
+    headers = [read_header(file) for file in files]
+    size = headers[0].width, headers[0].height
+    for file, header in zip(files, headers, strict=True):
+        if (header.width, header.height) != size:
             raise ValueError(
-                f"{file.name} is {size[0]}x{size[1]}, but {files[0].name} is {sizes[0][0]}x{sizes[0][1]}: "
+                f"{file.name} is {header.width}x{header.height}, but {files[0].name} is {size[0]}x{size[1]}: "
                 "frames of a clip must have one size"
             )
-    digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+    digests = [_digest(file, header, read) for file, header in zip(files, headers, strict=True)]
+    digest = digests[0] if is_photo else hashlib.sha256("".join(digests).encode()).hexdigest()
+    notes = [note for header in headers for note in header.notes]
+    if read is read_image and any(header.transparent for header in headers):
+        notes.append(ON_WHITE)
     return Source(
         path.name,
         digest,
         len(files),
-        fps,
-        *sizes[0],
-        False,
-        lambda wanted: (read_image(files[index]) for index in wanted),
+        1.0 if is_photo else fps,
+        *size,
+        is_photo,
+        lambda wanted: (read(files[index]) for index in wanted),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def photo(path: Path) -> Source:
-    height, width = read_image(path).shape[:2]
-    return Source(
-        path.name, file_digest(path), 1, 1.0, width, height, True, lambda wanted: (read_image(path) for _ in wanted)
-    )
+def read_mask(path: Path) -> Tensor:
+    """[H, W, 3] in 0..1 of an image that is a mask: what is transparent does not count."""
+    pixels = read_image(path, "black")
+    if (pixels.amax(-1) - pixels.amin(-1)).max() > MOST_COLOUR:
+        raise ValueError(f"{path.name} has colours, expected a mask: white where training counts, black elsewhere")
+    return pixels
+
+
+def is_transparent(path: Path) -> bool:
+    return any(read_header(file).transparent for file in (images_in(path) if path.is_dir() else [path]))
 
 
 def images_in(folder: Path) -> list[Path]:
+    """The still images in a folder, in natural order."""
     files = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES), key=natural_key)
+    return sorted((file for file in files if is_image(file)), key=natural_key)
 
 
-def read_image(path: Path) -> Tensor:
-    """[H, W, 3] in 0..1, turned upright as its EXIF data says."""
-    try:
-        with Image.open(path) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    # PIL reports a damaged file with whatever its decoder ran into
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} is not a readable image ({error})") from error
-    return torch.from_numpy(pixels).float() / 255
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not is_animated(path)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height without decoding the image."""
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            return (height, width) if opened.getexif().get(0x0112, 1) >= 5 else (width, height)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} is not a readable image ({error})") from error
+def _digest(file: Path, header: Header, read: Callable[[Path], Tensor]) -> str:
+    """Images that PIL alone reads right keep the digest that their encodings on disk are named by."""
+    plain = not header.converted and read is not read_alpha
+    return file_digest(file) if plain else f"{file_digest(file)} {read.__name__} {VERSION}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import comfy.model_management
 from torch import Tensor
 
 from ..lora_io.file import sha256
@@ -14,7 +15,10 @@ from ..lora_io.file import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """Frames of one size. `frames(indices)` takes ascending indices (an index may repeat), gives [H, W, 3] in 0..1."""
+    """Frames of one size. `frames(indices)` takes ascending indices (an index may repeat), gives [H, W, 3] in 0..1.
+
+    notes: what the user should know of how the file is read.
+    """
 
     name: str
     digest: str
@@ -25,6 +29,7 @@ class Source:
     photo: bool
     frames: Callable[[Iterable[int]], Iterator[Tensor]]
     times: tuple[float, ...] = ()  # seconds after the first frame, of frames that are not `1 / fps` apart
+    notes: tuple[str, ...] = ()
 
 
 def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) -> tuple[float, tuple[float, ...]]:
@@ -63,4 +68,4 @@ def file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256(path)
+    return sha256(path, comfy.model_management.throw_exception_if_processing_interrupted)

@@ -7,14 +7,12 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..trainers.backbones.svd import SIDE
-from ..trainers.core.data import TrainingData
 from ..trainers.core.tracklets import Tracklets
-from .data import ClipsFromFolder, check_folder_options, clip_sources, folder_and_role
+from .data import ClipsFromFolder, alpha_as_mask, check_folder_options, clip_sources, folder_and_role, output
 from .encode import Clip, plan
-from .folder import plan_folder, resolve_folder
+from .folder import Reading, plan_folder, resolve_folder
 from .lists import by_place, for_each, only, only_each
 from .sources import Source
 from .svd_encode import LARGEST_BUCKET, SvdOptions, encode
@@ -66,13 +64,6 @@ def encoders() -> list[io.Input]:
         io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
         io.ClipVision.Input("clip_vision", tooltip="CLIP vision of the SVD checkpoint."),
     ]
-
-
-def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
-    text = "\n".join(lines)
-    if node.hidden:  # in a prompt
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-    return io.NodeOutput(data, ui={"text": (text,)})
 
 
 class EncodeSvdClips(io.ComfyNode):
@@ -148,6 +139,7 @@ class SvdClipsFromFolder(io.ComfyNode):
                 *encoders(),
                 *folder_and_role(),
                 *inputs(),
+                alpha_as_mask(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
             hidden=[io.Hidden.unique_id],
@@ -163,13 +155,23 @@ class SvdClipsFromFolder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, clip_vision: Any, folder: str, role: str, motion_bucket: int, source_fps: float, **options: Any
+        cls,
+        vae: Any,
+        clip_vision: Any,
+        folder: str,
+        role: str,
+        motion_bucket: int,
+        source_fps: float,
+        alpha_as_mask: bool = False,
+        **options: Any,
     ) -> io.NodeOutput:
         chosen = SvdOptions(**options)
         root = Path(folder_paths.get_input_directory())
-        plans = plan_folder(root, folder, source_fps, chosen, 1, side=SIDE, captioned=False)
+        reading = Reading(source_fps, captioned=False, alpha_as_mask=alpha_as_mask)
+        plans, notes = plan_folder(root, folder, reading, chosen, 1, SIDE)
         tracked = read_tracklets(resolve_folder(root, folder), [planned.clip.source for planned in plans])
-        return output(cls, *encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked))
+        data, lines = encode(plans, role, chosen, motion_bucket, vae, clip_vision, tracked)
+        return output(cls, data, notes + lines)
 
 
 NODES = [EncodeSvdClips, SvdClipsFromFolder]

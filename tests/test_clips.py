@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from kinoloom.nodes import captions, folder, framing, photos, sources, videos
+from kinoloom.nodes import captions, folder, framing, sources, videos
 from PIL import Image
 
 from .media import write_image, write_video
@@ -47,7 +47,7 @@ def test_truncated_image_says_so(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match="cut.png is not a readable image"):
-        photos.photo(path)
+        folder.open_source(path, 1.0)
 
 
 def test_folder_of_frames_is_in_natural_order(tmp_path: Path) -> None:
@@ -67,9 +67,12 @@ def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
 
 
 def test_digest_follows_content_not_name(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return folder.open_source(path, 1.0).digest
+
     images = {"a.png": 4, "b.png": 4, "c.png": 8}
     first, same, other = (write_image(tmp_path / name, grey) for name, grey in images.items())
-    assert photos.photo(first).digest == photos.photo(same).digest != photos.photo(other).digest
+    assert digest(first) == digest(same) != digest(other)
     frames = torch.rand(3, 8, 8, 3)
     changed = frames.clone()
     changed[1, 2, 3, 0] += 0.5
@@ -82,8 +85,9 @@ def test_image_turned_by_exif_is_upright(tmp_path: Path) -> None:
     path = tmp_path / "phone" / "1.jpg"
     path.parent.mkdir()
     Image.new("RGB", (64, 48)).save(path, exif=exif)
-    assert photos.read_image(path).shape == (64, 48, 3)
-    assert photos.image_size(path) == (48, 64)
+    source = folder.open_source(path, 1.0)
+    assert (source.width, source.height) == (48, 64)
+    assert [frame.shape for frame in source.frames([0])] == [(64, 48, 3)]
 
 
 @pytest.mark.parametrize(

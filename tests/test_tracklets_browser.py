@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kinoloom.nodes.photos import read_image
+from kinoloom.nodes.images import read_image
 from kinoloom.trainers.core import tracklets as core
 from kinoloom.trainers.core.tracklets import Tracklets, paint, to_tensors
 from PIL import Image
