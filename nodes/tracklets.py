@@ -66,9 +66,9 @@ class DrawTracklets(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, json: str) -> bool:
-        """ValueError for a text that is no tracklets."""
-        if json.strip():
+    def validate_inputs(cls, json: str | None = None) -> bool:
+        """ValueError for a text that is no tracklets; None arrives by wire."""
+        if json and json.strip():
             Tracklets.from_json(json)
         return True
 

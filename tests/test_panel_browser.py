@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kinoloom.trainers.core.unreadable import Unreadable
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from .server_prompts import write_clips
@@ -214,6 +215,38 @@ def test_options_that_do_not_fit_are_said_at_the_node_and_nothing_is_queued(pane
     load(page, client, HOSTILE)
     page.evaluate("app.queuePrompt(0)")
     expect(page.get_by_text(f"run_name={HOSTILE!r}: expected letters").first).to_be_visible()
+    assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
+
+
+def test_runs_that_nobody_can_read_and_files_of_any_name_are_text(panel: Page, client: Client, tmp_path: Path) -> None:
+    page, folder = panel, tmp_path / "unreadable"
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps({"spec": {"run_name": f"lost {HOSTILE}", "created": 5.0}}))
+    lost = Unreadable(folder, HOSTILE).summary()
+    strange = {**lost, "id": "strange", "run_name": "strange", "status": HOSTILE, "error": "in use by another ComfyUI"}
+    files = {"folder": HOSTILE, "files": [{"name": HOSTILE, "bytes": 5, "modified": 1.0, "lora_name": HOSTILE}]}
+    history = {**lost, "config": {HOSTILE: HOSTILE}, "history": [], "next": 0, "epoch": 1}
+    for path, answer in (
+        ("jobs?*", {"jobs": [lost, strange], "total": 2}), ("jobs/strange/files", files),
+        ("jobs/*?after=0", history), ("jobs/*/log", {"lines": [HOSTILE]}),
+    ):  # fmt: skip
+        page.route(f"**/kinoloom/{path}", lambda route, _, answer=answer: route.fulfill(json=answer))
+    page.reload()
+    page.wait_for_function(READY)
+    rows = open_panel(page).locator(".kl-row")
+    expect(rows).to_have_count(2)
+    expect(rows.filter(has_text=f"lost {HOSTILE}")).to_contain_text(["unreadable"])
+    expect(rows.filter(has_text="strange")).to_contain_text(["in use by another ComfyUI"])
+    rows.filter(has_text="lost").click()
+    view = page.locator(".kl-job")
+    expect(view.locator(".kl-error").first).to_contain_text(HOSTILE)
+    expect(view.locator(".kl-actions button")).to_have_text(["Delete"])
+    view.get_by_title("All runs").click()
+    rows.filter(has_text="strange").click()
+    expect(view.locator(".kl-files")).to_contain_text(HOSTILE)
+    expect(view.locator(".kl-state")).to_contain_text(HOSTILE)
+    view.locator("summary", has_text="Options").click()
+    expect(view.locator(".kl-fact", has_text=HOSTILE).first).to_be_visible()
     assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
 
 

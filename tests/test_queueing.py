@@ -195,6 +195,7 @@ def test_nodes_around_training_are_checked_too(node_id: str, values: dict[str, A
         ("KinoloomMergeMotionLoras", {"lora_1": 1, "lora_2": 1, "name": 1}),
         ("KinoloomLoadTrackletControl", {"file": "none", "path": 1}),
         ("KinoloomLoadTracklets", {"file": 1}),
+        ("KinoloomTracklets", {"json": 1, "width": 1, "frames": 1}),
     ],
 )
 def test_any_of_their_inputs_may_arrive_by_wire(node_id: str, values: dict[str, Any]) -> None:

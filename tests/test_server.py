@@ -1,6 +1,8 @@
 """The pack in a real ComfyUI server: training in the background, results, cancel, crash, resume, isolation."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,34 @@ def test_stage_two_from_an_identity_file(on: Client) -> None:
     second = load_file(job["files"]["combined"])
     downs = [key for key in first if key.endswith("lora_A.weight")]
     assert downs and all(torch.equal(first[key], second[key]) for key in downs)
+
+
+def test_name_folder_and_options_may_arrive_by_wire(server: Server, on: Client) -> None:
+    folder = server.base / "input" / "wired"
+    shutil.copytree(server.base / "input" / "clips", folder)
+    prompt = train(on, WAN, "x", wait=False)
+    prompt["where"] = node("PrimitiveString", value="wired")
+    prompt["folder"] = node("ComfySwitchNode", switch=True, on_true=["where", 0], on_false=["where", 0])
+    prompt["name"] = node("PrimitiveString", value=" by wire ")
+    prompt["steps"] = node("PrimitiveInt", value=2)
+    prompt["data"]["inputs"]["folder"] = ["folder", 0]
+    prompt["train"]["inputs"] |= {"run_name": ["name", 0], "steps": ["steps", 0]}
+    prompt["result"] = node("KinoloomTrainingResult", job=["train", 0])
+    prompt["show"] = node("PreviewAny", source=["result", 1])
+    first = shown_path(on.run(prompt))
+    assert Path(first).parts[-2:] == ("by wire", "by wire-lora-000002.safetensors")
+    on.run(prompt)
+    assert [job["done"] for job in jobs(on, "by wire")] == [2] and not jobs(on, "by wire-2")
+    (folder / "square.motion.txt").write_text("a [v] square on a wall, [u] resting")
+    assert Path(shown_path(on.run(prompt))).parts[-2] == "by wire-2", "the folder's files are read again"
+    for name, value, message in (
+        ("where", "../input", "folder='../input'"), ("where", "../..", "folder='../..' leads out of the input folder"),
+        ("where", "gone", "folder='gone': there is no such folder"), ("name", "con", "run_name='con': expected another"),
+        ("name", "../up", "run_name='../up': expected letters"), ("steps", 0, "steps=0: expected 1"),
+    ):  # fmt: skip
+        wrong = {**prompt, name: node(prompt[name]["class_type"], value=value)}
+        with pytest.raises(PromptError, match=re.escape(message)):
+            on.run(wrong)
 
 
 def test_train_node_alone_returns_at_once_and_unchanged_queue_trains_once(on: Client) -> None:
