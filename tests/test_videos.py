@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy_api.latest._input_impl import VideoFromFile
 from kinoloom.nodes import data, folder, framing, sources, videos
+from kinoloom.nodes.encode import Clip, Options, plan
 from PIL import Image
 
 from .media import ffmpeg, lit, write_timed, write_video
@@ -91,6 +92,17 @@ def test_all_frames_of_uneven_times_are_shown_at_their_average_rate(tmp_path: Pa
     source = videos.video(write_timed(tmp_path / "a.mp4", [0, 1, 2, 3, 8, 9, 10, 20]))
     assert source.fps == pytest.approx(7)
     assert columns(source, framing.resample(source, 0)) == [0, 3, 3, 9, 10, 10, 10, 20]
+
+
+def test_windows_of_uneven_times_are_cut_at_moments(tmp_path: Path) -> None:
+    source = videos.video(write_timed(tmp_path / "a.mp4", PATTERNS["slows"]))
+    options = Options(frames_per_clip=9, fps=10, window_mode="sliding", window_stride=8)
+    planned = plan(Clip(source, None), options, 4)
+    assert [columns(source, list(window)) for window in planned.windows] == [
+        [0, 2, 4, 6, 8, 10, 12, 14, 16],
+        [16, 18, 20, 22, 24, 26, 28, 30, 32],
+        [32, 34, 36, 38, 40, 40, 45, 45, 45],
+    ]
 
 
 def test_video_socket_keeps_the_speed_whole_in_memory_and_trimmed(tmp_path: Path) -> None:
