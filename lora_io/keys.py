@@ -96,39 +96,89 @@ def to_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+FACTOR = re.compile(r"(.+?)(?:[._]lora\.(down|up)|\.lora_linear_layer\.(down|up)|\.lora_(down|up|A|B))(\.\w+)?\.weight")
+
+
+def split_factor(key: str) -> tuple[str, str] | None:
+    """The path in a key of a LoRA's factor in any spelling in use, and "down" or "up"; None for other keys."""
+    match = FACTOR.fullmatch(key)
+    if match is None:
+        return None
+    side = next(found for found in match.groups()[1:4] if found)
+    return match[1], {"A": "down", "B": "up"}.get(side, side)
+
+
+def check_pairs(tensors: dict[str, Tensor], what: str) -> None:
+    """ValueError unless the factors in `<module>.lora_down/lora_up.weight` come in pairs of matrices of one rank."""
+    for key, tensor in tensors.items():
+        path, _, side = key.partition(".lora_")
+        if not side:
+            continue
+        other = f"{path}.lora_{'up' if side == 'down.weight' else 'down'}.weight"
+        if other not in tensors:
+            raise ValueError(f"{what}: {key} has no {other}")
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{what}: {key} is no matrix, but {tensor.dtype} of shape {(*tensor.shape,)}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{what}: {key} holds values that are no numbers (NaN or infinite)")
+    for key, down in tensors.items():
+        if key.endswith(".lora_down.weight"):
+            up = tensors[key.replace(".lora_down.", ".lora_up.")]
+            if up.shape[1] != len(down):
+                raise ValueError(f"{what}: {key} has rank {len(down)}, its up factor {up.shape[1]}")
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A factor, also one that is stored as the kernel of a convolution, as a matrix."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def scale_of(key: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ValueError(f"LoRA key {key!r}: expected one number, found a shape of {(*tensor.shape,)}")
+    return float(tensor)
+
+
+# Layers of diffusers' motion modules to those of AnimateDiff's files.
+MOTION_LAYERS = {"attn1": "attention_blocks.0", "attn2": "attention_blocks.1"}
+
+
 def from_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A motion LoRA in any spelling in use to `<module path>.lora_down/lora_up.weight`; ValueError for other files.
 
-    Known: AnimateDiff's (`processor.to_q_lora.down`), MotionDirector's (`to_out.processor.0_lora.down`), with or
-    without `processor` and a leading `unet.`, and plain `to_q.lora_down`. An alpha is multiplied into the up factor.
+    Known: AnimateDiff's (`processor.to_q_lora.down`), MotionDirector's (`to_out.processor.0_lora.down`), diffusers' and
+    PEFT's (`transformer_blocks.0.attn1.to_q.lora_A`), with or without `processor` and a leading `unet.`, and plain
+    `to_q.lora_down`. An alpha is multiplied into the up factor.
     """
     pairs, alphas = {}, {}
     for key, tensor in tensors.items():
-        if "temporal" not in key:
+        if "temporal" not in key and "motion_modules" not in key:
             continue
-        name = key.removeprefix(UNET).removeprefix("module.").replace("processor.", "")
-        match = re.fullmatch(r"(.+?)(?:_lora\.(down|up)|\.lora_(down|up|A|B))\.weight", name)
+        name = key.replace("processor.", "")
+        factor = split_factor(name)
         if name.endswith(".alpha"):
-            alphas[_motion_path(name.removesuffix(".alpha").removesuffix("_lora"))] = float(tensor)
-        elif match is None:
+            alphas[_motion_path(name.removesuffix(".alpha").removesuffix("_lora"))] = scale_of(key, tensor)
+        elif factor is None:
             raise ValueError(f"motion LoRA key {key!r}: expected a down or up factor of a motion module's layer")
         else:
-            side = {"A": "down", "B": "up"}.get(match[3], match[2] or match[3])
-            pairs[f"{_motion_path(match[1])}.lora_{side}.weight"] = tensor.flatten(1)
+            pairs[f"{_motion_path(factor[0])}.lora_{factor[1]}.weight"] = matrix(tensor)
     if not pairs:
         raise ValueError("no layers of a motion module in it, expected a motion LoRA")
+    check_pairs(pairs, "motion LoRA")
     for path, alpha in alphas.items():
         up = f"{path}.lora_up.weight"
         if up in pairs:
             pairs[up] = pairs[up] * (alpha / pairs[up].shape[1])
-    for key in pairs:
-        other = key.replace(".lora_up.", ".lora_down.") if ".lora_up." in key else key.replace("_down.", "_up.")
-        if other not in pairs:
-            raise ValueError(f"motion LoRA: {key} has no {other}")
     return pairs
 
 
 def _motion_path(name: str) -> str:
+    """A layer's path in AnimateDiff's own files."""
+    for root in ("base_model.model.", UNET, "module."):
+        name = name.removeprefix(root)
+    if ".temporal_transformer." not in name:
+        name = re.sub(r"(motion_modules\.\d+)\.", r"\1.temporal_transformer.", name)
+    name = re.sub(r"\.(attn[12])\.", lambda match: f".{MOTION_LAYERS[match[1]]}.", name)
     return f"{name}.0" if name.endswith(".to_out") else name
 
 

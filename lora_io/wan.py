@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .file import load
 from .fitting import require_base, require_layers
+from .keys import check_pairs, matrix, scale_of, split_factor
 from .peft import alpha_of, config_of
 
 ROOT = r"(base_model\.model\.)?(model\.)?(diffusion_model\.|transformer\.|pipe\.dit\.|dit\.|lora_unet__?|lycoris_)?"
-FACTOR = re.compile(r"(.+?)(?:[._]lora\.(down|up)|\.lora_linear_layer\.(down|up)|\.lora_(down|up|A|B))(\.\w+)?\.weight")
-SIDES = {"A": "down", "B": "up"}
 OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA", "oft_": "OFT"}
 # Layers of a block by their path with underscores: Wan's own names, and diffusers'.
 NATIVE = [f"{part}.{layer}" for part in ("self_attn", "cross_attn") for layer in "qkvo"] + ["ffn.0", "ffn.2"]
@@ -38,16 +37,16 @@ def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> d
     """
     named = {}
     for key, tensor in tensors.items():
-        match = FACTOR.fullmatch(key)
-        if match:
-            side = next(found for found in match.groups()[1:4] if found)
-            named[f"{_module(key, match[1])}.lora_{SIDES.get(side, side)}.weight"] = tensor.flatten(1)
+        if factor := split_factor(key):
+            named[f"{_module(key, factor[0])}.lora_{factor[1]}.weight"] = matrix(tensor)
         elif key.endswith(".alpha"):
-            named[f"{_module(key, key.removesuffix('.alpha'))}.alpha"] = tensor
+            named[f"{_module(key, key.removesuffix('.alpha'))}.alpha"] = torch.tensor(scale_of(key, tensor))
         else:
             kind = next((kind for part, kind in OTHER_KINDS.items() if part in key), "none")
             raise ValueError(f"LoRA key {key!r}: expected a down or up factor of a LoRA, found {kind}")
-    _check_pairs(named)
+    if not any(key.endswith(".weight") for key in named):
+        raise ValueError("no layers in it, expected a LoRA for Wan")
+    check_pairs(named, "LoRA")
     if alpha is not None:
         paths = [key.removesuffix(".lora_down.weight") for key in named if key.endswith(".lora_down.weight")]
         named = {**{f"{path}.alpha": torch.tensor(float(alpha)) for path in paths}, **named}
@@ -61,20 +60,6 @@ def _module(key: str, path: str) -> str:
     if layer is None:
         raise ValueError(f"LoRA key {key!r}: expected a layer of a Wan block, one of {', '.join(NATIVE)}")
     return f"blocks.{int(match[4])}.{layer}"
-
-
-def _check_pairs(named: dict[str, Tensor]) -> None:
-    if not any(key.endswith(".weight") for key in named):
-        raise ValueError("no layers in it, expected a LoRA for Wan")
-    for key, tensor in named.items():
-        path, _, side = key.partition(".lora_")
-        if not side:
-            continue
-        other = f"{path}.lora_{'up' if side == 'down.weight' else 'down'}.weight"
-        if other not in named:
-            raise ValueError(f"LoRA: {key} has no {other}")
-        if side == "down.weight" and len(tensor) != named[other].shape[1]:
-            raise ValueError(f"LoRA: {path} has a down factor of rank {len(tensor)}, an up factor of another")
 
 
 # What files of this pack hold that is no whole LoRA, by their `sns.stage`.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..trainers.backbones.base import PIXELS
 from ..trainers.backbones.svd import check_model
 from ..trainers.backbones.tracklet_control import NUMBERS, Controlled, TrackletControl, read, widths_of
+from ..trainers.core.host import load_tensors
 from ..trainers.core.tracklets import Tracklets, to_tensors
 from .jobs import trained_file
 from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType, files_state, model_file
@@ -32,7 +33,7 @@ folder_paths.folder_names_and_paths[TRACKLET_CONTROL][1].update(folder_paths.sup
 
 def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
     """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""
-    tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    tensors = load_tensors(Path(path))
     size = sum(tensor.numel() for tensor in tensors.values())
     dtype = comfy.model_management.unet_dtype(model_params=size, weight_dtype=comfy.utils.weight_dtype(tensors))
     offload = comfy.model_management.unet_offload_device()

@@ -24,6 +24,7 @@ from ..lora_io.keys import from_motion_lora, to_motion_lora
 from ..lora_io.merge import merge
 from ..trainers.backbones.animatediff import check_model
 from ..trainers.backbones.motion_module import MID, PART, Attached, MotionModules, read, sites
+from ..trainers.core.host import load_tensors
 from .widgets import NO_FILE, files_state, output_folder, require_name
 
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
@@ -47,7 +48,7 @@ register_folders()
 def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
     """A patcher of the MotionModules in a file. ValueError says what the file is if not that."""
     try:
-        layout, tensors = read(comfy.utils.load_torch_file(path, safe_load=True))
+        layout, tensors = read(load_tensors(Path(path)))
     except ValueError as error:
         raise ValueError(f"motion_module={Path(path).name!r}: found {error}") from error
     size = sum(tensor.numel() for tensor in tensors.values())
@@ -250,11 +251,24 @@ def with_motion_lora(model: Any, tensors: dict[str, Tensor], strength: float, na
         found = pairs[f"{path}.lora_up.weight"].shape[0], pairs[f"{path}.lora_down.weight"].shape[1]
         if found != weights[key].shape:
             raise ValueError(
-                f"{name}: {path} is for a layer of {found}, this motion module's is {(*weights[key].shape,)}"
+                f"{name}: made for a motion module of another width: {path} is for a layer of {found}, this motion "
+                f"module's is {(*weights[key].shape,)}. Choose a LoRA for this module ({layout.version})"
             )
     wide = {key: tensor.float() for key, tensor in pairs.items()}
     motion.add_patches(comfy.lora.load_lora(wide, layers), strength)
     return patched
+
+
+def require_same_layers(first: dict[str, Tensor], *others: dict[str, Tensor]) -> None:
+    """ValueError if a layer of one motion LoRA is of another width in the next."""
+    for other in others:
+        for key in first.keys() & other.keys():
+            side = 1 if ".lora_down." in key else 0
+            if first[key].shape[side] != other[key].shape[side]:
+                raise ValueError(
+                    f"lora_2: made for a motion module of another width than lora_1: {key} is {(*other[key].shape,)}, "
+                    f"in lora_1 {(*first[key].shape,)}"
+                )
 
 
 def lora_choices() -> list[str]:
@@ -262,7 +276,7 @@ def lora_choices() -> list[str]:
 
 
 def read_lora(name: str) -> dict[str, Tensor]:
-    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise(MOTION_LORAS, name), safe_load=True)
+    return load_tensors(Path(folder_paths.get_full_path_or_raise(MOTION_LORAS, name)))
 
 
 class LoadMotionLora(io.ComfyNode):
@@ -292,7 +306,7 @@ class LoadMotionLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(with_motion_lora(model, read_lora(lora_name), strength, lora_name))
+        return io.NodeOutput(with_motion_lora(model, read_lora(lora_name), strength, f"lora_name={lora_name!r}"))
 
 
 class LoadMotionLoraModel(io.ComfyNode):
@@ -372,11 +386,12 @@ class MergeMotionLoras(io.ComfyNode):
         name = require_name("name", name)
         chosen = [(lora_1, strength_1), *([(lora_2, strength_2)] if lora_2 != NO_FILE else [])]
         parts = []
-        for file, strength in chosen:
+        for option, (file, strength) in zip(("lora_1", "lora_2"), chosen, strict=False):
             try:
                 parts.append((from_motion_lora(read_lora(file)), strength))
             except ValueError as error:
-                raise ValueError(f"{file}: {error}") from error
+                raise ValueError(f"{option}={file!r}: {error}") from error
+        require_same_layers(*(pairs for pairs, _ in parts))
         merged = to_motion_lora(merge(parts, rank))
         path = free_path(output_folder(MOTION_LORAS), name)
         described = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in chosen)

@@ -16,7 +16,7 @@ from kinoloom.lora_io.keys import from_motion_lora, to_motion_lora
 from kinoloom.lora_io.merge import merge
 from kinoloom.nodes import motion
 from kinoloom.nodes.widgets import NO_FILE
-from kinoloom.trainers.backbones.motion_module import MID, PART
+from kinoloom.trainers.backbones.motion_module import MID, PART, Layout, MotionModules
 from kinoloom.trainers.core import host
 from torch import Tensor
 from toyworld.pack import unet as toy_unet
@@ -219,5 +219,58 @@ def test_the_merge_node_refuses_names_that_are_no_file_names(name: str, library:
 
 
 def test_the_merge_node_names_a_file_that_is_no_motion_lora(library: Path) -> None:
-    with pytest.raises(ValueError, match="look.safetensors: no layers of a motion module in it, expected"):
+    with pytest.raises(ValueError, match="lora_2='look.safetensors': no layers of a motion module in it, expected"):
         merge_node("zoom.safetensors", 1.0, "look.safetensors", 1.0, "both", 0)
+
+
+# -- diffusers -------------------------------------------------------------------------------------------------------------
+
+
+def in_diffusers(key: str) -> str:
+    """AnimateDiff's path of a layer as diffusers' UNetMotionModel has it."""
+    path = key.replace(".temporal_transformer", "")
+    return path.replace("attention_blocks.0", "attn1").replace("attention_blocks.1", "attn2")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "down", "up"),
+    [
+        ("", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.", ".lora.down.weight", ".lora.up.weight"),
+        ("base_model.model.", ".lora_A.default.weight", ".lora_B.default.weight"),
+        ("unet.", ".processor_lora.down.weight", ".processor_lora.up.weight"),
+    ],
+)
+def test_diffusers_names_give_the_same_layers(prefix: str, down: str, up: str) -> None:
+    native = motion_lora(LAYERS, 3, "zoom")
+    spelled = {}
+    for key, tensor in native.items():
+        path, _, side = key.partition(".lora_")
+        spelled[prefix + in_diffusers(path) + (down if side.startswith("down") else up).replace(".processor", "")] = tensor
+    read = from_motion_lora(spelled)
+    assert read.keys() == native.keys() and all(torch.equal(read[key], tensor) for key, tensor in native.items())
+
+
+def test_the_layers_of_diffusers_own_motion_unet_are_all_known() -> None:
+    from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+
+    block = AnimateDiffTransformer3D(2, 4, 8, activation_fn="geglu", double_self_attention=True, norm_num_groups=4)
+    names = [name for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
+    root = "down_blocks.1.motion_modules.0"
+    factors = {f"{root}.{name}.lora_{side}.weight": torch.ones(2, 2) for name in names for side in "AB"}
+    found = {key.partition(".lora_")[0] for key in from_motion_lora(factors)}
+    module = MotionModules(Layout("v3", (32, 32, 32, 32), 32), device="meta")
+    own = {name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert found == {name for name in own if name.startswith(root + ".")}
+
+
+def test_a_motion_lora_of_another_width_names_the_option_and_both_widths(applied: Any, library: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora_name='zoom\.safetensors': made for .* another width: .* \(8, 8\), this .* \(64, 64\)"):
+        motion.LoadMotionLora.execute(applied, "zoom.safetensors", 1.0)
+
+
+def test_motion_loras_of_two_widths_are_not_merged(library: Path) -> None:
+    save(library / "wide.safetensors", to_motion_lora(motion_lora({QUERY: (12, 12)}, 2, "wide")))
+    with pytest.raises(ValueError, match=r"lora_2: made for a motion module of another width than lora_1: .*to_q"):
+        merge_node("zoom.safetensors", 1.0, "wide.safetensors", 1.0, "both", 0)

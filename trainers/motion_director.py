@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..lora_io.animatediff import read_spatial_lora, read_temporal_lora
 from .backbones.animatediff import AnimateDiff
 from .backbones.motion_module import PART
-from .core.config import LoraConfig, changed, knob
+from .core.config import LoraConfig, changed, knob, naming
 from .core.data import TrainingData
-from .core.host import carried
+from .core.host import carried, lora_patches
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
 from .core.noise import Rng
@@ -201,6 +201,9 @@ class MotionDirector:
         def check_model(self, model: Any) -> None:
             modules = nn.ModuleDict({"unet": model.model.diffusion_model, "motion": carried(model)[PART]})
             check_starts(self.starts(), self, modules, model)
+            if self.domain_adapter:
+                with naming("domain_adapter", self.domain_adapter):
+                    lora_patches(model.model, Path(self.domain_adapter))
 
         def check_data(self, data: TrainingData) -> None:
             rows = data.select("clips", "train")
@@ -219,7 +222,8 @@ class MotionDirector:
     def __init__(self, backbone: AnimateDiff, config: Any) -> None:
         self.backbone, self.config = backbone, config
         if config.domain_adapter:
-            backbone.merge(Path(config.domain_adapter))
+            with naming("domain_adapter", config.domain_adapter):
+                backbone.merge(Path(config.domain_adapter))
         self.lora = LoraGroups(backbone.module, config.seed)
         self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
 from .backbones.wan import Wan, WanConfig
-from .core.config import LoraConfig, changed, knob
+from .core.config import LoraConfig, changed, knob, naming
 from .core.host import base_identities
 from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
@@ -278,11 +278,9 @@ class SetAndSequence:
 def read_identity(config: Any, module: nn.Module, bases: Collection[str] = ()) -> dict[str, Tensor]:
     """The factors of the identity file. ValueError if it is no identity for the layers of a Wan `module`."""
     path, rank = Path(config.identity_file), config.rank
-    try:
+    with naming("identity_file", config.identity_file):
         layers = layer_shapes(module, Wan.lora_targets["all"])
         tensors = read_wan_lora(path, layers, rank, MOTION_STAGES, bases)
-    except ValueError as error:
-        raise ValueError(f"identity_file={path.name!r}: {error}") from error
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} or {float(rank)}
     for alpha in alphas:  # B1 counts alpha / rank times; at another scale it is another identity
         if not math.isclose(alpha, config.alpha or rank, rel_tol=1e-3):

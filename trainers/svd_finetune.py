@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .backbones.svd import Svd, SvdConfig, video_losses
@@ -85,7 +86,7 @@ class SvdFinetune:
                 raise ValueError(
                     f"model: stored as {parameter.dtype}, expected fp16, bf16 or fp32, for its weights are saved again"
                 )
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # the file's may be mapped read-only
             parameter.requires_grad_(True)
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..lora_io.file import load
 from .backbones.svd import Svd, SvdConfig, video_loss
 from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
-from .core.config import changed, knob
-from .core.host import OPERATIONS, make_private
+from .core.config import changed, knob, naming
+from .core.host import OPERATIONS, make_private, require_finite
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng, derived_generator
@@ -108,6 +108,11 @@ class SvdTracklets:
             if not self.self_tracking_steps + self.clean_steps:
                 raise ValueError("self_tracking_steps=0 and clean_steps=0: expected steps in one of them")
 
+        def check_model(self, model: Any) -> None:
+            if self.control_file:
+                with naming("control_file", self.control_file):
+                    read_control(Path(self.control_file), model.model.diffusion_model, self.soft_boxes)
+
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
         numbers = NUMBERS + (config.soft_boxes > 0)
@@ -118,7 +123,7 @@ class SvdTracklets:
             name: parameter for name, parameter in backbone.module.named_parameters() if re.fullmatch(BASE_LAYERS, name)
         }
         for parameter in self.base.values():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # the file's may be mapped read-only
         if config.control_file:
             self._go_on_from(Path(config.control_file))
         self.controlled = Controlled(backbone.module, self.control).__enter__()  # for good: the copy is the run's own
@@ -126,18 +131,11 @@ class SvdTracklets:
 
     @torch.no_grad()
     def _go_on_from(self, file: Path) -> None:
-        try:
-            tensors, _ = load(file)
-            _, numbers, base = read(tensors)
-            if numbers != self.control.position_net.numbers:
-                made = "above 0" if numbers > NUMBERS else "0"
-                raise ValueError(
-                    f"was trained with soft_boxes {made}, which soft_boxes={self.config.soft_boxes} does not fit"
-                )
+        with naming("control_file", self.config.control_file):
+            tensors, base = read_control(file, self.backbone.module, self.config.soft_boxes)
             self.control.load(tensors)
             fill(self.base, base, "layers of the model do not match")
-        except ValueError as error:
-            raise ValueError(f"control_file={file.name!r}: {error}") from error
+            require_finite(self.control, "the control")
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:
@@ -218,6 +216,29 @@ class SvdTracklets:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {**{f"{MODULE}.{name}": p for name, p in self.control.named_parameters()}, **self.base}
+
+
+def read_control(
+    file: Path, unet: nn.Module, soft_boxes: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a control, and those of them that are the base model's. ValueError if it is none for this UNet."""
+    tensors, _ = load(file)
+    widths, numbers, base = read(tensors)
+    if widths != (here := widths_of(unet)):
+        raise ValueError(
+            f"made for a model of {len(widths)} transformers of {sorted(set(widths.values()))} channels, this one has "
+            f"{len(here)} of {sorted(set(here.values()))}"
+        )
+    if numbers != NUMBERS + (soft_boxes > 0):
+        made = "above 0" if numbers > NUMBERS else "0"
+        raise ValueError(f"was trained with soft_boxes {made}, which soft_boxes={soft_boxes} does not fit")
+    TrackletControl(widths, numbers=numbers, device="meta").load(tensors)
+    own = {name: p for name, p in unet.named_parameters() if re.fullmatch(BASE_LAYERS, name)}
+    for name in own.keys() | base.keys():
+        found, expected = ((*values[name].shape,) if name in values else "nothing" for values in (base, own))
+        if found != expected:
+            raise ValueError(f"{name}: found {found}, expected {expected}")
+    return tensors, base
 
 
 def soften(boxes: Tensor, share: float, rng: Rng) -> Tensor:

@@ -1,13 +1,14 @@
 """Stable Diffusion 1.5 with AnimateDiff's motion modules: ComfyUI's UNet, and the modules hooked into it."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.data import Row
-from ..core.host import merge_lora
+from ..core.host import merge_lora, require_finite
 from ..core.noise import Ddpm
 from .base import PIXELS, check_channels, latent_size, prepare_latents, prompts
 from .motion_module import PART, Attached, MotionModule, MotionModules, read, require_layout
@@ -79,6 +80,7 @@ class AnimateDiff:
         motion = MotionModules(self.layout, device="meta").load(tensors)
         parts[PART].patch(motion)
         motion.to(device, dtype).requires_grad_(False)
+        require_finite(motion, f"motion_module: {Path(parts[PART].path).name}")
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)

@@ -59,6 +59,9 @@ def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
     attention = "{}.temporal_transformer.transformer_blocks.0.attention_blocks.0.{}"
     first = "down_blocks.0.motion_modules.0"
     table = tensors.get(attention.format(first, "pos_encoder.pe"))
+    if any(not (value.is_floating_point() and value.ndim) for value in tensors.values()):
+        raise ValueError("a damaged motion module, some of whose entries are no arrays of numbers")
+    table = table if table is None or table.ndim == 3 else table.new_zeros(1, 0, 0)
     version = "v2" if MID in found else "AnimateLCM" if table is None else "v3" if table.shape[1] == 32 else "v1"
     widths = [
         tensors.get(attention.format(f"down_blocks.{level}.motion_modules.0", "to_q.weight")) for level in range(levels)

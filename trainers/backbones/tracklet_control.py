@@ -141,9 +141,11 @@ def read(tensors: dict[str, Tensor]) -> tuple[dict[str, int], int, dict[str, Ten
     """Widths and numbers for TrackletControl, and the base model's own layers. ValueError for other files."""
     first = tensors.get(f"{POSITIONS}linears.0.weight")
     widths = {
-        key.partition(FUSER)[0]: len(value) for key, value in tensors.items() if key.endswith(f"{FUSER}linear.weight")
+        key.partition(FUSER)[0]: len(value)
+        for key, value in tensors.items()
+        if key.endswith(f"{FUSER}linear.weight") and value.ndim
     }
-    if first is None or not widths:
+    if first is None or not widths or first.ndim != 2:
         raise ValueError("no position_net and fusers in it, expected a file of Train SVD Tracklets")
     base = {key: value for key, value in tensors.items() if re.fullmatch(BASE_LAYERS, key)}
     return widths, first.shape[1] // (2 * BANDS), base

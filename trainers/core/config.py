@@ -1,7 +1,10 @@
 """Options: one frozen dataclass per recipe is the widget, the default, the check and the saved metadata."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 
@@ -219,6 +222,15 @@ class LoraConfig(TrainConfig):
         advanced=True,
         added=1,
     )
+
+
+@contextmanager
+def naming(option: str, file: str) -> Iterator[None]:
+    """A ValueError within names the option and its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}={Path(file).name!r}: {error}") from error
 
 
 def check(option: Field, value: Any) -> None:

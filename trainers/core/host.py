@@ -22,6 +22,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import Decoder
+from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint, load_names
@@ -37,6 +38,28 @@ LONGEST_METADATA = 1 << 16  # characters that are searched
 PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a model file of any format that ComfyUI reads; nothing else in it is opened.
+
+    ValueError says in one sentence that the file is missing, damaged or none of a model.
+    """
+    if path.suffix.lower() in SAFETENSORS:
+        load_names(path)
+    elif not path.is_file():
+        raise ValueError(f"file {path}: not found")
+    try:
+        found = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception:  # torch raises whatever a damaged pickle leads to, with advice to open it without the safeguard
+        raise ValueError(
+            f"file {path}: not a readable model file. It is damaged, or holds more than tensors, which is never opened"
+        ) from None
+    entries = found.items() if isinstance(found, dict) else ()
+    tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"file {path}: holds no named tensors, expected a model file")
+    return tensors
+
+
 @dataclass(frozen=True)
 class Part:
     """A model that a MODEL carries: its file, and the LoRA patches over it by key."""
@@ -45,9 +68,7 @@ class Part:
     patches: dict[str, list]
 
     def state(self) -> dict[str, Any]:
-        if not Path(self.path).is_file():
-            raise ValueError(f"file {self.path}: not found")
-        return comfy.utils.load_torch_file(self.path, safe_load=True)
+        return load_tensors(Path(self.path))
 
     def patch(self, module: nn.Module) -> None:
         """Merge the patches into a module made of the file."""
@@ -193,6 +214,7 @@ def load_private(model: Any, device: torch.device) -> Any:
     for child in module.modules():
         _cast_stored(child)
     private.patch_model(device_to=device)
+    require_finite(module, f"model: {Path(str(private.cached_patcher_init[1][0])).name}")
     module.requires_grad_(False)
     for child in module.modules():
         if isinstance(child, comfy.ops.CastWeightBiasOp):
@@ -222,12 +244,27 @@ def narrow(private: Any, dtype: torch.dtype) -> None:
 
 def merge_lora(model: Any, path: Path) -> None:
     """Add a LoRA file, at strength 1, to the weights of a private BaseModel. ValueError if it holds other layers."""
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    patches = lora_patches(model, path)
+    merge(model, {key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items()})
+
+
+def lora_patches(model: Any, path: Path) -> dict[str, Any]:
+    """A LoRA file as ComfyUI's patches by parameter of a BaseModel. ValueError if a layer of it does not fit."""
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    patches = comfy.lora.load_lora(tensors, keys, log_missing=False)
+    patches = comfy.lora.load_lora(load_tensors(path), keys, log_missing=False)
     if not patches:
         raise ValueError(f"{path.name}: no layer of it fits {type(model).__name__}, expected a LoRA for this model")
-    merge(model, {key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items()})
+    for key, patch in patches.items():
+        shape = model.get_parameter(key).shape
+        up, down = patch.weights[:2] if isinstance(patch, LoRAAdapter) else (None, None)
+        if up is not None and (len(up), down[0].numel()) != (shape[0], shape[1:].numel()):  # which core only logs
+            raise ValueError(
+                f"{path.name}: made for a model of another width: {key} is {len(up)} x {down[0].numel()} in the file, "
+                f"{shape[0]} x {shape[1:].numel()} in this model"
+            )
+        if up is not None and not (up.isfinite().all() and down.isfinite().all()):
+            raise ValueError(f"{path.name}: {key} holds values that are no numbers (NaN or infinite)")
+    return patches
 
 
 @torch.no_grad()
@@ -235,8 +272,34 @@ def merge(module: nn.Module, patches: dict[str, list]) -> None:
     """Apply ComfyUI's weight patches, by parameter name, for good."""
     for key, patch in patches.items():
         parameter = module.get_parameter(key)
-        merged = comfy.lora.calculate_weight(patch, parameter.data.float(), key)
-        parameter.copy_(merged)
+        merged = comfy.lora.calculate_weight(patch, parameter.data.to(torch.float32, copy=True), key)
+        if isinstance(parameter, QuantizedTensor):
+            parameter.copy_(merged)
+        else:
+            parameter.data = merged.to(parameter.dtype)  # a tensor of its own: the file's may be mapped read-only
+
+
+def require_finite(module: nn.Module, what: str) -> None:
+    """ValueError names the first parameter of a module that holds NaN or infinite values; `what` is its file."""
+    extremes = {name: _extremes(parameter) for name, parameter in module.named_parameters() if parameter.numel()}
+    if not extremes:
+        return
+    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # one wait for the device
+    if not finite.all():
+        name = list(extremes)[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"{what}: the weights of {name} are no numbers (NaN or infinite): nothing can be trained on them. Get the "
+            "file again, or leave out the LoRA that was put on it"
+        )
+
+
+def _extremes(parameter: Tensor) -> Tensor:
+    """A number that is finite if all values are."""
+    values = parameter.dequantize() if isinstance(parameter, QuantizedTensor) else parameter.data
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.bfloat16)
+    low, high = values.aminmax()
+    return (high / 2).float() - (low / 2).float()
 
 
 class Rope(torch.autograd.Function):
@@ -411,7 +474,7 @@ def decode_preview(latent_format: Any, latents: Tensor) -> Tensor:
 
 def _decode_tiny(path: str, latent_format: Any, latents: Tensor) -> Tensor:
     """TAESD reads latents of the model's space, frame by frame, and TAEHV those of the VAE, as ComfyUI's files do."""
-    tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    tensors = load_tensors(Path(path))
     if latent_format.latent_dimensions == 2:
         tiny = Decoder(latent_channels=latent_format.latent_channels)
         tiny.load_state_dict(tensors)
