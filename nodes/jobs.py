@@ -117,7 +117,7 @@ class Registry:
             name, job = self._claim(run_name, identity, config)
             if job is not None and not job.spec.asked_as:
                 job.spec = replace(job.spec, asked_as=run_name)
-            if job is not None and (job.status != "finished" or job.steps_of(config) > job.checkpoint):
+            if job is not None and (job.status != "finished" or job.steps_of(config) > job.kept_steps):
                 job.reconfigure(config, samples, identity)
                 if job.is_over:
                     job.start(model)
@@ -276,11 +276,11 @@ def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
     if identity.changes(job.spec.identity):
         return False
     job.require_reachable(config)
-    if job.steps_of(config) == job.checkpoint:
+    if job.steps_of(config) == job.kept_steps:
         return not identity.adjusted(job.spec.identity)
     if not job.state_path.is_file():
         raise ValueError(
-            f"run {job.spec.run_name!r} cannot be made longer than its {job.checkpoint} steps: its state was not kept "
+            f"run {job.spec.run_name!r} cannot be made longer than its {job.kept_steps} steps: its state was not kept "
             "(keep_state). Choose another run name"
         )
     return True

@@ -346,6 +346,6 @@ def test_freeing_waits_for_the_end_and_leaves_nothing_to_resume(
     job = start("dance", steps=4)
     assert refused and job.resumable
     registry.free(job)
-    assert not job.resumable and "state to go on from is gone" in job.dead_end
+    assert not job.resumable and "Its state is gone" in job.dead_end
     with pytest.raises(ValueError, match="saved nothing"):
         registry.restart(job)

@@ -93,11 +93,16 @@ class Job(Record):
             )
         self.require_reachable(config)
         if self.is_over:
-            self.note = describe(adjusted, self.checkpoint, config.lr_schedule)
+            self.note = describe(adjusted, self.kept_steps, config.lr_schedule)
         self.spec = replace(self.spec, config=vars(config), samples=samples, identity=identity)
         self.config = config
         if self.total:
             self.total = self.steps_of(config)
+
+    @property
+    def kept_steps(self) -> int:
+        """Steps that the run goes on from, if it does."""
+        return self.done if self.status == "finished" else self.checkpoint
 
     def steps_of(self, config: TrainConfig) -> int:
         return sum(phase.steps for phase in self.recipe_class.phases(config))
@@ -105,7 +110,7 @@ class Job(Record):
     def require_reachable(self, config: TrainConfig) -> None:
         """ValueError if the steps made so far do not fit those of `config`."""
         before, after = (self.recipe_class.phases(c) for c in (self.config, config))
-        require_reachable(before, after, self.checkpoint, self.spec.run_name)
+        require_reachable(before, after, self.kept_steps, self.spec.run_name)
 
     def stop(self) -> None:
         """End after the current step, keeping a usable LoRA and a resumable state."""
@@ -147,9 +152,9 @@ class Job(Record):
         """Why a run that ended early cannot go on; nothing if it can, or need not."""
         if self.status == "finished" or self.resumable or not self.ended.is_set():
             return ""
-        if self.files or self.checkpoint:
-            return "The state to go on from is gone. Start anew, or from its LoRA with start_from."
-        return "It ended before its first checkpoint, so there is nothing to go on from: it can only start again."
+        if self.checkpoint:
+            return "Its state is gone, so it cannot go on. Train anew, or from its LoRA with start_from."
+        return "It ended before its first checkpoint, so it has nothing to go on from. Run its workflow again."
 
     @property
     def log_path(self) -> Path:
