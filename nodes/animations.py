@@ -11,7 +11,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from PIL import Image
 from torch import Tensor
 
-from .sources import Source, file_digest, pace
+from .sources import ON_WHITE, Source, file_digest, pace
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 BLINK, SLOW = 20, 100  # milliseconds: a frame shorter than the one is shown for the other, as in web browsers
@@ -28,7 +28,7 @@ def is_animated(path: Path) -> bool:
 
 def animation(path: Path) -> Source:
     stat = path.stat()
-    times, width, height = _probe(path, stat.st_size, stat.st_mtime_ns)
+    times, width, height, clear = _probe(path, stat.st_size, stat.st_mtime_ns)
     fps, uneven = pace(times, tick=0.001)
     return Source(
         path.name,
@@ -40,6 +40,7 @@ def animation(path: Path) -> Source:
         False,
         lambda wanted: _read(path, wanted),
         uneven,
+        (ON_WHITE,) if clear else (),
     )
 
 
@@ -49,12 +50,15 @@ def _opened(path: Path) -> Image.Image:
 
 
 @lru_cache(maxsize=1024)
-def _probe(path: Path, size: int, mtime_ns: int) -> tuple[tuple[float, ...], int, int]:
-    """When each frame is shown, width and height."""
-    shown = [max(frame.info.get("duration") or 0, 0) for frame in _frames(path)]
+def _probe(path: Path, size: int, mtime_ns: int) -> tuple[tuple[float, ...], int, int, bool]:
+    """When each frame is shown, width, height, and whether something is transparent."""
+    shown, clear = [], False
+    for frame in _frames(path):
+        shown.append(max(frame.info.get("duration") or 0, 0))
+        clear = clear or frame.convert("RGBA").getextrema()[3][0] < 255
     starts = accumulate((SLOW if length < BLINK else length for length in shown[:-1]), initial=0)
     with _opened(path) as opened:
-        return tuple(start / 1000 for start in starts), *opened.size
+        return tuple(start / 1000 for start in starts), *opened.size, clear
 
 
 def _read(path: Path, wanted: Iterable[int]) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Nodes that make training data."""
 
 import hashlib
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,13 @@ def video_source(video: Any) -> Source:
     if isinstance(video, InputImpl.VideoFromFile):
         file = video.get_stream_source()
         try:
-            return videos.video(Path(file) if isinstance(file, str) else file, *video.get_active_trim_window())
+            source = videos.video(Path(file) if isinstance(file, str) else file, *video.get_active_trim_window())
         except ValueError as error:
             name = Path(file).name if isinstance(file, str) else "video"
             raise ValueError(f"{name}: {error}") from error
+        for note in source.notes:
+            logging.warning("Kinoloom: %s: %s", source.name, note)
+        return source
     parts = video.get_components()
     return from_tensor("video", parts.images, float(parts.frame_rate))
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from .animations import is_animated
 from .images import IMAGE_SUFFIXES, Header, read_alpha, read_header, read_image
-from .sources import Source, file_digest, natural_key
+from .sources import ON_WHITE, Source, file_digest, natural_key
 
 # Raise it when the pixels change of images whose header says `converted`.
 VERSION = 1
-ON_WHITE = "its transparent parts are shown white"
 MOST_COLOUR = 0.2  # of a mask: the largest difference between two channels
 
 

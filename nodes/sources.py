@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..lora_io.file import sha256
 
+ON_WHITE = "its transparent parts are shown white"
+
 
 @dataclass(frozen=True)
 class Source:

@@ -1,7 +1,6 @@
 """Videos: when each frame is shown, and the frames that are asked for."""
 
 import hashlib
-import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -48,6 +47,7 @@ def video(file: Path | BytesIO, start: float = 0.0, duration: float = 0.0) -> So
         False,
         lambda wanted: _read(file, name, facts, [stamps[index] for index in wanted]),
         uneven,
+        (f"HDR ({TRANSFERS[facts.look.transfer]}), tone-mapped to the standard range",) if facts.look.transfer else (),
     )
 
 
@@ -83,12 +83,6 @@ def _probe(file: Path | BytesIO, name: str) -> Facts:
             raise ValueError("not a readable video (none of its frames can be decoded)")
         look = Look.of(first, stream)
         tick, rates = stream.time_base, [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
-    if look.transfer:
-        logging.warning(
-            "Kinoloom: %s is HDR video (%s); its colours are tone-mapped to the standard range.",
-            name,
-            TRANSFERS[look.transfer],
-        )
     return Facts(stamps_of(file, name, first), tick, rates, look)
 
 

@@ -50,7 +50,9 @@ def test_animation_of_one_pace_has_that_frame_rate(tmp_path: Path) -> None:
 def test_transparency_of_an_animation_is_white(tmp_path: Path) -> None:
     pictures = [Image.new("RGBA", (16, 16), (255, 0, 255, 0)), Image.new("RGBA", (16, 16), (0, 255, 0, 255))]
     pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:], duration=100, lossless=True)
-    clear, solid = videos.video(tmp_path / "a.webp").frames([0, 1])
+    source = videos.video(tmp_path / "a.webp")
+    assert source.notes == (sources.ON_WHITE,)
+    clear, solid = source.frames([0, 1])
     assert clear.mean((0, 1)).tolist() == [1, 1, 1]
     assert solid.mean((0, 1)).tolist() == [0, 1, 0]
 
@@ -231,8 +233,9 @@ def test_hdr_is_brought_to_the_standard_range_and_said_once(
             assert ((frame.mean((0, 1)) * 255) - torch.tensor(colour)).abs().max() < 6  # 10 bits
     white = videos.video(write_hdr(tmp_path / "white.mp4", (255, 255, 255), transfer))
     assert 235 < next(iter(white.frames([0]))).min() * 255 < 255
-    videos.video(tmp_path / "white.mp4")
-    assert caplog.text.count("white.mp4 is HDR video") == 1
+    assert white.notes[0].startswith("HDR (")
+    data.video_source(VideoFromFile(str(tmp_path / "white.mp4")))
+    assert caplog.text.count("white.mp4: HDR (") == 1
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.flv"])
