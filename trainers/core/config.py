@@ -7,6 +7,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+LARGEST_RATE = 10.0
+SMALLEST_OF_PRODIGY = 0.01  # rates that make sense for it are around 1
+
 
 def knob(
     default: Any,
@@ -47,7 +50,7 @@ class TrainConfig:
         1e-4,
         "Lower it if the loss jumps or the result is over-cooked; raise it if nothing is learned. Prodigy wants 1.0.",
         min=0.0,
-        max=10.0,
+        max=LARGEST_RATE,
         step=1e-6,
     )
     seed: int = knob(
@@ -69,7 +72,7 @@ class TrainConfig:
     optimizer: str = knob(
         "AdamW",
         "AdamW suits most runs. AdamW8bit saves memory (needs bitsandbytes). Prodigy finds its "
-        "own rate: set learning_rate to 1.",
+        "own rate, and multiplies it by learning_rate: a value below 0.01 counts as 1.",
         choices=("AdamW", "AdamW8bit", "Lion", "Prodigy", "Adafactor"),
         advanced=True,
     )
@@ -175,9 +178,29 @@ class TrainConfig:
         added=1,
     )
 
+    save_minutes: float = knob(
+        10.0,
+        "Minutes after which a checkpoint is made at the latest, for runs of slow steps. 0 counts steps alone.",
+        min=0.0,
+        max=1440.0,
+        step=0.5,
+        advanced=True,
+        added=1,
+    )
+
     def __post_init__(self) -> None:
         for option in fields(self):
             check(option, getattr(self, option.name))
+        if self.optimizer == "Prodigy":
+            self._set_rates_of_prodigy()
+
+    def _set_rates_of_prodigy(self) -> None:
+        """Rates for other optimizers, at which Prodigy learns nothing, become 1; others keep their ratio to it."""
+        names = (option.name for option in fields(self) if option.name.endswith("learning_rate"))
+        small = {name: getattr(self, name) for name in names if 0 < getattr(self, name) < SMALLEST_OF_PRODIGY}
+        for name, rate in small.items():
+            shared = min(round(rate / small.get("learning_rate", rate), 6), LARGEST_RATE)
+            object.__setattr__(self, name, shared)
 
     def check_data(self, data: Any) -> None:
         """ValueError if training data does not suit these options."""
@@ -249,7 +272,8 @@ def check(option: Field, value: Any) -> None:
 
 # What only says when to look at the run or how to share the machine: the weights are the same at any value.
 NOT_TRAJECTORY = (
-    *("save_every", "keep_state", "pause_when_busy", "checkpointing", "validate_every", "trigger_words"),
+    *("save_every", "save_minutes", "keep_state", "pause_when_busy", "checkpointing", "validate_every"),
+    "trigger_words",
     "wan_version",
 )
 # What the trained weights are and begin from: another value makes another run. All others may change on the way.

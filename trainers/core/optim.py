@@ -26,7 +26,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimiz
     if config.optimizer == "Lion":
         return pytorch_optimizer.Lion(groups, lr=rate, betas=betas, weight_decay=decay)
     if config.optimizer == "Prodigy":
-        return pytorch_optimizer.Prodigy(groups, lr=rate, betas=betas, weight_decay=decay)
+        from .prodigy import Prodigy
+
+        return Prodigy(groups, lr=rate, betas=betas, weight_decay=decay)
     without_momentum = (None, 0.999)
     return pytorch_optimizer.AdaFactor(
         groups, lr=rate, betas=without_momentum, weight_decay=decay, scale_parameter=False, relative_step=False
@@ -59,3 +61,10 @@ def _bitsandbytes() -> Any:
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def effective_rate(optimizer: Optimizer) -> float:
+    """Of the next step, for the first group that moves; Prodigy multiplies the rate by d, its estimate."""
+    groups = optimizer.param_groups
+    group = next((group for group in groups if group["lr"]), groups[0])
+    return float(group["lr"]) * float(group.get("d", 1.0))
