@@ -11,7 +11,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.losses import masked_mse, sample_timesteps
-from kinoloom.trainers.core.noise import STRATA, FlowMatch, Rng, derived_generator, logit_normal, shift_timesteps
+from kinoloom.trainers.core.noise import (
+    STRATA,
+    Ddpm,
+    FlowMatch,
+    Rng,
+    derived_generator,
+    logit_normal,
+    shift_timesteps,
+)
 from scipy.special import expit
 from scipy.stats import kstest, norm
 
@@ -184,3 +192,8 @@ def test_the_loss_is_an_fp32_mean_that_a_mask_weighs_before_the_mean() -> None:
     mask[0, :, 1] = 0.5
     expected = 0.5 * error[0, :, 1].sum().item() / error.numel()
     assert masked_mse(pred, NOISE, mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_of_ddpm_are_the_thousandths_that_quantiles_fall_in() -> None:
+    u = torch.tensor([1e-4, 0.0009, 0.001, 0.4999, 0.5001, 0.99949, 0.9996, 1 - 1e-4], dtype=torch.float64)
+    assert Ddpm().timesteps(u).tolist() == [0, 0, 1, 499, 500, 999, 999, 999]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.latent_formats
@@ -16,15 +17,16 @@ import pytest
 import torch
 from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import TAESD
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
 from kinoloom.nodes import jobs, train
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.job import Job
-from kinoloom.trainers.core.noise import FlowMatch, Rng
+from kinoloom.trainers.core.noise import Ddpm, Edm, FlowMatch, Rng
 from kinoloom.trainers.core.plain import read
 from kinoloom.trainers.core.record import Spec
-from kinoloom.trainers.core.sampling import Samples, sample, write_webp
+from kinoloom.trainers.core.sampling import Samples, Sampling, sample, write_webp
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -78,20 +80,34 @@ def core_conditions(samples: Samples, index: int) -> list[list[list]]:
     return [[[embeds, {}]] for embeds in padded]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_sample_is_what_core_s_sampler_makes(backbone: str, tiny_models: Path, tmp_path: Path) -> None:
-    """The same model, levels, noise and conditions through comfy.sample's Euler, with guidance."""
-    model, samples = load_tiny(tiny_models, backbone), write_samples(tmp_path, backbone, steps=4)
-    ours = make_backbone(model)
-    noise = random(1, *samples.shape, name="sample noise")
-    levels = ours.schedule.levels(samples.steps, samples.shift)
-    made = sample(ours.predict, ours.schedule, noise, levels, samples.conditions(0), samples.guidance())
+SCHEDULES = {"wan": FlowMatch(), "animatediff": Ddpm(), "svd": Edm()}
+SCHEDULERS = {"wan": "simple", "animatediff": "simple", "svd": "karras"}
 
+
+def core_levels(model: Any, backbone: str, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULERS[backbone], steps)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(4, 5.0), (6, 3.0), (7, 8.0), (13, 1.0)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_sample_is_what_core_s_sampler_makes(
+    backbone: str, steps: int, shift: float, tiny_models: Path, tmp_path: Path
+) -> None:
+    """The same model, noise and conditions through comfy.sample's Euler and scheduler, with guidance."""
+    model, samples = load_tiny(tiny_models, backbone), write_samples(tmp_path, backbone, steps=steps, shift=shift)
+    recipe = SimpleNamespace(predict=(ours := make_backbone(model)).predict)
+    sampling = Sampling(samples, recipe, ours, None, tmp_path, lambda event: None, lambda: False)
+    made = sampling._sample(1)
+    noise = torch.randn(1, *samples.shape, generator=torch.Generator().manual_seed(samples.seed + 1))
+
+    if backbone == "wan":
+        (model,) = ModelSamplingSD3().patch(model, shift)
+    levels = core_levels(model, backbone, steps)
     if backbone == "svd":
         (model,) = VideoLinearCFGGuidance().patch(model, 1.0)
     folded = noise if backbone == "wan" else noise[0].movedim(1, 0)
     with torch.inference_mode():
-        sampler, conditions = comfy.samplers.sampler_object("euler"), core_conditions(samples, 0)
+        sampler, conditions = comfy.samplers.sampler_object("euler"), core_conditions(samples, 1)
         theirs = comfy.sample.sample_custom(
             model, folded, samples.cfg, sampler, levels, *conditions, torch.zeros_like(folded), disable_pbar=True
         ).clone()
@@ -101,12 +117,15 @@ def test_a_sample_is_what_core_s_sampler_makes(backbone: str, tiny_models: Path,
     torch.testing.assert_close(made / size, theirs / size, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("backbone", "scheduler"), [("wan", "simple"), ("animatediff", "simple"), ("svd", "karras")])
-def test_levels_are_those_of_core_s_scheduler(backbone: str, scheduler: str, tiny_models: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 6, 7, 9, 13, 20, 30, 37])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_levels_are_those_of_core_s_scheduler(backbone: str, steps: int, tiny_models: Path) -> None:
     model = load_tiny(tiny_models, backbone)
-    sampling = model.get_model_object("model_sampling")
-    levels = make_backbone(model).schedule.levels(20, float(getattr(sampling, "shift", 1.0)))
-    torch.testing.assert_close(levels, comfy.samplers.calculate_sigmas(sampling, scheduler, 20), rtol=1e-4, atol=1e-6)
+    for shift in (1.0, 2.7, 8.0) if backbone == "wan" else (1.0,):
+        if backbone == "wan":
+            (model,) = ModelSamplingSD3().patch(model, shift)
+        theirs = core_levels(model, backbone, steps)
+        torch.testing.assert_close(SCHEDULES[backbone].levels(steps, shift), theirs, rtol=2e-6, atol=0)
 
 
 def test_without_guidance_nothing_is_predicted_for_the_negative(tmp_path: Path) -> None:

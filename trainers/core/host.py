@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import comfyui_version
@@ -379,6 +381,12 @@ def _plain(weight: Tensor, like: Tensor) -> Tensor:
     return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).to(like)
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Whether no number of a weight, which may be quantised, is NaN or infinite."""
+    plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    return bool(plain.float().isfinite().all())
+
+
 def sdpa(
     original: Callable,
     q: Tensor,
@@ -486,6 +494,12 @@ def _decode_tiny(path: str, latent_format: Any, latents: Tensor) -> Tensor:
         make_private(tiny.to(latents))
         frames = tiny.decode(latent_format.process_out(latents.unsqueeze(0)))[0].movedim(1, 0)
     return frames.clamp(0, 1).movedim(1, -1).cpu()
+
+
+def levels(scheduler: str, steps: int, sigmas: Tensor) -> Tensor:
+    """The levels of noise of ComfyUI's scheduler, falling to 0 [steps + 1], for a model whose own rise as `sigmas`."""
+    sampling = SimpleNamespace(sigmas=sigmas, sigma_min=sigmas[0], sigma_max=sigmas[-1])
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
 
 
 def free_memory(on: torch.device) -> int:

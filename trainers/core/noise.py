@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import host
+
 STRATA = 16
 
 
@@ -100,8 +102,7 @@ class Ddpm:
 
     def levels(self, steps: int, shift: float) -> Tensor:
         """sigma = sqrt((1 - a_t) / a_t) at evenly spaced t, from 999 down, and 0 at the end [steps + 1]."""
-        kept = self.alphas_bar[[self.steps - 1 - i * self.steps // steps for i in range(steps)]]
-        return torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1)])
+        return host.levels("simple", steps, ((1 - self.alphas_bar) / self.alphas_bar).sqrt())
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
         """As if all of x_t were noise, at the spread of x_0 + sigma noise."""
@@ -142,8 +143,7 @@ class Edm:
 
     def levels(self, steps: int, shift: float) -> Tensor:
         """sigma from 700 to 0.002, evenly spaced in its seventh root (Karras et al., eq. 5), and 0 [steps + 1]."""
-        high, low = (sigma ** (1 / 7) for sigma in (700.0, 0.002))
-        return torch.cat([torch.linspace(high, low, steps) ** 7, torch.zeros(1)])
+        return host.levels("karras", steps, torch.tensor([0.002, 700.0]))
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
         return noise * math.sqrt(1 + sigma**2)
@@ -164,6 +164,7 @@ class FlowMatch:
     """Rectified flow: t = 1 is pure noise, the model predicts the velocity noise - data (arXiv 2403.03206)."""
 
     multiplier = 1000.0
+    steps = 1000  # of the table that ComfyUI's schedulers choose from
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 - t) x_1 + t x_0 for latents, noise [B, ...] and t [B]."""
@@ -175,7 +176,7 @@ class FlowMatch:
 
     def levels(self, steps: int, shift: float) -> Tensor:
         """t from 1 to 0 [steps + 1]."""
-        return shift_timesteps(torch.linspace(1, 0, steps + 1), shift)
+        return host.levels("simple", steps, shift_timesteps(torch.arange(1, self.steps + 1) / self.steps, shift))
 
     def begin(self, noise: Tensor, t: float) -> Tensor:
         return noise

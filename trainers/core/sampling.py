@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...lora_io.file import atomic_write, load
+from ...lora_io.file import atomic_write
 from ..backbones.base import Backbone, Schedule
 from . import host
-from .data import collate, column_path
+from .data import collate, column_path, read_column
 from .events import Event, Sample, SampleFailed
 from .recipe import Batch, Phase, Recipe
 
@@ -58,7 +58,7 @@ class Samples:
         return positive, {**positive, **{name: torch.zeros_like(positive[name]) for name in LEFT_OUT}}
 
     def _read(self, stem: str) -> Batch:
-        return collate([load(column_path(self.folder, stem, self.column))[0]])
+        return collate([read_column(column_path(self.folder, stem, self.column), "samples")])
 
     def guidance(self) -> Tensor:
         """[1, 1, T, 1, 1]"""
@@ -114,7 +114,7 @@ class Sampling:
     ) -> None:
         self.samples, self.recipe, self.backbone, self.latent_format = samples, recipe, backbone, latent_format
         self.folder, self.emit, self.should_stop = folder, emit, should_stop
-        self.failed = False
+        self.failed, self.began = False, 0.0
 
     def __call__(self, phase: Phase, step: int, done: int) -> None:
         """After `step` of a phase, `done` of the run."""
