@@ -95,6 +95,10 @@ class Registry:
     def _last(self, jobs: Iterable[Job]) -> Job | None:
         return max(jobs, key=lambda job: job.spec.created, default=None)
 
+    def _now(self) -> float:
+        """The time, but after the start of every run so far: the newest run is the last, though the clock goes back."""
+        return max([time.time(), *(job.spec.created + 1e-3 for job in self.jobs.values())])
+
     def start(
         self,
         model: Any,
@@ -132,7 +136,7 @@ class Registry:
                         source=source,
                         identity=identity,
                         outputs=output_folders(name),
-                        created=time.time(),
+                        created=self._now(),
                         samples=samples,
                         asked_as=run_name,
                     )
