@@ -13,7 +13,7 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import jobs
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.checkpoint import load_state
+from kinoloom.trainers.core.checkpoint import Identity, load_state
 from kinoloom.trainers.core.config import make
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.job import Job
@@ -143,6 +143,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "checkpointing": ("on", PLAN),
     "validate_every": (1, VALIDATIONS),
     "save_every": (1, SAVED),
+    "save_minutes": (1e-9, SAVED),
     "save_precision": ("fp32", DTYPE),
     "trigger_words": ("zyx", METADATA),
 }
@@ -211,6 +212,18 @@ def test_no_option_is_missing_from_the_table(name: str) -> None:
     tabled = {*SHARED, *OWN[name], *ELSEWHERE}
     assert options <= tabled, "add the new option and what it changes"
     assert set(OWN[name]) <= options and sorted(BASE) == sorted(RUNS)
+
+
+def test_what_changes_the_result_is_noticed_when_a_run_is_resumed() -> None:
+    for name in RUNS:
+        start = Identity.of(name, "m", "d", make_config(name), {})
+        for option, (value, changes) in {**SHARED, **OWN[name]}.items():
+            if option in recipes()[name].Config.__dataclass_fields__:
+                other = Identity.of(name, "m", "d", make_config(name, **{option: value}), {})
+                found = other.changes(start) + other.adjusted(start)
+                free = changes in (PLAN, SAVED, METADATA, VALIDATIONS)
+                assert bool(found) != free, (name, option)
+                assert free or found[0].startswith(f"{option} (was ")
 
 
 @pytest.fixture(scope="module")

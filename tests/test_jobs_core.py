@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -65,6 +66,7 @@ RECIPES = sorted(recipes())
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 every_text_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if recipes()[name].backbone != "svd"])
 WAN_LORA = "KinoloomTrainWanLora"
+HUGE = 1e30  # its square is infinite
 UNREGULARISED = {
     "set_dropout": 0.0, "sequence_dropout": 0.0, "token_mask_prob": 0.0, "dropout": 0.0, "spatial_off_prob": 0.0,
 }  # fmt: skip
@@ -531,6 +533,7 @@ def test_what_does_not_change_the_result_may_change_on_resume() -> None:
 
     for option, value in {
         "save_every": 7,
+        "save_minutes": 1.5,
         "checkpointing": "on",
         "pause_when_busy": False,
         "trigger_words": "x",
@@ -593,13 +596,13 @@ def test_a_damaged_checkpoint_is_named(model: Any, data: TrainingData, tmp_path:
 
 
 @every_recipe
-def test_infinite_data_stops_the_run_with_the_last_good_weights(name: str, model: Any, tmp_path: Path) -> None:
+def test_a_loss_that_overflows_stops_the_run_with_the_last_good_weights(name: str, model: Any, tmp_path: Path) -> None:
     """The first sample is good, the second is not."""
     phase = recipes()[name].phases(make_config(name))[0]
     shape = SHAPES[recipes()[name].backbone][phase.split]
-    bad = {"latents": torch.full(shape, math.inf)}
+    bad = {"latents": torch.full(shape, HUGE)}
     painted = boxes("bad", shape[1], height=shape[2], width=shape[3]) if "Tracklets" in name else {}
-    others = {"tracklets": {**painted, "painted": torch.full((2, *shape), math.inf)}} if painted else {}
+    others = {"tracklets": {**painted, "painted": torch.full((2, *shape), HUGE)}} if painted else {}
     rows = (
         write_row(tmp_path / "d", "good", phase.split, shape),
         write_row(tmp_path / "d", "bad", phase.split, shape, latents=bad, **others),
@@ -609,11 +612,11 @@ def test_infinite_data_stops_the_run_with_the_last_good_weights(name: str, model
     seed = next(
         s
         for s in range(20)
-        if torch.isfinite(PhaseData(data, phase.split, recipes()[name].columns, 1, s, dict)[0]["latents"]).all()
+        if PhaseData(data, phase.split, recipes()[name].columns, 1, s, dict)[0]["latents"].max() < HUGE
     )
     config = replace(config, seed=seed)
     job = finish(make_job(tmp_path, model, data, config, name), model, "failed")
-    assert f" became nan in step 2 of phase '{phase.name}'" in job.error and "learning_rate" in job.error
+    assert re.search(rf" became (nan|inf) in step 2 of phase '{phase.name}'.*learning_rate", job.error)
     assert job.done == 1 and job.resumable
     state = state_of(job)
     assert (state.phase, state.step) == (0, 1)
@@ -889,14 +892,14 @@ def test_the_best_file_holds_the_weights_of_the_lowest_validation(
 
 
 def test_held_out_rows_are_validated_on_and_never_trained_on(model: Any, data: TrainingData, tmp_path: Path) -> None:
-    """An infinite held-out clip makes the validation loss infinite and leaves training alone."""
+    """A held-out clip that overflows makes the validation loss infinite and leaves training alone."""
     bad = write_row(
         tmp_path / "d",
         "bad",
         "clips",
         (16, 3, 4, 4),
         "validation",
-        latents={"latents": torch.full((16, 3, 4, 4), math.inf)},
+        latents={"latents": torch.full((16, 3, 4, 4), HUGE)},
     )
     own = [write_row(tmp_path / "d", row.name, row.split, row.shape, row.role) for row in data.rows]
     with_bad = TrainingData(str(tmp_path / "d"), (*own, bad))

@@ -11,6 +11,7 @@ from comfy.ops import disable_weight_init
 from kinoloom.lora_io.keys import from_comfy, to_comfy
 from kinoloom.trainers.backbones.wan import Wan
 from kinoloom.trainers.core.lora import LoraGroups
+from kinoloom.trainers.core.noise import Rng
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from safetensors import safe_open
@@ -368,6 +369,31 @@ def test_masks_reach_each_layer_of_their_group_in_order_and_stay_for_the_recompu
 
 
 # -- state and files -------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_another_in_each_layer_and_leaves_the_mean_as_it_was() -> None:
+    """What is kept is larger by as much as is dropped; a recompute drops the same."""
+    module = net()
+    lora = two_groups(module)
+    inputs = random(400, 6, name="many").double()
+    layers = [lora.layers[f"blocks.{i}.spatial"] for i in range(2)]
+
+    def updates() -> list[Tensor]:
+        return [(layer(inputs) - layer.base_layer(inputs)).detach() for layer in layers]
+
+    full = updates()
+    lora.set_dropout(0.3, Rng(0, "clips", 7))
+    dropped, again = updates(), updates()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(dropped, again, strict=True))
+    kept = [update != 0 for update in dropped]
+    for whole, part, mask in zip(full, dropped, kept, strict=True):
+        assert float(mask.double().mean()) == pytest.approx(0.7, abs=0.04)
+        torch.testing.assert_close(part, torch.where(mask, whole / 0.7, 0.0), rtol=1e-5, atol=1e-7)
+    assert float((kept[0] != kept[1]).double().mean()) == pytest.approx(2 * 0.3 * 0.7, abs=0.06)
+    lora.set_dropout(0.3, Rng(0, "clips", 8))
+    assert not torch.equal(updates()[0] != 0, kept[0]), "another step"
+    lora.set_dropout(0.0, Rng(0, "clips", 9))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(updates(), full, strict=True))
 
 
 def test_state_round_trip_is_bit_exact_and_holds_frozen_groups() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import numpy as np
-import torch
 from PIL import Image, ImageSequence
 
 from .about import project
 from .config import TrainConfig
 from .data import Row
 from .loop import Diverged
+from .memory import is_out_of_memory
 from .recipe import Phase, Recipe
 
 CERTAIN, LIKELY = 3.0, 1.5  # standard errors
@@ -259,7 +259,7 @@ def of_failure(error: BaseException) -> Finding | None:
     causes = list(_causes(error))
     codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
     text = " ".join(map(str, causes)).lower()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if any(is_out_of_memory(cause) for cause in causes):
         return Finding(
             "out-of-memory",
             "Set checkpointing to on, lower size or frames_per_clip where the clips are encoded, or load the model in "
@@ -271,7 +271,7 @@ def of_failure(error: BaseException) -> Finding | None:
             "Start anew with a learning_rate of a third, some warmup_steps, or precision bf16 or fp32. What was "
             "learned before is in the run's files.",
         )
-    if errno.ENOSPC in codes or "no space left" in text or "not enough space on the disk" in text:
+    if codes & {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "not enough space on the disk" in text:
         return Finding("disk-is-full", "Make room on the disk, then run again: the run goes on from its checkpoint.")
     if any(isinstance(cause, FileNotFoundError) for cause in causes):
         return Finding(

@@ -81,8 +81,20 @@ class State:
 
 
 def save_state(path: Path, state: State, identity: Identity) -> None:
+    """SaveError says why a file could not be written, such as a full disk."""
     content = {"version": VERSION, "state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
-    atomic_write(path, lambda temporary: torch.save(content, temporary))
+    atomic_write(path, lambda temporary: write(content, temporary))
+
+
+def write(content: dict[str, Any], path: str) -> None:
+    """OSError if the disk is full, which torch would call an unexpected position in the file."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path) -> tuple[State, Identity]:

@@ -17,6 +17,10 @@ from .recipe import Batch
 CACHE_BYTES = 4 << 30
 
 
+class NotFinite(ValueError):
+    """Data or frozen weights hold NaN or infinity, which no setting of the training mends."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One sample: `columns` maps a column name to its file stem; files are `<folder>/<stem>.<column>.safetensors`.
@@ -57,6 +61,17 @@ def column_path(folder: str | Path, stem: str, column: str) -> Path:
 def write_column(folder: str | Path, stem: str, column: str, tensors: dict[str, Tensor]) -> None:
     """Store the tensors that make up one column: `latents`, or `prompt_embeds` with its companions, or `mask`."""
     save(column_path(folder, stem, column), tensors)
+
+
+def read_column(path: Path, of: str) -> Batch:
+    """The tensors of one column. NotFinite says `of` what they are, and names the one that holds NaN or infinity."""
+    tensors = load(path)[0]
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NotFinite(
+                f"{of}: {name} holds NaN or infinity. Encode it anew: change the clip or caption, or delete {path}"
+            )
+    return tensors
 
 
 class Batches:
@@ -112,6 +127,12 @@ class Batches:
         shape = max(self.buckets, key=lambda shape: torch.Size(shape).numel())
         return self.of_rows(([*self.buckets[shape]] * self.batch_size)[: self.batch_size])
 
+    def read_ahead(self) -> None:
+        """Read all rows that will be kept in memory; NotFinite as in `read_column`."""
+        if self._cacheable:
+            for index in range(len(self.rows)):
+                self._row(index)
+
     def _order(self, epoch: int) -> list[list[int]]:
         chunks = []
         for shape, bucket in sorted(self.buckets.items()):
@@ -140,9 +161,9 @@ class Batches:
         return [column_path(self.data.folder, row.columns[column], column) for column in columns]
 
     def _row(self, index: int) -> Batch:
-        values: Batch = {}
-        for path in self._files(self.rows[index]):
-            tensors = self._cache.get(path) or load(path)[0]
+        values, row = {}, self.rows[index]
+        for path in self._files(row):
+            tensors = self._cache.get(path) or read_column(path, f"training data row {row.name!r}")
             if self._cacheable:
                 self._cache[path] = tensors
             values |= tensors
@@ -204,6 +225,7 @@ class PhaseData:
             role: Batches(data, split, role, columns, batch_size=batch_size, seed=seed, prepare=prepare)
             for role in ("train", "prior", "validation")
         }
+        self._roles = roles.values()
         self.train, self.prior, self._validation = roles["train"], roles["prior"], roles["validation"]
         if not self.train.rows:
             have = sorted({f"{row.split} ({row.role})" for row in data.rows})
@@ -219,6 +241,11 @@ class PhaseData:
     def __getitem__(self, index: int) -> Batch:
         batch = self.train[index]
         return {**batch, "prior": self.prior[index]} if self.prior.rows else batch
+
+    def read_ahead(self) -> None:
+        """Bad rows are found before the first step, but for data that is too large to keep in memory."""
+        for batches in self._roles:
+            batches.read_ahead()
 
     def largest(self) -> Batch:
         """The micro-batches that need most memory, of the concept and of the prior."""

@@ -261,6 +261,7 @@ class Job(Record):
             trouble = [finding] if (finding := of_failure(error)) else []
             self.error = _explain(error, *trouble)
             status, event = "failed", Failed(self.error)
+        self._model, self.note = None, ""
         try:
             if taken:
                 host.release()
@@ -268,7 +269,6 @@ class Job(Record):
             if taken:
                 self.line.release()
             self.line.leave(self)
-            self._model, self.note = None, ""
             self._end(status, event, trouble)
 
     def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:
@@ -355,8 +355,15 @@ class Job(Record):
                     if to_json(saved) not in self.history:  # a resumed run may make the same file again
                         self._emit(saved)
 
+        def spare(step: int) -> bool:
+            if backbone.checkpointing:
+                return False
+            backbone.checkpointing = True
+            self._show(replace(self.plan, checkpointing=True, reason=f"step {step} ran out of memory without it"))
+            return True
+
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        session = Session(self._emit, self._should_stop, save, plan)
+        session = Session(self._emit, self._should_stop, save, plan, spare)
         if samples := self.spec.samples:
             shown = private.latent_format, self.samples_folder, self._emit, self._should_stop
             sampling = Sampling(samples, recipe, backbone, *shown)
@@ -377,12 +384,19 @@ class Job(Record):
         return not self._resume.is_set() or self.busy(self)
 
     def _should_stop(self) -> bool:
+        if self.held and not self._stop.is_set():
+            self._pause()
+        return self._stop.is_set()
+
+    def _pause(self) -> None:
+        """Let others have the memory that is not in use, and take it back at the end."""
+        host.release()
+        self._set_status("paused")
         while not self._stop.is_set() and self.held:
-            self._set_status("paused")
             self._stop.wait(POLL_SECONDS)
         if not self._stop.is_set():
+            self.make_room()
             self._set_status("running")
-        return self._stop.is_set()
 
     def _time(self, event: Step) -> None:
         """After the warm-up steps show the plan again, with what a step takes."""

@@ -11,12 +11,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.nn.utils import clip_grad_norm_
 
+from . import host
 from .checkpoint import State
 from .config import TrainConfig
-from .data import PhaseData
+from .data import NotFinite, PhaseData
 from .events import Event, Step, Validation
+from .memory import is_out_of_memory
 from .noise import Rng
-from .optim import make_optimizer, make_schedule, take_up
+from .optim import effective_rate, make_optimizer, make_schedule, take_up
 from .recipe import Batch, Phase, Recipe
 
 QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution; validation averages over them
@@ -34,6 +36,7 @@ class Session:
 
     `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those
     before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step;
+    `spare(step)` when a step ran out of memory, True if it needs less now and is to be tried again;
     `sample(phase, step, done)` before the run's first step, after every `sample_every` steps of a phase and its last.
     """
 
@@ -41,6 +44,7 @@ class Session:
     should_stop: Callable[[], bool]
     save: Callable[[Phase, State, str], None]
     plan: Callable[[Phase, PhaseData], None]
+    spare: Callable[[int], bool] = lambda step: False
     sample: Callable[[Phase, int, int], None] = lambda phase, step, done: None
     sample_every: int = 0
 
@@ -53,13 +57,17 @@ def train(
     session: Session,
     scaler: torch.amp.GradScaler,
 ) -> bool:
-    """Run every phase from `state` on; False if the session stopped it between two steps. Raises Diverged."""
+    """Run every phase from `state` on; False if the session stopped it between two steps.
+
+    Raises Diverged, or NotFinite where data or frozen weights are the cause.
+    """
     phases = recipe.phases(config)
     for index, phase in enumerate(phases):
         recipe.start(phase)
         if index < state.phase:
             continue
         run = PhaseRun(recipe, phase, data(phase), config, state, session, scaler)
+        run.batches.read_ahead()
         session.plan(phase, run.batches)
         before, total = (sum(p.steps for p in some) for some in (phases[:index], phases))
         if session.sample_every and before + state.step == 0:
@@ -77,7 +85,7 @@ def train(
                 run.validate()
             if session.sample_every and (last or state.step % session.sample_every == 0):
                 run.sample(done)
-            if not last and state.step % config.save_every == 0:
+            if not last and run.checkpoint_is_due:
                 run.snapshot("checkpoint")
         run.snapshot("phase")
         run.finish()
@@ -113,21 +121,21 @@ class PhaseRun:
             take_up(self.optimizer, self.schedule, state.optimizer, state.schedule)
         if state.scaler:
             scaler.load_state_dict(state.scaler)
+        self.saved_at = time.monotonic()
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """By the steps, or by the minutes since the last one, that the config counts."""
+        seconds = 60 * self.config.save_minutes
+        return self.state.step % self.config.save_every == 0 or 0 < seconds <= time.monotonic() - self.saved_at
 
     def step(self) -> tuple[dict[str, float], float, float]:
         """One optimizer step; the losses averaged over micro-batches, the gradient norm before clipping, the rate."""
-        count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
-        for micro in range(first, first + count):
-            rng = Rng(self.config.seed, self.phase.name, micro * self.config.batch_size)
-            for name, loss in self.recipe.losses(self.batches[micro], rng):
-                self.scaler.scale(loss / count).backward()
-                sums[name] += loss.detach() / count
+        losses = self._accumulate_or_spare()
         self.scaler.unscale_(self.optimizer)
         norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-        losses = {name: float(value) for name, value in sums.items()}
         self._require_finite({**losses, "gradient": self._judged(norm)})
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = effective_rate(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,6 +144,31 @@ class PhaseRun:
             self.average.step(self.parameters)
         self.state.step += 1
         return losses, norm, rate
+
+    def _accumulate_or_spare(self) -> dict[str, float]:
+        """The gradients of a step; a step that runs out of memory is tried once more where it can need less."""
+        try:
+            return self._accumulate()
+        except NotFinite:
+            self._keep_what_was_learned()
+            raise
+        except Exception as error:
+            if not (is_out_of_memory(error) and self.session.spare(self.state.step + 1)):
+                raise
+        self.optimizer.zero_grad(set_to_none=True)
+        host.release()  # here, where the traceback and the activations that it held are gone
+        return self._accumulate()
+
+    def _accumulate(self) -> dict[str, float]:
+        """Add up the gradients of a step's micro-batches; the mean losses."""
+        count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
+        for micro in range(first, first + count):
+            rng = Rng(self.config.seed, self.phase.name, micro * self.config.batch_size)
+            for name, loss in self.recipe.losses(self.batches[micro], rng):
+                self.scaler.scale(loss / count).backward()
+                sums[name] += loss.detach() / count
+        return {name: float(value) for name, value in sums.items()}
 
     def _judged(self, norm: float) -> float:
         """In fp16 a gradient may overflow now and then, which the scaler mends; when it cannot, it is infinite."""
@@ -146,12 +179,30 @@ class PhaseRun:
     def _require_finite(self, values: dict[str, float]) -> None:
         """Anything that is no number ends the run before the step is made."""
         for name, value in values.items():
-            if not math.isfinite(value):
-                self.snapshot("diverged")
-                raise Diverged(
-                    f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. What was "
-                    "learned before that step was saved. Try a lower learning_rate, or precision bf16 or fp32."
+            if math.isfinite(value):
+                continue
+            self._keep_what_was_learned()
+            where = f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}"
+            if weight := self._bad_weight():
+                raise NotFinite(
+                    f"{where}: weight {weight} of the model holds NaN or infinity. Its file, or that of a LoRA merged "
+                    "into it, is damaged, or its numbers are too large for precision fp16."
                 )
+            raise Diverged(
+                f"{where}. What was learned before that step was saved. Try a lower learning_rate, or precision bf16 "
+                "or fp32."
+            )
+
+    def _bad_weight(self) -> str:
+        """Name of a weight that training did not make NaN or infinite; "" if there is none."""
+        learned = set(map(id, self.parameters)) if self.state.step else set()
+        weights = self.recipe.backbone.module.named_parameters()
+        bad = (name for name, weight in weights if id(weight) not in learned and not host.is_finite(weight))
+        return next(bad, "").replace(".base_layer", "")
+
+    def _keep_what_was_learned(self) -> None:
+        if self.state.step:
+            self.snapshot("diverged")
 
     def validate(self) -> None:
         began = time.perf_counter()
@@ -174,6 +225,8 @@ class PhaseRun:
         self.state.average = self.average and self.average.state_dict()
         with self.averaged():
             self.session.save(self.phase, self.state, why)
+        if why == "checkpoint":
+            self.saved_at = time.monotonic()
 
     def finish(self) -> None:
         """What the phase made is what the next one goes on from."""

@@ -11,6 +11,7 @@ from ..backbones.base import Backbone
 from .events import Plan
 
 HEADROOM = 0.9  # of the free memory; the rest is fragmentation and other programs
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")  # as backends say it
 WORKSPACE = 1.2  # saved activations -> peak: kernels' scratch space and the gradients in flight
 
 
@@ -96,3 +97,10 @@ def _never_unpacked(_: None) -> Tensor:
 
 def count_trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Each of torch's backends has its own error for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)

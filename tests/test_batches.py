@@ -1,0 +1,103 @@
+"""Batches of stored rows: their order, how samples are joined, and what a data set's digest says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kinoloom.trainers.core.data import Batches, PhaseData, TrainingData, collate
+
+from .runs import write_row
+
+SMALL, LARGE = (16, 1, 2, 2), (16, 3, 2, 4)
+
+
+def rows_of(folder: Path, *shapes: tuple[int, ...], role: str = "train") -> list:
+    return [write_row(folder, f"{role} {i}", "clips", shape, role) for i, shape in enumerate(shapes)]
+
+
+def order(batches: Batches, epoch: int) -> list[int]:
+    count = len(batches)
+    return [row for place in range(count) for row in batches[epoch * count + place]["row"].tolist()]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    folder = tmp_path_factory.mktemp("eight")
+    return TrainingData(str(folder), tuple(rows_of(folder, *[SMALL] * 8)))
+
+
+def test_every_epoch_visits_every_row_once_in_another_order(eight: TrainingData) -> None:
+    batches = Batches(eight, "clips", "train", ("latents",), seed=5)
+    orders = [order(batches, epoch) for epoch in range(4)]
+    assert all(sorted(found) == list(range(8)) for found in orders)
+    assert len({tuple(found) for found in orders}) == 4
+    assert order(batches, 2) == orders[2], "a pure function of the place"
+
+
+def test_another_seed_joins_and_orders_rows_otherwise(eight: TrainingData) -> None:
+    """Which rows share a batch, too."""
+    pairs = {
+        seed: [
+            frozenset(Batches(eight, "clips", "train", ("latents",), batch_size=2, seed=seed)[m]["row"].tolist())
+            for m in range(8)
+        ]
+        for seed in (1, 2)
+    }
+    assert all(set().union(*found[:4]) == set(range(8)) for found in pairs.values())
+    assert set(pairs[1][:4]) != set(pairs[2][:4]), "another seed"
+    assert set(pairs[1][:4]) != set(pairs[1][4:]), "another epoch"
+
+
+def test_batches_of_different_shapes_take_turns(tmp_path: Path) -> None:
+    data = TrainingData(str(tmp_path), tuple(rows_of(tmp_path, *[SMALL] * 6, *[LARGE] * 6)))
+    batches = Batches(data, "clips", "train", ("latents",), batch_size=2)
+    shapes = [batches[m]["latents"].shape[2] for m in range(6 * 4)]
+    for epoch in range(4):
+        assert sorted(shapes[6 * epoch : 6 * epoch + 6]) == [1, 1, 1, 3, 3, 3]
+    turns = [sum(a != b for a, b in zip(e, e[1:], strict=False)) for e in (shapes[i : i + 6] for i in range(0, 24, 6))]
+    assert max(turns) > 1
+
+
+def test_the_largest_batch_is_of_the_largest_shape(tmp_path: Path) -> None:
+    wide = (16, 1, 8, 8)  # larger than LARGE though shorter
+    shapes = [SMALL, LARGE, wide, SMALL]
+    data = TrainingData(
+        str(tmp_path), (*rows_of(tmp_path, *shapes), *rows_of(tmp_path, LARGE, SMALL, role="prior"))
+    )
+    batch = PhaseData(data, "clips", ("latents",), 3, 0, dict).largest()
+    assert batch["latents"].shape == (3, *wide) and batch["prior"]["latents"].shape == (3, *LARGE)
+
+
+def test_each_batch_has_a_prior_of_its_own(tmp_path: Path) -> None:
+    data = TrainingData(
+        str(tmp_path), (*rows_of(tmp_path, SMALL, SMALL), *rows_of(tmp_path, *[SMALL] * 5, role="prior"))
+    )
+    phase = PhaseData(data, "clips", ("latents",), 1, 0, dict)
+    assert sorted(int(phase[index]["prior"]["row"]) for index in range(5)) == list(range(5))
+
+
+def test_an_unmasked_sample_among_masked_ones_counts_in_full() -> None:
+    masked = {"latents": torch.zeros(16, 2, 3, 3), "mask": torch.zeros(1, 2, 3, 3)}
+    plain = {"latents": torch.zeros(16, 2, 3, 3)}
+    batch = collate([masked, plain])
+    assert batch["mask"].shape == (2, 1, 2, 3, 3)
+    assert not batch["mask"][0].any() and (batch["mask"][1] == 1).all()
+    assert "mask" not in collate([plain, plain])
+
+
+def test_prompts_are_padded_at_their_end() -> None:
+    short, long = torch.ones(1, 2, 3), torch.full((1, 5, 3), 2.0)
+    joined = collate([{"prompt_embeds": short}, {"prompt_embeds": long}])["prompt_embeds"]
+    assert joined.shape == (2, 1, 5, 3)
+    assert torch.equal(joined[0, 0, :2], short[0]) and not joined[0, 0, 2:].any()
+    assert torch.equal(joined[1], long)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"role": "prior"}, {"split": "frames"}, {"name": "other"}, {"columns": {"latents": "other"}}]
+)
+def test_the_digest_changes_with_what_a_row_is_and_is_for(changed: dict, eight: TrainingData) -> None:
+    first, *others = eight.rows
+    assert TrainingData("elsewhere", eight.rows).digest == eight.digest
+    assert TrainingData(eight.folder, (replace(first, **changed), *others)).digest != eight.digest
