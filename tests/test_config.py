@@ -216,10 +216,10 @@ def test_no_option_is_missing_from_the_table(name: str) -> None:
 
 def test_what_changes_the_result_is_noticed_when_a_run_is_resumed() -> None:
     for name in RUNS:
-        start = Identity.of(name, "m", "d", make_config(name), {})
+        start = Identity.of(name, "m", "d", make_config(name, **BASE[name]), {})
         for option, (value, changes) in {**SHARED, **OWN[name]}.items():
             if option in recipes()[name].Config.__dataclass_fields__:
-                other = Identity.of(name, "m", "d", make_config(name, **{option: value}), {})
+                other = Identity.of(name, "m", "d", make_config(name, **{**BASE[name], option: value}), {})
                 found = other.changes(start) + other.adjusted(start)
                 free = changes in (PLAN, SAVED, METADATA, VALIDATIONS)
                 assert bool(found) != free, (name, option)
