@@ -312,10 +312,11 @@ def test_a_run_that_cannot_go_on_with_the_options_is_refused_before_anything_is_
 def test_a_chosen_file_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     config, hashes = recipes()[SNS].Config, []
+    none = dict.fromkeys(train.file_options(config), "none")
     for content in (b"1", b"2", b"1"):
         (tmp_path / "face.safetensors").write_bytes(content)
-        values = {"identity_file": "face.safetensors"}
+        values = {**none, "identity_file": "face.safetensors"}
         hashes.append(train.resolve_files(config, values)["identity_file"])
         assert values["identity_file"] == str(tmp_path / "face.safetensors")
     assert hashes[0] == hashes[2] == hashlib.sha256(b"1").hexdigest() != hashes[1]
-    assert train.resolve_files(config, {"identity_file": "none"}) == {}
+    assert train.resolve_files(config, none) == {}
