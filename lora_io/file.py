@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.part")
+ABANDONED = 3600  # seconds; a living save writes on, or is flushed
 
 
 class SaveError(OSError):
@@ -37,6 +44,16 @@ def atomic_write(path: Path, write: Callable[[str], None]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed saves left in a folder and below: temporary files that nothing has written to for an hour."""
+    for path in folder.rglob(".*.part"):
+        with suppress(OSError):
+            stat = path.lstat()
+            if TEMPORARY.fullmatch(path.name) and S_ISREG(stat.st_mode) and time.time() - stat.st_mtime > ABANDONED:
+                path.unlink()
+                logging.info("Kinoloom: %s of a killed save was deleted, %d bytes", path, stat.st_size)
 
 
 def write_text(path: Path, text: str) -> None:

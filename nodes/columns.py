@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..trainers.core.data import column_path, write_column
+from . import cache
 from .framing import center_crop, fit, latent_mask
 from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 from .sources import Source
@@ -25,6 +26,12 @@ VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets"
 
 def data_folder() -> Path:
     return Path(folder_paths.get_system_user_directory("kinoloom")) / "data"
+
+
+def open_columns(files: int) -> "Columns":
+    """For one run of a node that makes or finds so many files. What is over the cache's limit goes first."""
+    cache.keep_to_limit(data_folder())
+    return Columns(data_folder(), comfy.utils.ProgressBar(files))
 
 
 def frame_step(vae: Any) -> int:
@@ -50,7 +57,7 @@ class Columns:
     def find(self, column: str, *key: object) -> tuple[str, bool]:
         """File stem for what `key` describes, and whether the file is there."""
         stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
-        return stem, column_path(self.folder, stem, column).is_file()
+        return stem, cache.use(column_path(self.folder, stem, column))
 
     def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
         """File stem of a column, made unless it is there. ValueError for values that are not finite says `name`."""

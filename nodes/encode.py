@@ -4,13 +4,11 @@ import logging
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import comfy.utils
-
 from ..trainers.core.config import check, knob
 from ..trainers.core.data import Row, TrainingData
 from . import identity
 from .captions import Captions, serves_both, warn_serves_both
-from .columns import Columns, data_folder, frame_step
+from .columns import frame_step, open_columns
 from .framing import SIDE, WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
 from .sources import Source
 
@@ -186,7 +184,7 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
     }
     samples = [(planned, _samples(planned, options.single_frames)) for planned in plans]
     files = sum(len(taken) * (2 if p.clip.mask else 1) for p, groups in samples for _, _, taken in groups)
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(len(captions) + files))
+    columns = open_columns(len(captions) + files)
     clip_id, vae_id = identity.of_text_encoder(text_encoder), identity.of_vae(vae)
     prompts = columns.prompts(text_encoder, clip_id, captions, options.token_variants, literal=True)
     rows = []

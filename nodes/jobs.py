@@ -15,6 +15,7 @@ from typing import Any
 import folder_paths
 from server import PromptServer
 
+from ..lora_io.file import sweep
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.checkpoint import Identity
 from ..trainers.core.config import TrainConfig
@@ -271,7 +272,10 @@ def registry() -> Registry:
 
 def start_registry() -> None:
     global _registry
-    _registry = Registry(Path(folder_paths.get_system_user_directory("kinoloom")) / "jobs")
+    own = Path(folder_paths.get_system_user_directory("kinoloom"))
+    for folder in (own, *map(output_folder, OUTPUTS)):
+        sweep(folder)
+    _registry = Registry(own / "jobs")
     atexit.register(_registry.shutdown)
 
 

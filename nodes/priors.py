@@ -16,7 +16,7 @@ from ..trainers.core.config import check, knob
 from ..trainers.core.data import Row, TrainingData, column_path
 from . import identity
 from .captions import MOTION_TOKEN, SUBJECT_TOKEN
-from .columns import Columns, data_folder, encode_pixels, frame_step
+from .columns import Columns, encode_pixels, frame_step, open_columns
 from .framing import spread
 from .lists import joined, listed, only, only_each
 from .prompts import tokenize
@@ -159,8 +159,7 @@ def add_priors(
     frames = options.single_frames if data.select("frames", "train") else 0
     wanted = [prompt for prompt in prompts for _ in range(options.seeds_per_prompt)]
     clips = [PriorClip(prompt, options.seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(wanted)]
-    bar = comfy.utils.ProgressBar(2 * len(prompts) + len(clips) * (options.steps + 1 + frames))
-    columns = Columns(data_folder(), bar)
+    columns = open_columns(2 * len(prompts) + len(clips) * (options.steps + 1 + frames))
     clip_id = identity.of_text_encoder(sampler.text_encoder)
     texts = dict.fromkeys((text for prompt in prompts for text in (prompt, appearance(prompt))), "prompts")
     encoded = columns.prompts(sampler.text_encoder, clip_id, texts, options.token_variants, literal=False)

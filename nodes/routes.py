@@ -14,6 +14,8 @@ from ..trainers.core.job import Job, loader_name
 from ..trainers.core.report import POLICY
 from ..trainers.core.runlog import last_lines
 from ..trainers.core.unreadable import Unreadable
+from . import cache
+from .columns import data_folder
 from .generation import generation
 from .jobs import registry
 from .motion import MOTION_LORAS
@@ -101,6 +103,39 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.post("/kinoloom/jobs/{id}/delete")
     async def delete(request: web.Request) -> web.Response:
         return await change(request, registry().delete, find_any)
+
+    add_cache_routes(routes)
+
+
+def add_cache_routes(routes: web.RouteTableDef) -> None:
+    """What the data cache holds, its limit, and freeing what nothing needs."""
+
+    @routes.get("/kinoloom/cache")
+    async def show_cache(request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(cache.state, data_folder()))
+
+    @routes.post("/kinoloom/cache")
+    async def set_limit(request: web.Request) -> web.Response:
+        require_own_page(request)
+        limit = (await read_object(request)).get("limit_gb")
+        try:
+            await asyncio.to_thread(cache.set_limit, data_folder(), limit)
+        except (ValueError, OverflowError) as error:
+            raise refusal(web.HTTPBadRequest, str(error)) from error
+        except OSError as error:
+            raise refusal(web.HTTPConflict, str(error)) from error
+        await asyncio.to_thread(cache.keep_to_limit, data_folder())
+        return await show_cache(request)
+
+    @routes.post("/kinoloom/cache/free")
+    async def free_cache(request: web.Request) -> web.Response:
+        require_own_page(request)
+        await read_object(request)
+        try:
+            await asyncio.to_thread(cache.prune, data_folder(), 0)
+        except OSError as error:
+            raise refusal(web.HTTPConflict, str(error)) from error
+        return await show_cache(request)
 
 
 def details(job: Job | Unreadable, after: int) -> dict[str, Any]:

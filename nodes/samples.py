@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..trainers.core.config import check, knob
 from ..trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
 from ..trainers.core.tracklets import Tracklets, to_tensors
 from . import identity, sources
-from .columns import Columns, data_folder, encode_pixels
+from .columns import encode_pixels, open_columns
 from .framing import bucket, fit
 from .lists import joined, listed, only, only_each
 from .svd_data import encoders
@@ -85,7 +84,7 @@ def read_prompts(prompts: str) -> tuple[str, ...]:
 def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
     """ValueError for no prompt, or too many."""
     names = read_prompts(prompts)
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(len(names) + 1))
+    columns = open_columns(len(names) + 1)
     clip_id = identity.of_text_encoder(clip)
     texts = {negative: "negative", **dict.fromkeys(names, "prompts")}
     encoded = columns.prompts(clip, clip_id, texts, 0, literal=False)
@@ -103,7 +102,7 @@ def sample_first_frames(
     width, height = bucket(images.shape[2], images.shape[1], given.pop("size") ** 2, SIDE)
     told = {"fps": options.fps, "motion_bucket": given.pop("motion_bucket"), "augmentation": 0}
     boxes, mask = to_tensors(tracklets or Tracklets(width, height, options.frames), options.frames, (width, height))
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(len(images)))
+    columns = open_columns(len(images))
     models = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
     frames = [sources.from_tensor(f"image {n + 1}", images[n : n + 1], options.fps) for n in range(len(images))]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.utils
 import cv2
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from ..trainers.core.data import Row, TrainingData, column_path
 from ..trainers.core.noise import derived_generator
 from ..trainers.core.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
 from . import identity
-from .columns import Columns, data_folder, encode_pixels
+from .columns import encode_pixels, open_columns
 from .encode import ClipPlan, Options, assign_roles, log_sizes, row_name
 from .framing import fit
 from .sources import Source
@@ -65,7 +64,7 @@ def encode(
     plans = assign_roles(plans, role, options.hold_out)
     each = [2 + bool(p.clip.mask) + (p.clip.source.name in tracked) for p in plans]
     files = sum(count * len(p.windows) for count, p in zip(each, plans, strict=True))
-    columns = Columns(data_folder(), comfy.utils.ProgressBar(files))
+    columns = open_columns(files)
     vae_id, vision_id = identity.of_vae(vae), identity.of_patcher(clip_vision.patcher)
     rows, lines = [], []
     for planned in plans:

@@ -324,3 +324,23 @@ def test_settings_and_commands_are_translated(page: Page) -> None:
     for name, ids in (("settings", settings), ("commands", commands)):
         translated = json.loads((TEMPLATE.parents[1] / "locales" / "zh" / f"{name}.json").read_text(encoding="utf-8"))
         assert sorted(translated) == ids and ids
+
+
+def test_the_panel_shows_limits_and_frees_the_encoded_clips(panel: Page, client: Client, server: Server) -> None:
+    data = server.base / "user" / "__kinoloom" / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    unneeded = data / f"{'0' * 64}.latents.safetensors"
+    unneeded.write_bytes(bytes(3 * 10**7))
+    view = open_panel(panel).locator(".kl-cache")
+    expect(view).to_contain_text(re.compile(r"Encoded clips: [\d.]+ GB"), timeout=LATER)
+    limit = view.get_by_role("spinbutton")
+    expect(limit).to_have_value("50")
+    limit.fill("40")
+    limit.press("Enter")
+    button(view, "Free").click()
+    dialog = panel.get_by_role("dialog")
+    expect(dialog).to_contain_text("of encoded clips? They are encoded again")
+    dialog.get_by_role("button", name="Delete").click()
+    expect(button(view, "Free")).to_be_disabled(timeout=LATER)
+    assert not unneeded.exists() and client.get("/kinoloom/cache")["limit_gb"] == 40
+    client.post("/kinoloom/cache", {"limit_gb": 50})

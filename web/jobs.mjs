@@ -29,8 +29,12 @@ export class Jobs extends EventTarget {
         return [...this.summaries.values()].sort((a, b) => b.created - a.created);
     }
 
-    async ask(path, options) {
-        const response = await this.api.fetchApi(`/kinoloom/jobs${path}`, options);
+    ask(path, options) {
+        return this.call(`/jobs${path}`, options);
+    }
+
+    async call(path, options) {
+        const response = await this.api.fetchApi(`/kinoloom${path}`, options);
         const body = await response.json().catch(() => ({}));
         if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
         return body;

@@ -1,6 +1,7 @@
 // The training tab: the list of jobs, or one of them.
 
 import { app } from "../../scripts/app.js";
+import { Cache } from "./cache.mjs";
 import { el, fill } from "./dom.mjs";
 import { JobView } from "./job_view.mjs";
 import { bar, button, duration, size, stateOf, steps, timeLeft } from "./words.mjs";
@@ -14,7 +15,8 @@ export class Panel {
         const head = el("div", { className: "kl-head" }, el("b", { className: "kl-title" }, "Training"));
         this.count = el("small");
         head.append(this.count);
-        this.all = el("div", {}, head, this.list, this.more);
+        this.cache = new Cache(jobs, this.host().confirm);
+        this.all = el("div", {}, head, this.list, this.more, this.cache.root);
         this.root = el("div", { className: "kl-training kl-scroll" }, this.all);
         jobs.addEventListener("change", () => this.update());
     }
@@ -26,6 +28,7 @@ export class Panel {
         setTimeout(() => {
             this.update(); // the element is not on the page yet
             this.view?.readLog();
+            this.cache.refresh();
         });
     }
 
@@ -34,6 +37,7 @@ export class Panel {
         this.view = id ? new JobView(this.jobs, id, this.host()) : null;
         this.root.replaceChildren(this.view ? this.view.root : this.all);
         this.root.scrollTop = 0;
+        this.cache.refresh();
         this.update();
     }
 
