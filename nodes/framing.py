@@ -33,7 +33,7 @@ def resample(source: Source, fps: float) -> list[int]:
     """Index of the source frame to show at each moment k / fps; with fps 0, at each moment of the source's own rate."""
     if source.photo:
         return list(range(source.count))
-    if fps > source.fps:
+    if fps > source.fps and not source.times:
         logging.warning(
             "Kinoloom: %s has %g frames per second; frames repeat to make %g. Set fps to %g or 0 if its "
             "motion stutters.",

@@ -121,6 +121,13 @@ def test_video_socket_keeps_the_speed_whole_in_memory_and_trimmed(tmp_path: Path
         assert len(framing.resample(part, 10)) == (last - first) // 2 + 1
 
 
+def test_pauses_are_no_reason_to_advise_another_frame_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    framing.resample(videos.video(write_timed(tmp_path / "a.mp4", PATTERNS["pauses"])), 16)
+    assert "frames per second" not in caplog.text
+    framing.resample(videos.video(write_video(tmp_path / "b.mp4", 9, fps=8)), 16)
+    assert "b.mp4 has 8 frames per second" in caplog.text
+
+
 def test_frames_ten_hours_apart_are_counted_without_decoding_time(tmp_path: Path) -> None:
     source = videos.video(write_timed(tmp_path / "a.mkv", [0, 36_000], unit=1000))
     assert source.count == 2
