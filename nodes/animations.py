@@ -11,6 +11,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from PIL import Image
 from torch import Tensor
 
+from .images import DAMAGE
 from .sources import ON_WHITE, Source, file_digest, pace
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
@@ -22,7 +23,7 @@ def is_animated(path: Path) -> bool:
     try:
         with _opened(path) as opened:
             return getattr(opened, "is_animated", False)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGE:
         return False
 
 
@@ -81,5 +82,5 @@ def _frames(path: Path) -> Iterator[Image.Image]:
                 opened.seek(number)
                 opened.load()
                 yield opened
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise ValueError(f"not a readable animation ({error})") from error

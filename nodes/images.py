@@ -13,7 +13,7 @@ from pathlib import Path
 import comfy.model_management
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # Only these are opened, whatever a file is called: PIL would start Ghostscript for an EPS.
@@ -30,6 +30,7 @@ DAMAGE += (AttributeError, struct.error, zlib.error, Image.DecompressionBombErro
 GREY = "1LIF"  # first letters of PIL's grey modes; LAB has a profile of its own
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of colour profiles, as PIL's modes
 BAD_PROFILE = "its colour profile does not fit; its colours are read as sRGB"
+NO_PROFILE = "it says that its colours are not sRGB, but has no colour profile; they are read as sRGB"
 MORE_PAGES = "it has several pages; only the first is read"
 
 
@@ -72,12 +73,20 @@ def read_header(path: Path) -> Header:
         icc = image.info.get("icc_profile")
         profile, transparent = _profile(image.mode, icc), image.has_transparency_data
         notes = [BAD_PROFILE] if icc and not profile else []
+        if not icc and _says_other_colours(path, image):
+            notes.append(NO_PROFILE)
         if image.format == "TIFF" and image.n_frames > 1:
             notes.append(MORE_PAGES)
         converted = bool(profile) or transparent or image.mode[0] in "IF" or width * height > LARGE
         if image.format == "PNG":
             image.verify()  # a truncated file is found without decoding it
     return Header(width, height, transparent, converted, tuple(notes))
+
+
+def _says_other_colours(path: Path, image: Image.Image) -> bool:
+    """By the Adobe RGB mark of cameras, or by another gamma in a PNG than sRGB's."""
+    marked = str(_exif(path, image).get_ifd(ExifTags.IFD.Interop).get(1)).startswith("R03")
+    return marked or ("srgb" not in image.info and abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) > 0.01)
 
 
 def _exif(path: Path, image: Image.Image) -> Image.Exif:

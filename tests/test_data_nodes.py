@@ -24,6 +24,7 @@ from kinoloom.nodes.encode import Options
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
 from kinoloom.trainers.core.plain import read
 from kinoloom.trainers.core.sampling import Samples
+from PIL import Image
 
 from .encoders import load_wan, own_folders
 from .media import write_image, write_video
@@ -317,6 +318,24 @@ def test_folder_with_videos_frames_photos_and_masks(models: dict[str, Any], fold
     ]
     assert column(data, data.rows[3], "mask")["mask"][0, :, 0, 0].tolist() == [0, 1]
     assert data.rows[2].shape[2] > data.rows[2].shape[3]
+
+
+def test_transparency_as_mask_is_encoded_and_unused_files_are_shown(models: dict[str, Any], folder: Path) -> None:
+    picture = Image.new("RGBA", (64, 64), "red")
+    picture.paste((255, 0, 255, 0), (0, 0, 32, 64))
+    picture.save(folder / "a.png")
+    (folder / "a.txt").write_text("red")
+    (folder / "a.heic").write_text("not read")
+    given = {"folder": "set", "role": "train", **OPTIONS}
+    plain, chosen = (
+        data_nodes.ClipsFromFolder.execute(models["vae"], models["clip"], alpha_as_mask=mask, **given)
+        for mask in (False, True)
+    )
+    assert "a.heic" in chosen.ui["text"][0] and "white: a.png" in chosen.ui["text"][0]
+    assert "mask" not in plain.result[0].rows[0].columns
+    data = chosen.result[0]
+    assert column(data, data.rows[0], "mask")["mask"][0, 0, 0].tolist() == [0] * 4 + [1] * 4
+    assert data.rows[0].columns["latents"] == plain.result[0].rows[0].columns["latents"]
 
 
 def test_all_bad_clips_are_named_at_once(models: dict[str, Any], folder: Path) -> None:

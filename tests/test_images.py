@@ -77,6 +77,17 @@ def test_a_profile_that_does_not_fit_is_said(tmp_path: Path, profile: bytes) -> 
     assert pixel(tmp_path / "a.png") == [10, 20, 30]
 
 
+def test_colours_that_a_camera_or_a_png_says_without_a_profile_are_said(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    Image.new("RGB", (4, 4)).save(tmp_path / "camera.jpg", exif=exif)
+    png(tmp_path / "linear.png", 8, 2, (1, 1), bytes(3), before=(b"gAMA", struct.pack(">I", 100000)))
+    png(tmp_path / "usual.png", 8, 2, (1, 1), bytes(3), before=(b"gAMA", struct.pack(">I", 45455)))
+    for name, said in (("camera.jpg", True), ("linear.png", True), ("usual.png", False)):
+        assert (images.NO_PROFILE in folder.open_source(tmp_path / name, 1.0).notes) == said, name
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
 def test_grey_of_16_bits_is_scaled(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"grey.{suffix}"
@@ -91,15 +102,18 @@ def test_tiff_of_16_bits_may_start_with_the_high_byte_or_mean_white_by_0(tmp_pat
     assert row(tmp_path / "white.tif") == [255, 208]
 
 
-def png(path: Path, depth: int, kind: int, size: tuple[int, int], pixels: bytes, *chunks: tuple[bytes, bytes]) -> Path:
-    """A PNG whose lines of pixels are all the same; chunks of the name 'last' stand behind the pixels."""
+def png(
+    path: Path, depth: int, kind: int, size: tuple[int, int], pixels: bytes, before: tuple = (), after: tuple = ()
+) -> Path:
+    """A PNG whose lines of pixels are all the same, with a chunk before or after the pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     body = zlib.compress((b"\0" + pixels) * size[1], 9)
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0)), (b"IDAT", body), *chunks, (b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    head = struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0)
+    parts = [(b"IHDR", head), before, (b"IDAT", body), after, (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts if part))
     return path
 
 
@@ -176,7 +190,8 @@ def test_every_kind_is_turned_upright(tmp_path: Path, mode: str) -> None:
 def test_a_png_may_say_behind_its_pixels_which_way_is_up(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = png(tmp_path / "a.png", 8, 2, (6, 4), bytes(18), (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    turned = b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")
+    path = png(tmp_path / "a.png", 8, 2, (6, 4), bytes(18), after=turned)
     source = folder.open_source(path, 1.0)
     assert (source.width, source.height) == (4, 6)
     assert [frame.shape for frame in source.frames([0])] == [(6, 4, 3)]
@@ -238,6 +253,7 @@ def test_damaged_images_are_named(tmp_path: Path, suffix: str) -> None:
             damaged[place % 200 if random.random() < 0.7 and len(damaged) > 200 else place] = random.integers(256)
         path.write_bytes(damaged)
         try:
+            photos.is_image(path)
             list(photos.open_images(path, 1.0).frames([0]))
         except ValueError as error:
             assert str(error).startswith(f"a.{suffix} is not a readable image")
