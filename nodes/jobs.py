@@ -1,12 +1,11 @@
 """The job registry (the pack's only module-level state) and its websocket events."""
 
 import atexit
-import logging
-import shutil
+import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +17,22 @@ from server import PromptServer
 from ..lora_io.file import sweep
 from ..trainers import backbone_modules, recipes
 from ..trainers.core.checkpoint import Identity
+from ..trainers.core.claim import in_use
 from ..trainers.core.config import TrainConfig
 from ..trainers.core.data import TrainingData
 from ..trainers.core.host import ModelSource, holds_models
 from ..trainers.core.job import Job
 from ..trainers.core.line import Line
-from ..trainers.core.record import Spec, read_record
+from ..trainers.core.record import Spec
 from ..trainers.core.sampling import Samples
 from ..trainers.core.unreadable import Unreadable
 from .motion import MOTION_LORAS
+from .shelf import Shelf, remove, require_here
 from .widgets import TRACKLET_CONTROL, output_folder, require_name
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service stops, its terminal or window closes
 OUTPUTS = ("loras", MOTION_LORAS, "diffusion_models", TRACKLET_CONTROL)  # model folders that runs write into
 ROOM_SECONDS = 10
 
@@ -40,30 +42,22 @@ def output_folders(run_name: str) -> dict[str, str]:
     return {folder: str(output_folder(folder) / run_name) for folder in OUTPUTS}
 
 
-class Registry:
-    """All jobs of this ComfyUI, those of earlier server runs included."""
+class Registry(Shelf):
+    """All jobs of this ComfyUI's folder, those of earlier server runs and of others that use the folder included."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.lock = threading.RLock()
-        self.jobs: dict[str, Job] = {}
-        self.unreadable: dict[str, Unreadable] = {}
+        super().__init__(folder)
         self.voided: list[Spec] = []  # of runs that were deleted, or started without their nodes
         self.waiters = 0  # nodes in the queue that wait for a run
         self.line = Line()
         self.room_wanted = threading.Event()
-        for path in sorted(folder.glob("*/job.json")):
-            self._read(path.parent)
+        self.look(now=True)
 
-    def _read(self, folder: Path) -> None:
-        try:
-            kept = read_record(folder)
-            job = self._job(kept.spec)
-            job.restore(kept)
-            self.jobs[folder.name] = job
-        except (ValueError, OSError) as error:
-            logging.warning("Kinoloom: run %s cannot be read: %s", folder, error)
-            self.unreadable[folder.name] = Unreadable(folder, str(error))
+    def change(self, job: Job | Unreadable, act: Callable[[Any], None]) -> None:
+        """Do this to a run; ValueError if another ComfyUI has it going."""
+        self.look(now=True)
+        require_here(job)
+        act(job)
 
     def _job(self, spec: Spec) -> Job:
         if spec.recipe not in recipes():
@@ -76,13 +70,6 @@ class Registry:
         if job_id not in self.jobs:
             raise ValueError(f"training job {job_id!r}: not found")
         return self.jobs[job_id]
-
-    def find(self, job_id: str) -> Job | Unreadable | None:
-        return self.jobs.get(job_id) or self.unreadable.get(job_id)
-
-    def newest_first(self) -> list[Job | Unreadable]:
-        found = [*self.jobs.copy().values(), *self.unreadable.copy().values()]
-        return sorted(found, key=lambda job: -(job.created if isinstance(job, Unreadable) else job.spec.created))
 
     def newest(self, run_name: str) -> Job | None:
         """The last job that was asked for as `run_name`, which may have been given a number, or is called so."""
@@ -118,7 +105,7 @@ class Registry:
         run_name = require_name("run_name", run_name)
         source = ModelSource.of(model)
         identity = Identity.of(recipe, source.identity, data.digest, config, files)
-        with self.lock:
+        with self.alone():
             name, job = self._claim(run_name, identity, config)
             if job is not None and not job.spec.asked_as:
                 job.spec = replace(job.spec, asked_as=run_name)
@@ -142,8 +129,8 @@ class Registry:
                         asked_as=run_name,
                     )
                 )
-                self.jobs[job.spec.id] = job
                 job.start(model)
+                self.jobs[job.spec.id] = job
         return job
 
     def _claim(self, run_name: str, identity: Identity, config: TrainConfig) -> tuple[str, Job | None]:
@@ -156,6 +143,8 @@ class Registry:
                     return name, None
             elif not may_be_meant(earlier, run_name, identity):
                 pass
+            elif earlier.elsewhere:
+                raise in_use(earlier.spec.run_name)
             elif earlier.status == "finished":
                 if goes_on(earlier, identity, config):
                     return name, earlier
@@ -169,7 +158,8 @@ class Registry:
 
     def resume(self, job: Job) -> None:
         """Go on with a paused job, or with an ended one from its checkpoint."""
-        with self.lock:
+        with self.alone():
+            require_here(job)
             if not job.is_over:
                 job.resume()
             elif job.resumable:
@@ -180,7 +170,8 @@ class Registry:
 
     def restart(self, job: Job) -> None:
         """Start again a run that ended before it saved anything."""
-        with self.lock:
+        with self.alone():
+            require_here(job)
             if not job.is_over or not job.dead_end or job.files:
                 name, status = job.spec.run_name, job.status
                 raise ValueError(f"run {name!r} is {status}: only a run that ended and saved nothing starts again")
@@ -189,7 +180,8 @@ class Registry:
 
     def free(self, job: Job) -> None:
         """Remove the state that an ended run could go on from; ValueError while it runs."""
-        with self.lock:
+        with self.alone():
+            require_here(job)
             if not job.is_over:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before its state is freed")
             job.state_path.unlink(missing_ok=True)
@@ -210,17 +202,22 @@ class Registry:
 
     def delete(self, job: Job | Unreadable) -> None:
         """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
-        with self.lock:
+        with self.alone():
+            require_here(job)
             if not job.is_over:
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status}: stop it before it is deleted")
             if self.find(job.folder.name) is not job:
                 return
-            if job.folder.is_symlink():
-                job.folder.unlink()
-            elif job.folder.exists():
-                shutil.rmtree(job.folder)
-            if self.unreadable.pop(job.folder.name, None) is None:
-                del self.jobs[job.folder.name]
+            if not job.claim.take():
+                raise in_use(job.folder.name)
+            try:
+                remove(job.folder)
+            except OSError:
+                job.claim.free()
+                raise
+            job.claim.remove()
+            self.forget(job.folder.name)
+            if isinstance(job, Job):
                 self.voided.append(job.spec)
         announce({"job": {"id": job.folder.name}, "event": "deleted"})
 
@@ -277,6 +274,27 @@ def start_registry() -> None:
         sweep(folder)
     _registry = Registry(own / "jobs")
     atexit.register(_registry.shutdown)
+    if threading.current_thread() is threading.main_thread():
+        for name in ENDING_SIGNALS:
+            save_first(name, _registry.shutdown)
+
+
+def save_first(name: str, shutdown: Callable[[], None]) -> None:
+    """Let what this signal did until now wait for `shutdown`. A second signal does not wait."""
+    number = getattr(signal, name, None)
+    before = number and signal.getsignal(number)
+    if before in (None, signal.SIG_IGN):  # not of this system, or of another program's making, or ignored
+        return
+
+    def end(*arguments: Any) -> None:
+        signal.signal(number, before)
+        shutdown()
+        if callable(before):
+            before(*arguments)
+        else:
+            signal.raise_signal(number)
+
+    signal.signal(number, end)
 
 
 def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:

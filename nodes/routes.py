@@ -36,9 +36,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
     async def list_jobs(request: web.Request) -> web.Response:
         offset = number(request, "offset", 0, 0, LARGEST_NUMBER)
         limit = number(request, "limit", PAGE, 1, LARGEST_PAGE)
-        jobs = registry().newest_first()
-        page = [job.summary() for job in jobs[offset : offset + limit]]
-        return web.json_response({"jobs": page, "total": len(jobs)})
+        return web.json_response(text=await asyncio.to_thread(page, offset, limit))
 
     @routes.get("/kinoloom/jobs/{id}")
     async def show_job(request: web.Request) -> web.Response:
@@ -138,6 +136,12 @@ def add_cache_routes(routes: web.RouteTableDef) -> None:
         return await show_cache(request)
 
 
+def page(offset: int, limit: int) -> str:
+    registry().look()
+    jobs = registry().newest_first()
+    return json.dumps({"jobs": [job.summary() for job in jobs[offset : offset + limit]], "total": len(jobs)})
+
+
 def details(job: Job | Unreadable, after: int) -> dict[str, Any]:
     epoch = job.epoch  # before the history: a cut in between is then noticed
     history = job.history[after:]
@@ -190,7 +194,7 @@ async def change(request: web.Request, act: Callable[[Any], None], find: Callabl
     job = find(request)
     await read_object(request)
     try:
-        await asyncio.to_thread(act, job)
+        await asyncio.to_thread(registry().change, job, act)
     except (ValueError, OSError) as error:
         raise refusal(web.HTTPConflict, str(error)) from error
     return web.json_response(job.summary())

@@ -208,7 +208,8 @@ def test_a_record_that_cannot_be_read_is_listed_and_deleted_and_touches_no_other
     assert shown["b"].keys() == shown["a"].keys()
     registry = jobs.Registry(folder)
     registry.delete(registry.find("b"))
-    assert registry.find("b") is None and sorted(path.name for path in folder.iterdir()) == ["a", "c"]
+    assert registry.find("b") is None and sorted(path.parent.name for path in folder.glob("*/job.json")) == ["a", "c"]
+    assert not (folder / "b").exists() and not (folder / "b").is_symlink()
     assert (tmp_path / "keep").is_dir() and (damage != "link" or (tmp_path / "elsewhere" / "job.json").is_file())
     assert {run["id"] for run in listed(folder)} == {"a", "c"}
 

@@ -9,6 +9,7 @@ import { lossSeries } from "./series.mjs";
 import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./words.mjs";
 
 const LOG_SECONDS = 3;
+const ELSEWHERE = "This run is in use by another ComfyUI with the same base directory. Stop it there.";
 
 export class JobView {
     /** `host` has back(), setting(name), confirm(title, message) -> Promise, copy(text). */
@@ -65,9 +66,9 @@ export class JobView {
             stateOf(job),
         ]);
         const kept = [job.checkpoint, job.main_file, hasEnded(job) && job.state_bytes];
-        const offered = [status, pause_requested, resumable, job.dead_end, ...kept];
+        const offered = [status, job.elsewhere, pause_requested, resumable, job.dead_end, ...kept];
         fill(this.actions, offered, () => this.buttons(job));
-        fill(this.trouble, [error, advice, job.dead_end], () => this.troubles(job));
+        fill(this.trouble, [error, advice, job.dead_end, job.elsewhere], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
         this.drawCurves();
         const samples = entries.filter(({ event }) => event === "sample");
@@ -88,11 +89,11 @@ export class JobView {
         const { id } = this;
         const post = (action) => () => this.jobs.post(id, action);
         const made = [];
-        if (!hasEnded(job)) {
+        if (!hasEnded(job) && !job.elsewhere) {
             if (job.pause_requested) made.push(button("Resume", "pi-play", "Go on", post("resume")));
             else made.push(button("Pause", "pi-pause", "Pause after this step; the model stays loaded", post("pause")));
             made.push(button("Stop", "pi-stop", "End after this step. What was learned is saved", post("stop")));
-        } else if (job.resumable) {
+        } else if (hasEnded(job) && job.resumable) {
             const label = `Resume from step ${job.checkpoint}`;
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
         } else if (job.dead_end && !Object.keys(job.files).length) {
@@ -129,8 +130,9 @@ export class JobView {
         if (await this.host.confirm(`Delete run ${job.run_name}?`, kept)) await this.jobs.post(job.id, "delete");
     }
 
-    troubles({ error, advice, dead_end }) {
+    troubles({ error, advice, dead_end, elsewhere }) {
         const shown = error ? [el("div", { className: "kl-error", textContent: error })] : [];
+        if (elsewhere) shown.push(el("div", { className: "kl-advice", textContent: ELSEWHERE }));
         if (dead_end) shown.push(el("div", { className: "kl-advice", textContent: dead_end }));
         for (const { text, link } of advice) {
             const safe = link && /^https?:$/.test(new URL(link, location.href).protocol);

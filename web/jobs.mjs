@@ -3,6 +3,7 @@
 import { curves } from "./series.mjs";
 
 const PAGE = 100;
+const LOOK = 5000; // milliseconds between two looks at runs of another ComfyUI, which sends no events
 const PAUSE = 150; // milliseconds between two changes, at least
 const ENDED = ["finished", "stopped", "failed", "interrupted", "unreadable"];
 
@@ -83,6 +84,8 @@ export class Jobs extends EventTarget {
             this.total = page.total;
         });
         for (const id of this.histories.keys()) this.catchUp(id);
+        clearTimeout(this.look);
+        if (this.list.some(({ elsewhere }) => elsewhere)) this.look = setTimeout(() => this.refresh(), LOOK);
         this.changed();
     }
 

@@ -15,6 +15,7 @@ from ...lora_io.file import write_text
 from . import host
 from .advice import Finding, advise, look_at, of_failure
 from .checkpoint import Identity, State, load_state, save_state
+from .claim import in_use
 from .config import TrainConfig, make
 from .continuing import describe, require_reachable
 from .data import PhaseData
@@ -26,7 +27,7 @@ from .memory import checkpointed_blocks, count_trainable, make_plan
 from .noise import Rng
 from .optim import STATE_BYTES
 from .recipe import Phase, Recipe
-from .record import ENDED, Record, Spec
+from .record import ENDED, Kept, Record, Spec
 from .report import Report
 from .runlog import run_log
 from .sampling import Samples, Sampling
@@ -70,12 +71,23 @@ class Job(Record):
         self._advised = 0  # entries of the history
 
     def start(self, model: Any | None) -> None:
-        """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read."""
+        """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read.
+
+        ValueError if another ComfyUI has the run, OSError if it cannot be written down.
+        """
+        if not self.claim.take():
+            raise in_use(self.spec.run_name)
+        before, self.status = self.status, "waiting"
+        try:
+            self.write()
+        except OSError:
+            self.status = before
+            self.claim.free()
+            raise
         self._stop.clear()
         self._resume.set()
         self.error, self.ended_at, self.advice, self._advised = "", None, [], 0
         self._model = model or self.spec.source
-        self.status = "waiting"
         self.ended.clear()
         self.line.join(self)
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
@@ -103,6 +115,10 @@ class Job(Record):
     def kept_steps(self) -> int:
         """Steps that the run goes on from, if it does."""
         return self.done if self.status == "finished" else self.checkpoint
+
+    def restore(self, kept: Kept) -> None:
+        super().restore(kept)
+        self.config = make(self.recipe_class.Config, self.spec.config)
 
     def steps_of(self, config: TrainConfig) -> int:
         return sum(phase.steps for phase in self.recipe_class.phases(config))
@@ -150,7 +166,7 @@ class Job(Record):
     @property
     def dead_end(self) -> str:
         """Why a run that ended early cannot go on; nothing if it can, or need not."""
-        if self.status == "finished" or self.resumable or not self.ended.is_set():
+        if self.status == "finished" or self.resumable or self.elsewhere or not self.ended.is_set():
             return ""
         if self.checkpoint:
             return "Its state is gone, so it cannot go on. Train anew, or from its LoRA with start_from."
@@ -167,8 +183,8 @@ class Job(Record):
     def summary(self) -> dict[str, Any]:
         """What a list shows of the run; made without a look at the history, which may be long."""
         tally, pace, files = self.tally, self.tally.seconds_per_step, dict(self.files)
-        going = self.total and not self.ended.is_set()
-        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes")
+        going = self.total and (self.elsewhere or not self.ended.is_set())
+        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes", "elsewhere")
         return {
             **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
             **{name: getattr(self, name) for name in own},
@@ -284,6 +300,7 @@ class Job(Record):
         except OSError:  # the full disk that ended the run
             logging.exception("Kinoloom: run %s: its end could not be written down", self.spec.run_name)
         finally:
+            self.claim.free()
             self.ended.set()
             self.publish(self, placed)
             self.moved()

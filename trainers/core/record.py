@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...lora_io.file import write_text
 from .checkpoint import Identity
+from .claim import claim_of
 from .data import TrainingData
 from .events import Event, from_json, to_json
 from .host import ModelSource
@@ -78,16 +79,28 @@ def read_record(folder: Path) -> Kept:
     return kept
 
 
+def stamp_of(folder: Path) -> tuple[int, ...]:
+    """Another one whenever job.json was written; empty without one."""
+    try:
+        found = (folder / "job.json").lstat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 class Record:
     """`folder` holds job.json (spec, status), history.jsonl (one event a line), state.pt (the last checkpoint), log.txt
     (what the run logged), samples/ and report.html.
 
-    `epoch` changes whenever the history was cut, so that who holds a part of it knows; `tally` follows the history.
+    `claim` is held while the run goes on, `elsewhere` says that another ComfyUI holds it, `stamp` is that of the
+    job.json that is known. `epoch` changes whenever the history was cut, so that who holds a part of it knows; `tally`
+    follows the history.
     """
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self.spec = folder, spec
         self.epoch, self._reading = 0, threading.Lock()
+        self.claim, self.elsewhere, self.stamp = claim_of(folder), False, ()
         self._take(Kept(spec, "created", Tally()))
         self._set_history([])
 
@@ -112,7 +125,7 @@ class Record:
         """Size of what the run goes on from; 0 if there is nothing."""
         try:
             return self.state_path.stat().st_size
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     @property
@@ -126,14 +139,16 @@ class Record:
     def write(self) -> None:
         kept = Kept(**{option.name: getattr(self, option.name) for option in fields(Kept)})
         write_text(self.folder / "job.json", json.dumps({"version": VERSION, **asdict(kept)}))
+        self.stamp = stamp_of(self.folder)
 
     def restore(self, kept: Kept) -> None:
-        """Take over what `write` left behind; a run that was going on is "interrupted"."""
+        """Take over what `write` left behind; a run that was going on is "interrupted", or goes on elsewhere."""
         self._take(kept)
+        self.elsewhere = kept.status not in ENDED and self.claim.elsewhere
         if kept.status in ENDED:
             self._history = None
         else:
-            self.status = "interrupted"
+            self.status = kept.status if self.elsewhere else "interrupted"
             self._set_history(list(self._read_history()))
 
     def _take(self, kept: Kept) -> None:

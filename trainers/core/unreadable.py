@@ -5,16 +5,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .claim import claim_of
 from .plain import load_json
 
 LONGEST_NAME = 200  # characters
 
 
 class Unreadable:
-    status, is_over, history, epoch = "unreadable", True, (), 0
+    status, is_over, elsewhere, history, epoch = "unreadable", True, False, (), 0
 
     def __init__(self, folder: Path, reason: str) -> None:
-        self.folder, self.id, self.reason = folder, folder.name, reason
+        self.folder, self.id, self.reason, self.claim, self.stamp = folder, folder.name, reason, claim_of(folder), ()
         self.run_name, self.created, self.log_path = folder.name, 0.0, folder / "log.txt"
         with suppress(OSError):
             self.created = folder.lstat().st_mtime
@@ -51,7 +52,8 @@ class Unreadable:
             "lora_names": {},
             "main_file": None,
             "asked_as": "",
-            "in_line": None,
+            "in_line": "",
+            "elsewhere": False,
             "dead_end": "",
             "ended": self.created,
         }

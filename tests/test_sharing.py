@@ -1,0 +1,286 @@
+"""Several ComfyUIs on one folder of runs: each run and each name belongs to one of them at a time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import execution
+import pytest
+from kinoloom.lora_io.file import SaveError
+from kinoloom.nodes import jobs
+from kinoloom.trainers.core.claim import claim_of
+from kinoloom.trainers.core.job import Job
+
+from .runs import Published, finish, make_config, make_job
+
+WAN = "KinoloomTrainWanLora"
+
+
+@pytest.fixture(autouse=True)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue without work, no websocket, and files that go to tmp_path."""
+    queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
+    told = SimpleNamespace(prompt_queue=queue, send_sync=lambda *message: None)
+    monkeypatch.setattr(jobs.PromptServer, "instance", told, raising=False)
+    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+
+
+class Held:
+    """A registry whose runs wait before they end, for as long as wanted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.registry = jobs.Registry(folder)
+        monkeypatch.setattr(jobs, "publish", self.publish)
+
+    def publish(self, job: Job, event: dict) -> None:
+        if event["event"] == "step" and event["done"] == 2:
+            self.reached.set()
+            assert self.go.wait(100)
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    made = Held(tmp_path / "jobs", monkeypatch)
+    yield made
+    made.go.set()
+    for job in made.registry.jobs.values():
+        job.ended.wait(100)
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def start(model: Any, data: Any) -> Start:
+    def begin(registry: jobs.Registry, name: str = "dance", **options: Any) -> Job:
+        return registry.start(model, WAN, make_config(WAN, **options), data, {}, name)
+
+    return begin
+
+
+def test_a_run_that_goes_on_elsewhere_is_shown_and_left_alone(held: Held, start: Start, tmp_path: Path) -> None:
+    job = start(held.registry)
+    assert held.reached.wait(100)
+    other = jobs.Registry(tmp_path / "jobs")
+    (seen,) = other.jobs.values()
+    shown = seen.summary()
+    assert (shown["status"], shown["elsewhere"], shown["done"], shown["total"]) == ("running", True, 2, 6)
+    assert not shown["dead_end"] and len(seen.history) == len(job.history)
+    for act in (other.resume, other.restart, other.delete, Job.stop, Job.pause):
+        with pytest.raises(ValueError, match="run 'dance' is in use by another ComfyUI"):
+            other.change(seen, act)
+    for options in ({}, {"rank": 2}):
+        with pytest.raises(ValueError, match="run 'dance' is in use by another ComfyUI"):
+            start(other, "Dance", **options)
+    with pytest.raises(ValueError, match="in use"):
+        seen.start(None)
+    assert job.folder.is_dir() and not job.summary()["elsewhere"]
+
+    held.go.set()
+    assert job.ended.wait(100) and job.status == "finished"
+    other.look(now=True)
+    shown = seen.summary()
+    assert (shown["status"], shown["elsewhere"], shown["done"]) == ("finished", False, 6)
+    assert start(other) is seen and seen.history == job.history, "the finished run is everybody's"
+    other.delete(seen)
+    held.registry.look(now=True)
+    assert held.registry.jobs == {} and [path.name for path in (tmp_path / "jobs").iterdir()] == ["names.lock"]
+
+
+def test_a_run_may_be_continued_by_the_other_in_turn(held: Held, start: Start, tmp_path: Path) -> None:
+    job = start(held.registry)
+    assert held.reached.wait(100)
+    job.stop()
+    held.go.set()
+    assert job.ended.wait(100) and (job.status, job.done) == ("stopped", 2)
+    other = jobs.Registry(tmp_path / "jobs")
+    theirs = start(other)
+    assert theirs.spec.id == job.spec.id
+    assert theirs.ended.wait(100) and theirs.status == "finished"
+    again = start(held.registry)
+    assert again is job and (job.status, job.done) == ("finished", 6), "what the other did is known before anything starts"
+    assert job.history == theirs.history
+
+
+def test_a_name_is_given_to_one_of_two_that_start_at_once(start: Start, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(jobs, "publish", Published())
+    registries = [jobs.Registry(tmp_path / "jobs") for _ in range(4)]
+    made: list[Job] = []
+    refused: list[str] = []
+
+    def begin(registry: jobs.Registry) -> None:
+        try:
+            made.append(start(registry))
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin, args=(registry,)) for registry in registries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for job in made:
+        assert job.ended.wait(100)
+    assert len({job.spec.id for job in made}) == 1 and all("in use" in text for text in refused)
+    assert len(list((tmp_path / "jobs").glob("*/job.json"))) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dance"]
+
+
+HOLDER = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_taken_over_once_its_owner_is_gone(model: Any, data: Any, tmp_path: Path, start: Start) -> None:
+    job = make_job(tmp_path, model, data, make_config(WAN), WAN, Published().at(2, Job.stop))
+    finish(job, model, "stopped")
+    job.status = "running"
+    job.write()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(job.claim.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        registry = jobs.Registry(tmp_path)
+        seen = registry.get("job")
+        assert (seen.status, seen.elsewhere) == ("running", True)
+        with pytest.raises(ValueError, match="in use by another ComfyUI"):
+            registry.resume(seen)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    registry.look(now=True)
+    assert (seen.status, seen.elsewhere, seen.done, seen.resumable) == ("interrupted", False, 2, True)
+    registry.resume(seen)
+    assert seen.ended.wait(100) and (seen.status, seen.done) == ("finished", 6)
+
+
+def test_runs_of_one_registry_train_one_after_the_other(held: Held, start: Start) -> None:
+    first, second = start(held.registry, "first"), start(held.registry, "second", seed=2)
+    assert held.reached.wait(100)
+    assert (first.status, second.status, second.done) == ("running", "waiting", 0)
+    held.go.set()
+    assert first.ended.wait(100) and second.ended.wait(100)
+    assert (first.status, second.status) == ("finished", "finished")
+
+
+def test_shutting_down_stops_and_saves_what_goes_on(held: Held, start: Start) -> None:
+    job, waiting = start(held.registry), start(held.registry, "waits")
+    assert held.reached.wait(100)
+    threading.Timer(0.1, held.go.set).start()
+    held.registry.shutdown()
+    assert (job.status, job.done, job.resumable, waiting.status) == ("stopped", 2, True, "stopped")
+    assert json.loads((job.folder / "job.json").read_text())["status"] == "stopped"
+    assert not claim_of(job.folder).elsewhere
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_the_server_saves_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = getattr(signal, name)
+    done: list[str] = []
+    original = signal.signal(number, lambda *arguments: done.append("before"))
+    try:
+        jobs.save_first(name, lambda: done.append("saved"))
+        os.kill(os.getpid(), number)
+        assert done == ["saved", "before"]
+        signal.signal(number, signal.SIG_IGN)
+        jobs.save_first(name, lambda: done.append("ignored"))
+        os.kill(os.getpid(), number)
+        assert done == ["saved", "before"]
+    finally:
+        signal.signal(number, original)
+
+
+def test_make_room_has_the_queue_unload_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a flag if no node waits for a run; else by that node, which is asked for it."""
+    registry = jobs.Registry(tmp_path / "jobs")
+    queue = jobs.PromptServer.instance.prompt_queue
+    asked: list[bool] = []
+
+    def holds() -> bool:
+        asked.append(registry.room_wanted.is_set())
+        return len(asked) % 2 == 1
+
+    monkeypatch.setattr(jobs, "holds_models", holds)
+    registry.make_room()
+    assert asked == [True, True] and not registry.room_wanted.is_set()
+    assert queue.get_flags() == {"unload_models": True}
+    with registry.waiting():
+        registry.make_room()
+    assert asked == [True] * 4 and queue.get_flags() == {}
+
+
+# -- what a disk, a clock and a hand do ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(start: Start, tmp_path: Path) -> None:
+    registry = jobs.Registry(tmp_path / "jobs")
+    (tmp_path / "jobs").write_text("a file, where the folder should be")
+    with pytest.raises(OSError):
+        start(registry)
+    assert registry.jobs == {}
+
+
+def test_a_record_that_cannot_be_written_starts_nothing(
+    model: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = finish(make_job(tmp_path, model, data, make_config(WAN), WAN, Published().at(2, Job.stop)), model, "stopped")
+    (job.folder / "job.json").unlink()
+    (job.folder / "job.json").mkdir()
+    with pytest.raises(SaveError, match=r"job\.json"):
+        job.start(model)
+    assert job.status == "stopped" and job.ended.is_set() and not claim_of(job.folder).elsewhere
+    (job.folder / "job.json").rmdir()
+    assert finish(job, model).done == 6
+
+
+def test_a_full_disk_under_the_history_is_said_and_the_run_goes_on_later(model: Any, data: Any, tmp_path: Path) -> None:
+    def fill(job: Job) -> None:
+        (job.folder / "history.jsonl").unlink()
+        (job.folder / "history.jsonl").symlink_to("/dev/full")
+
+    job = finish(make_job(tmp_path, model, data, make_config(WAN), WAN, Published().at(3, fill)), model, "failed")
+    assert "No space left on device" in job.error and job.resumable
+    (job.folder / "history.jsonl").unlink()
+    job.publish = Published()
+    assert finish(job, model).done == 6
+
+
+@pytest.mark.parametrize("gone", ["folder", "history.jsonl", "state.pt", "job.json"])
+def test_files_that_are_removed_under_a_run(gone: str, model: Any, data: Any, tmp_path: Path) -> None:
+    """Its folder as a whole, which ends the run by name, or a file, which is written again."""
+
+    def take(job: Job) -> None:
+        shutil.rmtree(job.folder) if gone == "folder" else (job.folder / gone).unlink(missing_ok=True)
+
+    job = make_job(tmp_path, model, data, make_config(WAN), WAN, Published().at(3, take))
+    finish(job, model, "failed" if gone == "folder" else "finished")
+    assert gone != "folder" or "history.jsonl" in job.error
+    assert gone == "folder" or Path(job.files["lora"]).is_file()
+
+
+def test_a_clock_that_goes_back_leaves_the_newest_run_the_newest(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "publish", Published())
+    registry = jobs.Registry(tmp_path / "jobs")
+    first = start(registry)
+    assert first.ended.wait(100)
+    monkeypatch.setattr(jobs.time, "time", lambda: 1000.0)
+    second = start(registry, seed=1, rank=2)
+    assert second.ended.wait(100)
+    assert second.spec.created > first.spec.created and registry.newest("dance") is second
