@@ -290,8 +290,8 @@ def require_finite(module: nn.Module, what: str) -> None:
     if not finite.all():
         name = list(extremes)[int((~finite).nonzero()[0])]
         raise ValueError(
-            f"{what}: the weights of {name} are no numbers (NaN or infinite): nothing can be trained on them. Get the "
-            "file again, or leave out the LoRA that was put on it"
+            f"{what}: weight {name} of the model holds NaN or infinity, and nothing can be trained on it. Get the file "
+            "again, or leave out the LoRA that was put on it"
         )
 
 
