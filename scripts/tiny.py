@@ -50,12 +50,18 @@ def write_wan(
     in_dim: int | None = None,
     i2v: bool = False,
     seed: int = 0,
+    same_blocks: bool = False,
 ) -> None:
-    """Write a Wan 2.1 diffusion model for UNETLoader. With fp8 only the blocks' matrices are fp8."""
+    """Write a Wan 2.1 diffusion model for UNETLoader. With fp8 only the blocks' matrices are fp8.
+
+    `same_blocks`: all blocks have the weights of the first, which writes a large model in seconds.
+    """
     make = Weights(seed)
     tensors = _wan_embeddings(make, dim, text_dim, in_dim or (36 if i2v else LATENT_CHANNELS))
+    block = _wan_block(make, dim, ffn, i2v)
     for i in range(blocks):
-        tensors |= _prefixed(f"blocks.{i}.", _wan_block(make, dim, ffn, i2v))
+        own = block if same_blocks or i == 0 else _wan_block(make, dim, ffn, i2v)
+        tensors |= {f"blocks.{i}.{name}": _cast(f"blocks.{name}", value, dtype).clone() for name, value in own.items()}
     tensors |= make.linear("head.head", LATENT_CHANNELS * 4, dim)
     tensors["head.modulation"] = make.normal(1, 2, dim, std=dim**-0.5)
     if i2v:

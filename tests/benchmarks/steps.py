@@ -69,16 +69,18 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) ->
     return method(backbone, config)
 
 
-def batches(recipe: Any, folder: Path, latents: Tensor, **columns: dict[str, Tensor]) -> Any:
+def batches(
+    recipe: Any, folder: Path, latents: Tensor, split: str = "clips", **columns: dict[str, Tensor]
+) -> Any:
     """One clip [C, F, h, w] and its other columns on disk, as micro-batches for `recipe`."""
     from kinoloom.trainers.core import data
 
     columns = {"latents": {"latents": latents}, **columns}
     for column, tensors in columns.items():
         data.write_column(folder, "clip", column, tensors)
-    row = data.Row("clip", "clips", "train", tuple(latents.shape), dict.fromkeys(columns, "clip"))
+    row = data.Row("clip", split, "train", tuple(latents.shape), dict.fromkeys(columns, "clip"))
     rows, c = data.TrainingData(str(folder), (row,)), recipe.config
-    return data.PhaseData(rows, "clips", recipe.columns, c.batch_size, c.seed, recipe.backbone.prepare)
+    return data.PhaseData(rows, split, recipe.columns, c.batch_size, c.seed, recipe.backbone.prepare)
 
 
 def prompt(prompt_embeds: Tensor) -> dict[str, Tensor]:
