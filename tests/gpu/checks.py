@@ -37,7 +37,8 @@ def environment(bench: Bench) -> Rows:
         card = torch.cuda.get_device_properties(0)
         facts |= {"memory": f"{card.total_memory / GIB:.1f} GiB", "CUDA": torch.version.cuda}
         facts["free"] = f"{torch.cuda.mem_get_info()[0] / GIB:.1f} GiB"
-    facts["kernels"] = getattr(comfy.quant_ops.ck, "list_backends", lambda: "unknown")()
+    found = comfy.quant_ops.ck.list_backends()
+    facts["kernels"] = ", ".join(name for name, one in found.items() if one["available"] and not one["disabled"])
     return [{"fact": name, "value": value} for name, value in facts.items()]
 
 
@@ -140,12 +141,10 @@ def jobs(bench: Bench) -> Rows:
 
 def _sample(model: Any) -> Tensor:
     import comfy.sample
-    from models import text_width
 
     latent = torch.zeros(1, 16, 2, 16, 16)
     width = model.model.diffusion_model.text_dim
     positive, negative = ([[_normal(place, 1, 77, width), {}]] for place in range(2))
-    assert text_width  # the same width as data has
     with torch.inference_mode():
         return comfy.sample.sample(
             model, comfy.sample.prepare_noise(latent, 0), 4, 3.0, "euler", "simple", positive, negative, latent,

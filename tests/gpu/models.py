@@ -76,7 +76,7 @@ class Bench:
         channels = 16 if kind == "wan" else 4
         shape = (channels, 1 + (frames - 1) // FRAMES[kind], height // 8, width // 8)
         made: dict[str, Callable[[], dict[str, Tensor]]] = {
-            "prompt_embeds": lambda: prompt(_random(2, 77, text_width(recipe))),
+            "prompt_embeds": lambda: _prompt(text_width(recipe)),
             "image": lambda: _image(shape),
             "tracklets": lambda: _tracklets(shape),
         }
@@ -125,6 +125,12 @@ def _without_server() -> None:
 
 def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _prompt(width: int) -> dict[str, Tensor]:
+    """A caption without variants."""
+    more = {"prompt_tokens": torch.tensor([77]), "token_mask_prob": torch.tensor(0.0)}
+    return {**prompt(_random(2, 77, width)), **more}
 
 
 def _image(shape: tuple[int, ...]) -> dict[str, Tensor]:
