@@ -1,7 +1,6 @@
 """Tracklet control in ComfyUI: boxes that objects of a Stable Video Diffusion video follow, in any sampler."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +21,11 @@ from ..trainers.backbones.svd import check_model
 from ..trainers.backbones.tracklet_control import NUMBERS, Controlled, TrackletControl, read, widths_of
 from ..trainers.core.host import load_tensors
 from ..trainers.core.tracklets import Tracklets, to_tensors
+from .folders import TRACKLET_CONTROL
 from .jobs import trained_file
-from .widgets import NO_FILE, TRACKLET_CONTROL, TrackletsType, files_state, model_file
+from .widgets import NO_FILE, TrackletsType, files_state, model_file
 
 TrackletControlType = io.Custom("TRACKLET_CONTROL")  # (ModelPatcher of a TrackletControl, layers of the base model)
-
-folder_paths.add_model_folder_path(TRACKLET_CONTROL, os.path.join(folder_paths.models_dir, TRACKLET_CONTROL))
-folder_paths.folder_names_and_paths[TRACKLET_CONTROL][1].update(folder_paths.supported_pt_extensions)
-
 
 def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
     """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""

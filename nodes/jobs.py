@@ -26,15 +26,15 @@ from ..trainers.core.line import Line
 from ..trainers.core.record import Spec
 from ..trainers.core.sampling import Samples
 from ..trainers.core.unreadable import Unreadable
-from .motion import MOTION_LORAS
+from .folders import OUTPUTS, output_folder
 from .shelf import Shelf, remove, require_here
-from .widgets import TRACKLET_CONTROL, output_folder, require_name
+from .widgets import require_name
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
 ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service stops, its terminal or window closes
-OUTPUTS = ("loras", MOTION_LORAS, "diffusion_models", TRACKLET_CONTROL)  # model folders that runs write into
 ROOM_SECONDS = 10
+MADE_AGAIN = "Put it back, or train it anew: delete the run on the Training tab, or choose another run name"
 
 
 def output_folders(run_name: str) -> dict[str, str]:
@@ -346,4 +346,6 @@ def trained_file(path: str) -> str:
     known = {file for job in registry().jobs.copy().values() for file in job.files.copy().values()}
     if path not in known:
         raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")
+    if not Path(path).is_file():
+        raise ValueError(f"path={path!r}: not found; it was moved or deleted. {MADE_AGAIN}")
     return path

@@ -1,7 +1,6 @@
 """AnimateDiff in ComfyUI: motion modules on a MODEL, in any sampler, and motion LoRAs on those."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,24 +24,14 @@ from ..lora_io.merge import merge
 from ..trainers.backbones.animatediff import check_model
 from ..trainers.backbones.motion_module import MID, PART, Attached, MotionModules, read, sites
 from ..trainers.core.host import load_tensors
-from .widgets import NO_FILE, files_state, output_folder, require_name
+from .folders import MOTION_LORAS, MOTION_MODELS, output_folder
+from .widgets import NO_FILE, files_state, require_name
 
-MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
 EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
 LONGEST = 128  # frames of a window
 LORA_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
-
-
-def register_folders() -> None:
-    for name in (MOTION_MODELS, MOTION_LORAS):
-        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
-        paths, extensions = folder_paths.folder_names_and_paths[name]
-        folder_paths.folder_names_and_paths[name] = (paths, extensions | folder_paths.supported_pt_extensions)
-
-
-register_folders()
 
 
 def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:

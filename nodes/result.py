@@ -58,7 +58,7 @@ class TrainingResult(io.ComfyNode):
             lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of what it made")
             loras = [lora]
         else:
-            loras = [load(Path(path))[0] for path in found.parts]
+            loras = [load(Path(path))[0] for path in map(trained_file, found.parts)]
         outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
         return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),), "kinoloom_job": (job,)})
 

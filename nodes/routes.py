@@ -16,16 +16,15 @@ from ..trainers.core.runlog import last_lines
 from ..trainers.core.unreadable import Unreadable
 from . import cache
 from .columns import data_folder
+from .folders import LORAS
 from .generation import generation
 from .jobs import registry
-from .motion import MOTION_LORAS
 
 PAGE = 100  # jobs
 LARGEST_PAGE = 1000
 LOG_LINES = 200
 LARGEST_BODY = 1 << 16  # bytes
 LARGEST_NUMBER = 10**9
-LORA_FOLDERS = ("loras", MOTION_LORAS)
 SAMPLE_NAME = r"[\w-]+\.webp"
 
 
@@ -61,8 +60,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get("/kinoloom/jobs/{id}/report.html")
     async def show_report(request: web.Request) -> web.Response:
         page = await asyncio.to_thread(find(request).report)
-        headers = {"Content-Security-Policy": f"{POLICY}; sandbox", "X-Content-Type-Options": "nosniff"}
-        return web.Response(text=page, content_type="text/html", headers=headers)
+        return ReportPage(text=page, content_type="text/html", headers={"X-Content-Type-Options": "nosniff"})
 
     @routes.get("/kinoloom/jobs/{id}/samples/{name}")
     async def show_sample(request: web.Request) -> web.FileResponse:
@@ -136,6 +134,14 @@ def add_cache_routes(routes: web.RouteTableDef) -> None:
         return await show_cache(request)
 
 
+class ReportPage(web.Response):
+    """Its policy is set last: ComfyUI puts its own, which lets scripts run, on every answer if --disable-api-nodes."""
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        self.headers["Content-Security-Policy"] = f"{POLICY}; sandbox"
+        return await super().prepare(request)
+
+
 def page(offset: int, limit: int) -> str:
     registry().look()
     jobs = registry().newest_first()
@@ -156,7 +162,7 @@ def files(job: Job) -> dict[str, Any]:
     for kind, folder in job.spec.outputs.items():
         for path in sorted(Path(folder).glob("[!.]*.safetensors")):
             with suppress(FileNotFoundError):  # the best one so far, just replaced
-                stat, name = path.stat(), loader_name(path) if kind in LORA_FOLDERS else None
+                stat, name = path.stat(), loader_name(path) if kind in LORAS else None
                 found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})
     return {"folder": f"kinoloom/{job.spec.run_name}", "files": found}
 

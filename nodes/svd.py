@@ -9,7 +9,7 @@ from ..lora_io.file import copy_renamed, free_path, load, load_names, save
 from ..lora_io.keys import PREFIX, UNET
 from ..lora_io.peft import METADATA, alpha_of, config_of
 from ..lora_io.svd import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
-from .widgets import output_folder
+from .folders import output_folder
 
 MODELS, DIFFUSERS, LORAS = "diffusion_models", "diffusers", "loras"
 FILES = (".safetensors", ".sft")

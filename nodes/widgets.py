@@ -17,7 +17,6 @@ NO_FILE = "none"
 UNCONNECTED = object()  # an input's default in validate_inputs, where what arrives by wire is None
 LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
 DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
-TRACKLET_CONTROL = "tracklet_control"  # a model folder
 
 
 def require_name(field: str, value: str) -> str:
@@ -53,12 +52,6 @@ def files_state(folder: str, *names: str | None) -> str:
     wanted = folder_paths.get_filename_list(folder) if None in names else sorted({*names} - {NO_FILE, ""})
     paths = [path for name in wanted if (path := folder_paths.get_full_path(folder, name))]
     return repr([(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]])
-
-
-def output_folder(kind: str) -> Path:
-    """kinoloom/ in ComfyUI's first folder of that kind, but for models/unet, the old name of diffusion_models."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
-    return next((folder for folder in folders if folder.name != "unet"), folders[0]) / "kinoloom"
 
 
 def widget(option: Field) -> io.Input:

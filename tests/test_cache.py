@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from kinoloom.lora_io.file import sweep
 from kinoloom.nodes import cache, jobs, routes
 from kinoloom.nodes.columns import Columns, data_folder, open_columns
-from kinoloom.nodes.widgets import output_folder
+from kinoloom.nodes.folders import output_folder
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.core.sampling import Samples
 

@@ -177,7 +177,7 @@ def report(folder: Path, history: list[dict], evil: str = "plain", **summary: An
     shown = {
         "run_name": evil, "title": evil, "status": evil, "error": evil, "done": 3, "total": 9, "created": 0.0,
         "ended": None, "plan": {"text": evil}, "seconds_per_step": 0.5,
-        "advice": [{"kind": evil, "text": evil, "link": evil}],
+        "advice": [{"kind": evil, "text": evil, "link": f"https://{evil}"}, {"kind": evil, "text": evil, "link": f"javascript:{evil}"}, {}],
     }  # fmt: skip
     rows = [Row(evil, evil, evil, (4, 2, 8, 8), {})]
     made = Report({**shown, **summary}, {"trigger_words": evil}, history, rows, evil, {evil: 9}, {evil: evil}, folder)

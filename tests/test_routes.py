@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import server as comfy_server
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from kinoloom.nodes import jobs, routes
+from kinoloom.trainers.core.report import POLICY
 from yarl import URL
 
 from .runs import make_config, make_job
@@ -82,6 +84,25 @@ def test_a_thousand_jobs_are_listed_in_pages_without_their_histories(ask: Ask, r
     assert ask("GET", "/kinoloom/jobs?offset=5000")[1] == {"jobs": [], "total": 1000}
     assert len(ask("GET", "/kinoloom/jobs?limit=1000")[1]["jobs"]) == 1000
     assert ask("GET", "/kinoloom/jobs/job7")[1]["history"] == []
+
+
+@pytest.mark.parametrize("flags", [["block_external"], ["cors"], ["origin_only"], ["cors", "block_external"]])
+def test_the_policy_of_a_report_holds_under_every_flag_of_the_server(flags: list[str], registry: jobs.Registry) -> None:
+    """With the middlewares of ComfyUI that --disable-api-nodes and --enable-cors-header put before every route."""
+    made = {name: getattr(comfy_server, f"create_{name}_middleware") for name in ("block_external", "origin_only")}
+    made["cors"] = lambda: comfy_server.create_cors_middleware("*")
+    table = web.RouteTableDef()
+    routes.add_routes(table)
+
+    async def request() -> tuple[str, str]:
+        app = web.Application(middlewares=[made[flag]() for flag in flags])
+        app.add_routes(table)
+        async with TestClient(TestServer(app)) as client:
+            answer = await client.get("/kinoloom/jobs/job7/report.html")
+            return answer.headers["Content-Security-Policy"], await answer.text()
+
+    header, page = asyncio.run(request())
+    assert header == f"{POLICY}; sandbox" and page.index(POLICY) < page.index("<title>")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +257,7 @@ def test_files_log_and_report(shown: dict, client: Client, server: Server) -> No
     assert any("Memory" in line for line in lines) and "finished after 30 of 30" in lines[-1]
     answer, page = fetch(server, f"/kinoloom/jobs/{shown['id']}/report.html")
     assert answer.getheader("Content-Type").startswith("text/html") and b"<svg" in page
-    assert answer.getheader("Content-Security-Policy") and answer.getheader("X-Content-Type-Options") == "nosniff"
+    assert answer.getheader("Content-Security-Policy") == f"{POLICY}; sandbox" and answer.getheader("X-Content-Type-Options") == "nosniff"
 
 
 def test_a_sample_and_what_lies_beside_it(shown: dict, server: Server) -> None:

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import execution
+import folder_paths
 import pytest
 from kinoloom.lora_io.file import SaveError
-from kinoloom.nodes import jobs
+from kinoloom.nodes import folders, jobs
+from kinoloom.trainers import recipes
 from kinoloom.trainers.core.claim import claim_of
 from kinoloom.trainers.core.job import Job
 
@@ -284,3 +287,34 @@ def test_a_clock_that_goes_back_leaves_the_newest_run_the_newest(
     second = start(registry, seed=1, rank=2)
     assert second.ended.wait(100)
     assert second.spec.created > first.spec.created and registry.newest("dance") is second
+
+
+# -- where files go ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
+    """Of all choices of its options; a folder that nobody registers would fail when the run saves."""
+    for recipe in recipes().values():
+        choices = [(name, choice) for name, f in recipe.Config.__dataclass_fields__.items() for choice in f.metadata["choices"]]
+        for options in ({}, *({name: choice} for name, choice in choices)):
+            with suppress(ValueError):  # a choice that needs another option too
+                exports = recipe.exports(recipe.Config(**options))
+                assert {export.folder for export in exports.values()} <= {*folders.OUTPUTS}, (recipe.name, options)
+    for folder in folders.OUTPUTS:
+        assert ".safetensors" in folder_paths.folder_names_and_paths[folder][1], folder
+        assert folders.output_folder(folder).name == "kinoloom"
+
+
+def test_a_finished_run_whose_file_was_deleted_says_so(start: Start, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(jobs, "publish", Published())
+    registry = jobs.Registry(tmp_path / "jobs")
+    monkeypatch.setattr(jobs, "_registry", registry)
+    job = start(registry)
+    assert job.ended.wait(100)
+    kept, (path,) = dict(job.files), job.parts
+    assert jobs.trained_file(path) == path
+    Path(path).unlink()
+    with pytest.raises(ValueError, match=r"dance-lora-000006\.safetensors.*deleted.*another run name"):
+        jobs.trained_file(path)
+    assert job.files == kept and path not in job.summary()["files"].values() and "lora" not in job.summary()["lora_names"]
+    assert Path(path).name not in job.report().split("<h2>Files</h2>")[-1].split("</table>")[0]

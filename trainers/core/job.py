@@ -182,7 +182,8 @@ class Job(Record):
 
     def summary(self) -> dict[str, Any]:
         """What a list shows of the run; made without a look at the history, which may be long."""
-        tally, pace, files = self.tally, self.tally.seconds_per_step, dict(self.files)
+        tally, pace = self.tally, self.tally.seconds_per_step
+        files = {label: path for label, path in self.files.copy().items() if Path(path).is_file()}
         going = self.total and (self.elsewhere or not self.ended.is_set())
         own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes", "elsewhere")
         return {

@@ -18,7 +18,7 @@ POINTS = 1000  # of a curve
 SMOOTHING = 25  # a curve's part over which the thick line is a mean
 WIDTH, HEIGHT, LEFT, RIGHT, BELOW = 780, 240, 64, 28, 24  # pixels of a chart, margins for the axes
 COLORS = ("#2a7de1", "#e1702a", "#2aa15f", "#a04fd0", "#b8860b", "#c2304b")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
 body { max-width: 860px; margin: 2em auto; padding: 0 1em }
@@ -49,14 +49,15 @@ class Report:
         s = self.summary
         error = f'<p class="error">{escape(s["error"])}</p>' if s["error"] else ""
         advice = "".join(
-            f'<p class="advice">{escape(a["text"])} <a href="{escape(a["link"])}">More</a></p>' for a in s["advice"]
+            f'<p class="advice">{escape(a.get("text", ""))}{more(a.get("link", ""))}</p>' for a in s["advice"]
         )
         files = {name: f"{size / 2**20:.1f} MiB" for name, size in self.files.items()}
         data = [(row.name, f"{row.split}, {row.role}", " x ".join(map(str, row.shape[1:]))) for row in self.rows]
         parts = [
             "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(s["run_name"])}</title>',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head><body>',
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            f"<title>{escape(s['run_name'])}</title><style>{STYLE}</style></head><body>",
             f"<h1>{escape(s['run_name'])}</h1>{error}{advice}",
             table(self._facts().items()),
             *self._charts(),
@@ -118,6 +119,11 @@ class Report:
             if path.is_file():
                 return f'<img alt="" src="data:image/webp;base64,{b64encode(path.read_bytes()).decode()}">'
         return ""
+
+
+def more(link: str) -> str:
+    """A link, unless it leads to something else than a page."""
+    return f' <a href="{escape(link)}">More</a>' if link.startswith("https://") else ""
 
 
 def section(title: str, content: str, level: int = 2) -> str:
