@@ -149,6 +149,7 @@ def page(offset: int, limit: int) -> str:
 
 
 def details(job: Job | Unreadable, after: int) -> dict[str, Any]:
+    registry().look(now=job.elsewhere)
     epoch = job.epoch  # before the history: a cut in between is then noticed
     history = job.history[after:]
     place = {"history": history, "next": after + len(history), "epoch": epoch}

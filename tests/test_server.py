@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -297,15 +298,21 @@ def test_a_polite_job_waits_while_the_queue_is_busy(on: Client) -> None:
     assert shown_path(outputs).endswith("-lora-000005.safetensors")
 
 
-def test_kill_and_restart_loses_at_most_the_steps_since_the_checkpoint(
-    comfyui_dir: Path, tiny_models: Path, tmp_path: Path
-) -> None:
-    base = make_base(tmp_path / "base", Path(__file__).resolve().parent.parent)
+def own_base(tiny_models: Path, folder: Path) -> Path:
+    """A base directory with the pack, tiny models and clips."""
+    base = make_base(folder / "base", Path(__file__).resolve().parent.parent)
     for model in tiny_models.glob("*/*.safetensors"):
         link = base / "models" / model.relative_to(tiny_models)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(model)
     write_clips(base)
+    return base
+
+
+def test_kill_and_restart_loses_at_most_the_steps_since_the_checkpoint(
+    comfyui_dir: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    base = own_base(tiny_models, tmp_path)
     options = {
         "set_steps": 60,
         "sequence_steps": 60,
@@ -331,3 +338,27 @@ def test_kill_and_restart_loses_at_most_the_steps_since_the_checkpoint(
         with server.client() as again:
             again.run(train(again, SNS, "killed", **options))
             compare_runs(again, "straight", "killed")
+
+
+def test_two_servers_on_one_base_share_its_runs_and_a_signal_saves_as_stop_does(
+    comfyui_dir: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    base = own_base(tiny_models, tmp_path)
+    second = Server(comfyui_dir, base, log=tmp_path / "second.log")
+    with Server(comfyui_dir, base) as server, server.client() as client, second, second.client() as other:
+        client.run(train(client, WAN, "shared", wait=False, steps=50_000, save_every=50_000))
+        job_event(client, "shared", step_reached(3))
+        (seen,) = jobs(other, "shared")
+        assert seen["elsewhere"] and seen["status"] == "running" and seen["done"] >= 3 and not seen["dead_end"]
+        for action in ("stop", "pause", "resume", "delete"):
+            with pytest.raises(PromptError, match="409.*in use by another ComfyUI"):
+                other.post(f"/kinoloom/jobs/{seen['id']}/{action}")
+        with pytest.raises(PromptError, match="in use by another ComfyUI"):
+            other.run(train(other, WAN, "shared", wait=False, steps=50_000, save_every=50_000))
+        server.stop()
+        assert server.process.returncode == -signal.SIGTERM
+        found = other.get(f"/kinoloom/jobs/{seen['id']}")
+        assert not found["elsewhere"] and found["status"] == "stopped" and found["resumable"]
+        assert found["checkpoint"] == found["done"] >= 3 and Path(found["files"]["lora"]).is_file()
+        other.post(f"/kinoloom/jobs/{seen['id']}/resume")
+        job_event(other, "shared", step_reached(found["done"] + 1))
