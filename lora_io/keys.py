@@ -3,6 +3,7 @@
 Our own names are native module paths: `<module>.lora_down.weight` [rank, in], `<module>.lora_up.weight` [out, rank].
 """
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -62,7 +63,8 @@ def from_kohya(tensors: dict[str, Tensor], paths: Iterable[str]) -> dict[str, Te
         name, _, rest = key.partition(".")
         if name not in names or rest not in ("lora_down.weight", "lora_up.weight", "alpha"):
             raise ValueError(f"LoRA key {key!r}: expected a factor of lora_unet_<a layer that is trained>")
-        named[f"{names[name]}.{rest}"] = tensor.flatten(1) if tensor.ndim else tensor
+        named[f"{names[name]}.{rest}"] = matrix(tensor)
+    check_pairs(named, "LoRA")
     return named
 
 
@@ -134,8 +136,8 @@ def matrix(tensor: Tensor) -> Tensor:
 
 
 def scale_of(key: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1:
-        raise ValueError(f"LoRA key {key!r}: expected one number, found a shape of {(*tensor.shape,)}")
+    if tensor.numel() != 1 or not math.isfinite(tensor):
+        raise ValueError(f"LoRA key {key!r}: expected one finite number, found {tensor.flatten()[:3].tolist()}")
     return float(tensor)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..lora_io.file import write_text
 from ..trainers.core.config import check, knob
+from ..trainers.core.plain import require_small_file
 
 GB = 10**9
 STEM = re.compile(r"[0-9a-f]{64}")
@@ -107,8 +108,9 @@ def _unfinished(jobs: Path) -> Iterator[str]:
     """The records of runs that may go on. One that cannot be read may be such a run, of another version."""
     for path in jobs.glob("*/job.json"):
         try:
+            require_small_file(path)
             text = path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:  # just deleted
+        except (FileNotFoundError, ValueError):  # just deleted, or nothing that a run ever wrote
             continue
         try:
             finished = json.loads(text)["status"] == "finished"

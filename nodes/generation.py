@@ -1,5 +1,6 @@
 """Which shipped workflow generates with a run's files, and where each file goes in it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +29,4 @@ def generation(job: Job) -> dict[str, Any]:
 def newest(job: Job, export: str) -> Path | None:
     """The file of a part of the run, else the best one so far; None if neither is on disk."""
     files = (Path(job.files[label]) for label in (export, f"{export}-best") if label in job.files)
-    return next((path for path in files if path.is_file()), None)
+    return next((path for path in files if os.path.isfile(path)), None)

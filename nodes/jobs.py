@@ -109,9 +109,10 @@ class Registry(Shelf):
             name, job = self._claim(run_name, identity, config)
             if job is not None and not job.spec.asked_as:
                 job.spec = replace(job.spec, asked_as=run_name)
+            over = job is not None and job.is_over  # asked once: a run that ends meanwhile is not started again
             if job is not None and (job.status != "finished" or job.steps_of(config) > job.kept_steps):
                 job.reconfigure(config, samples, identity)
-                if job.is_over:
+                if over:
                     job.start(model)
             elif job is None:
                 job = self._job(
@@ -209,7 +210,7 @@ class Registry(Shelf):
             if self.find(job.folder.name) is not job:
                 return
             if not job.claim.take():
-                raise in_use(job.folder.name)
+                raise in_use(job.run_name if isinstance(job, Unreadable) else job.spec.run_name)
             try:
                 remove(job.folder)
             except OSError:

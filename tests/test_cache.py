@@ -126,6 +126,15 @@ def test_a_record_that_cannot_be_read_keeps_what_it_names(text: str, monkeypatch
     assert kept() == {stem} != {other}
 
 
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_no_run_wrote_in_the_place_of_a_record_stops_nothing(put: Callable[[Path], None]) -> None:
+    make("clip")
+    folder = data_folder().parent / "jobs" / "other"
+    folder.mkdir(parents=True)
+    put(folder / "job.json")
+    assert cache.state(data_folder())["bytes"] > 0
+
+
 def test_nothing_that_is_handed_out_goes_while_another_thread_frees() -> None:
     over, stems = threading.Event(), []
 

@@ -172,6 +172,35 @@ def test_a_run_is_taken_over_once_its_owner_is_gone(model: Any, data: Any, tmp_p
     assert seen.ended.wait(100) and (seen.status, seen.done) == ("finished", 6)
 
 
+def test_a_run_that_ends_while_it_is_asked_for_again_is_not_started_anew(
+    held: Held, model: Any, data: Any, start: Start
+) -> None:
+    """Its state is gone by then, so it would begin from nothing."""
+    job = start(held.registry, keep_state="never")
+    assert held.reached.wait(100)
+    config, asked = make_config(WAN, keep_state="never"), threading.Event()
+
+    class Config(type(config)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name == "steps" and asked.is_set():  # the registry has found the run under way
+                held.go.set()
+                assert job.ended.wait(100)
+            return super().__getattribute__(name)
+
+    watched = Config(**vars(config))
+    claimed = held.registry._claim
+
+    def claim(*given: Any) -> Any:
+        found = claimed(*given)
+        asked.set()
+        return found
+
+    held.registry._claim = claim  # type: ignore[method-assign]
+    assert held.registry.start(model, WAN, watched, data, {}, "dance") is job
+    assert job.ended.is_set() and job.status == "finished" and not job.state_path.exists()
+    assert [e["event"] for e in job.history].count("finished") == 1
+
+
 def test_runs_of_one_registry_train_one_after_the_other(held: Held, start: Start) -> None:
     first, second = start(held.registry, "first"), start(held.registry, "second", seed=2)
     assert held.reached.wait(100)

@@ -1,5 +1,6 @@
 """Beginning from a LoRA file: what a run begins with, and which files are refused, at the node."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,36 @@ def test_a_file_that_does_not_fit_is_refused_by_name_before_the_run(
     if case == "text":
         (tmp_path / "my start.safetensors").write_text("no tensors")
     config = make_config(WAN, start_from=str(tmp_path / "my start.safetensors"), **options)
+    with pytest.raises(ValueError, match="start_from='my start.safetensors': .*" + message):
+        config.check_model(model)
+
+
+@pytest.mark.parametrize("recipe", [WAN, SVD, DIRECTOR])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("half", "up.weight has no .*down.weight"),
+        ("nan", "holds values that are no numbers"),
+        ("vector", "is no matrix"),
+        ("whole numbers", "is no matrix, but torch.int32"),
+        ("alpha", "alpha': expected one finite number, found .nan"),
+    ],
+)
+def test_a_file_with_a_damaged_layer_is_refused_by_name_before_the_run(
+    case: str, message: str, recipe: str, run: Run, inputs: Callable, tmp_path: Path
+) -> None:
+    model, _ = inputs(recipe)
+    options = chosen(recipe, first(run, recipe))
+    tensors, metadata = load(Path(options["start_from"]))
+    down = next(key for key in tensors if "lora_A" in key or "lora_down" in key)
+    factor = tensors.pop(down)
+    if case == "alpha":
+        tensors |= {down: factor, down.rpartition(".lora_")[0] + ".alpha": torch.tensor(math.nan)}
+    elif case != "half":
+        damaged = {"nan": factor * math.nan, "vector": factor.flatten()[:4].clone(), "whole numbers": factor.int()}
+        tensors[down] = damaged[case]
+    save(tmp_path / "my start.safetensors", tensors, metadata)
+    config = make_config(recipe, **{**options, "start_from": str(tmp_path / "my start.safetensors")})
     with pytest.raises(ValueError, match="start_from='my start.safetensors': .*" + message):
         config.check_model(model)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import jobs
+from kinoloom.nodes.generation import generation
 from kinoloom.trainers.core import plain, versions
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state
 from kinoloom.trainers.core.events import Plan, Step, from_json, to_json
@@ -236,6 +237,18 @@ def test_lines_of_a_history_that_cannot_be_read_are_left_out_and_counted(
     assert job.history == good and f"{len(LINES)} lines" in caplog.text
     assert job.status == {"running": "interrupted", "stopped": "stopped"}[status]
     assert "<polyline" in job.report() and json.dumps(job.summary(), allow_nan=False)
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "\0", "a\0b"])
+def test_a_file_whose_place_cannot_be_looked_at_is_not_there(place: str, one_run: Path, tmp_path: Path) -> None:
+    """Such as one on a drive that is disconnected, for which the system has an error too."""
+    put_runs(one_run, tmp_path, "a", "b")
+    change(tmp_path / "a", "files", to={"lora": place})
+    assert [run["files"] for run in listed(tmp_path)] == [{}, {}]
+    job = jobs.Registry(tmp_path).get("a")
+    assert job.report()
+    with pytest.raises(ValueError, match="no file left"):
+        generation(job)
 
 
 def test_every_event_comes_back_from_json_as_it_was() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..lora_io.file import load
 from ..lora_io.fitting import require_base
-from ..lora_io.keys import from_comfy
+from ..lora_io.keys import check_pairs, from_comfy
 from .backbones.svd import Svd, SvdConfig, video_losses
 from .core.config import LoraConfig, knob
 from .core.noise import Rng
@@ -57,9 +57,11 @@ def read_svd_lora(file: Path, layers: Collection[str], bases: Collection[str]) -
     tensors, metadata = load(file)
     require_base(metadata, bases)
     try:
-        return from_comfy(tensors)
+        named = from_comfy(tensors)
     except ValueError as error:
         raise ValueError(f"{error}. Convert SVD Model gives LoRAs of other trainers ComfyUI's names") from error
+    check_pairs(named, "LoRA")
+    return named
 
 
 RECIPE = SvdLora

@@ -1,6 +1,7 @@
 """One training run in a background thread."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,7 +184,7 @@ class Job(Record):
     def summary(self) -> dict[str, Any]:
         """What a list shows of the run; made without a look at the history, which may be long."""
         tally, pace = self.tally, self.tally.seconds_per_step
-        files = {label: path for label, path in self.files.copy().items() if Path(path).is_file()}
+        files = {label: path for label, path in self.files.copy().items() if os.path.isfile(path)}
         going = self.total and (self.elsewhere or not self.ended.is_set())
         own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes", "elsewhere")
         return {
@@ -219,7 +220,7 @@ class Job(Record):
             list(self.history),
             self.spec.data.rows,
             Path(self.spec.source.path).name,
-            {loader_name(path): path.stat().st_size for path in files if path.is_file()},
+            {loader_name(path): path.stat().st_size for path in files if os.path.isfile(path)},
             self.environment,
             self.samples_folder,
         ).html()
@@ -292,8 +293,8 @@ class Job(Record):
         """Publish last: whoever hears of the end may start the job again at once."""
         self.status, self.ended_at = status, time.time()
         placed = self._placed(event)
-        self._advise(*trouble)
         try:
+            self._advise(*trouble)
             self.append(event)
             self.write()
             write_text(self.folder / "report.html", self.report())

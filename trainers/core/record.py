@@ -134,7 +134,8 @@ class Record:
 
     def losses(self) -> list[float]:
         """The total loss of every step so far."""
-        return [sum(entry["losses"].values()) for entry in self.history if entry["event"] == "step"]
+        steps = (entry for entry in self.history if entry["event"] == "step")
+        return [sum(loss for loss in entry["losses"].values() if loss is not None) for entry in steps]
 
     def write(self) -> None:
         kept = Kept(**{option.name: getattr(self, option.name) for option in fields(Kept)})

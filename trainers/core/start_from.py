@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...lora_io.fitting import require_layers
+from ...lora_io.keys import scale_of
 from .host import base_identities
 from .lora import layer_shapes
 
@@ -31,10 +32,10 @@ class Start:
         try:
             named = self.read(path, layers.keys(), bases)
             require_layers(named, layers, config.rank)
+            alphas = {key: scale_of(key, tensor) for key, tensor in named.items() if key.endswith(".alpha")}
         except ValueError as error:
             raise ValueError(f"{self.option}={path.name!r}: {error}") from error
         scale = (config.alpha or config.rank) / config.rank
-        alphas = {key: float(tensor) for key, tensor in named.items() if key.endswith(".alpha")}
         if other := {alpha for alpha in alphas.values() if alpha / config.rank != scale}:
             text = "Kinoloom: %s=%r has alpha %g, the run %g: its up factors are scaled, so that it has the same effect"
             logging.info(text, self.option, path.name, min(other), scale * config.rank)
