@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from . import host
@@ -113,10 +114,7 @@ class PhaseRun:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if state.recipe is not None:
             recipe.load_state_dict(state.recipe)
-        self.average = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        if self.average and state.average is not None:
-            self.average.load_state_dict({**state.average, "decay": config.ema_decay})
-            self.average.to(self.parameters[0].device)
+        self.average = moving_average(self.parameters, config.ema_decay, state.average) if config.ema_decay else None
         if state.optimizer is not None:
             take_up(self.optimizer, self.schedule, state.optimizer, state.schedule)
         if state.scaler:
@@ -245,6 +243,17 @@ class PhaseRun:
             yield
         finally:
             self.average.restore(self.parameters)
+
+
+def moving_average(parameters: list[nn.Parameter], decay: float, memory: dict[str, Any] | None) -> Any:
+    """Of the parameters, or one that goes on from what an earlier one remembers."""
+    from diffusers.training_utils import EMAModel  # takes seconds to import and most runs do not need it
+
+    average = EMAModel(parameters, decay=decay)
+    if memory is not None:
+        average.load_state_dict({**memory, "decay": decay})
+        average.to(parameters[0].device)
+    return average
 
 
 @torch.no_grad()

@@ -9,59 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from .noise import Rng, derived_generator
-
-
-class GroupLinear(PeftLinear):
-    """y = W x + sum over active groups of scale * (up * mask) down x; groups that share `down` compute it once.
-
-    The base is a Linear, or a 1x1 convolution, which is one over channels. Unlike PEFT's own forward this casts the
-    small factors instead of the activations and adds the update in one matmul.
-    """
-
-    active: set[str]  # shared by all layers of one LoraGroups
-    masks: dict[str, Tensor]
-    dropout: tuple[float, int] | None  # probability, seed
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.weight.shape[1], module.weight.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.base_layer.weight.ndim == 4:
-            y = self.base_layer(x)
-            return y + self._update(x.movedim(1, -1), torch.zeros_like(y).movedim(1, -1)).movedim(-1, 1)
-        flat = x.flatten(0, -2)  # once for base and update, whose gradients then add up in place
-        return self._update(flat, self.base_layer(flat)).view(*x.shape[:-1], -1)
-
-    def _update(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` [..., out] plus what the active groups make of x [..., in]; `y` may be changed in place."""
-        flat, out = x.flatten(0, -2), y.flatten(0, -2)
-        for down, up in self._active_factors().items():
-            h = nn.functional.linear(flat, down.weight.to(x.dtype))
-            if self.dropout:
-                probability, seed = self.dropout
-                update = nn.functional.linear(h, (up / (1 - probability)).to(x.dtype))
-                out.add_(update.mul_(_kept(out, probability, seed)))
-            else:
-                out.addmm_(h, up.to(x.dtype).t())  # in place: no linear layer keeps its output for backward
-        return out.view(y.shape)
-
-    def _active_factors(self) -> dict[nn.Module, Tensor]:
-        """Down factor to the sum of the up factors on it."""
-        factors: dict[nn.Module, Tensor] = {}
-        for group, down in self.lora_A.items():
-            if group in self.active:
-                up = self.lora_B[group].weight
-                if group in self.masks:
-                    up = up * self.masks[group]
-                if self.scaling[group] != 1:
-                    up = up * self.scaling[group]
-                factors[down] = factors[down] + up if down in factors else up
-        return factors
 
 
 class LoraGroups:
@@ -70,7 +20,7 @@ class LoraGroups:
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.module, self.seed = module, seed
         self.active: set[str] = set()
-        self.layers: dict[str, GroupLinear] = {}
+        self.layers: dict[str, nn.Module] = {}  # of class GroupLinear
 
     def add_group(
         self,
@@ -87,11 +37,9 @@ class LoraGroups:
         `share_down` the group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing
         matches.
         """
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
-        config._register_custom_module({nn.Module: GroupLinear})  # ComfyUI's quantised Linear is no nn.Linear
-        vars(self.module).pop("peft_config", None)  # PEFT warns about a second adapter, which is meant here
-        inject_adapter_in_model(config, self.module, name, low_cpu_mem_usage=True)
-        self.layers = {path: m for path, m in self.module.named_modules() if isinstance(m, GroupLinear)}
+        from .group_linear import inject  # takes seconds to import, which ComfyUI's start need not
+
+        self.layers = inject(self.module, name, targets, rank, alpha)
         self.active.add(name)
         for path, layer in self.layers.items():
             layer.active = self.active
@@ -102,7 +50,7 @@ class LoraGroups:
         self.train_only({name: ("up",) if share_down else ("down", "up")})
 
     def _initialise(
-        self, layer: GroupLinear, path: str, name: str, share_down: str | None, down_std: float | None
+        self, layer: nn.Module, path: str, name: str, share_down: str | None, down_std: float | None
     ) -> None:
         """Own generators: the process-wide one belongs to the samplers, which run at the same time."""
         device = layer.base_layer.weight.device
@@ -230,17 +178,6 @@ class LoraGroups:
 def layer_shapes(module: nn.Module, targets: str) -> dict[str, tuple[int, ...]]:
     """Path to weight shape of the layers whose paths match `targets`, with LoRA groups on them or not."""
     return {path: tuple(m.weight.shape) for path, m in module.named_modules() if re.fullmatch(targets, path)}
-
-
-def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
-    """1 where an entry is kept, else 0, as bytes; the same again when a checkpoint computes the layer anew.
-
-    16 random bits decide about each entry: on a CPU bernoulli_ takes four times as long.
-    """
-    generator = torch.Generator(like.device).manual_seed(seed)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    drawn = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()].view(like.shape)
-    return (drawn >= round(probability * 2**16) - 2**15).view(torch.uint8)
 
 
 def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -59,6 +58,8 @@ def _bitsandbytes() -> Any:
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
+    from diffusers.optimization import get_scheduler  # takes a second to import, which ComfyUI's start need not
+
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
 
