@@ -142,9 +142,12 @@ def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
         places,
         lambda place: name if len(given) == 1 else f"{name} #{place[0]}",
     )
-    if len(found) == 1:
-        return found
-    return [replace(source, name=f"{source.name} #{number}") for number, source in enumerate(found, 1)]
+    if len(found) > 1:
+        found = [replace(source, name=f"{source.name} #{number}") for number, source in enumerate(found, 1)]
+    for source in found:
+        for note in source.notes:
+            logging.warning("Kinoloom: %s: %s", source.name, note)
+    return found
 
 
 def video_source(video: Any) -> Source:
@@ -156,8 +159,6 @@ def video_source(video: Any) -> Source:
         except ValueError as error:
             name = Path(file).name if isinstance(file, str) else "video"
             raise ValueError(f"{name}: {error}") from error
-        for note in source.notes:
-            logging.warning("Kinoloom: %s: %s", source.name, note)
         return source
     parts = video.get_components()
     return from_tensor("video", parts.images, float(parts.frame_rate))

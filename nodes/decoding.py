@@ -20,6 +20,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from .hdr import TRANSFERS, to_standard
+from .sources import over_white
 
 MOV, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # as FFmpeg names them
 WIDEST = 4  # pixels of a video: how many times as wide as high, or as high as wide
@@ -76,12 +77,14 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
 
 @dataclass(frozen=True)
 class Look:
-    """How a decoded frame becomes a picture: its size before it is turned, the turns, and its HDR transfer."""
+    """How a decoded frame becomes a picture: its size before it is turned, the turns, its HDR transfer, and whether it
+    has an alpha."""
 
     width: int
     height: int
     turns: tuple[tuple[str, str], ...] = ()
     transfer: int = 0
+    clear: bool = False
 
     @staticmethod
     def of(frame: VideoFrame, stream: VideoStream) -> "Look":
@@ -90,7 +93,8 @@ class Look:
             raise ValueError(f"says that its pixels are {aspect} as wide as high: expected 1/{WIDEST} to {WIDEST}")
         transfer = next((t for t in (frame.color_trc, stream.codec_context.color_trc) if t in TRANSFERS), 0)
         width = max(round(frame.width * aspect), 1)
-        return Look(width, frame.height, _turns(frame), int(transfer))
+        clear = not transfer and any(component.is_alpha for component in frame.format.components)
+        return Look(width, frame.height, _turns(frame), int(transfer), clear)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -112,7 +116,7 @@ class Look:
 
     def _graph(self, frame: VideoFrame, stream: VideoStream) -> Graph:
         graph = Graph()
-        colours = ("format", "rgb48le" if self.transfer else "rgb24")
+        colours = ("format", "rgb48le" if self.transfer else "rgba" if self.clear else "rgb24")
         steps = [("scale", f"{self.width}:{self.height}"), *self.turns, colours]
         if frame.format.name.startswith("yuv"):  # frames that are not interlaced pass it unchanged
             steps.insert(0, ("bwdif", "mode=send_frame:deint=interlaced"))
@@ -125,7 +129,10 @@ class Look:
     def pixels(self, picture: VideoFrame) -> Tensor:
         """[H, W, 3] in 0..1."""
         values = picture.to_ndarray()
-        return to_standard(values, self.transfer) if self.transfer else torch.from_numpy(values).float() / 255
+        if self.transfer:
+            return to_standard(values, self.transfer)
+        pixels = torch.from_numpy(values).float() / 255
+        return over_white(pixels) if self.clear else pixels
 
 
 def _turns(frame: VideoFrame) -> tuple[tuple[str, str], ...]:

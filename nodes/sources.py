@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management
+import torch
 from torch import Tensor
 
 from ..lora_io.file import sha256
@@ -46,16 +47,26 @@ def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) ->
     return (own, tuple(times)) if own else (1.0, ())
 
 
+def over_white(pixels: Tensor) -> Tensor:
+    """[..., 3] of colours with an alpha [..., 4]; to the bit what they are where nothing is transparent."""
+    return torch.lerp(torch.ones(()), pixels[..., :3], pixels[..., 3:])
+
+
 def from_tensor(name: str, images: Tensor, fps: float) -> Source:
     """Frames in memory, [F, H, W, C] in 0..1; a mask [F, H, W] counts as grey."""
+    clear = images.ndim == 4 and images.shape[-1] == 4 and bool((images[..., 3] < 1).any())
     if images.ndim == 3:
         images = images.unsqueeze(-1).expand(*images.shape, 3)
     elif images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"frames have shape {tuple(images.shape)}: expected frames, height, width, colours")
-    images = images[..., :3].expand(*images.shape[:3], 3).float().cpu().contiguous()
+    images = images.float().cpu()
+    images = over_white(images) if clear else images[..., :3].expand(*images.shape[:3], 3).contiguous()
     count, height, width, _ = images.shape
     digest = hashlib.sha256(repr(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
-    return Source(name, digest, count, fps, width, height, count == 1, lambda wanted: (images[i] for i in wanted))
+    notes = (ON_WHITE,) if clear else ()
+    return Source(
+        name, digest, count, fps, width, height, count == 1, lambda wanted: (images[i] for i in wanted), notes=notes
+    )
 
 
 def natural_key(path: Path) -> list[int | str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .animations import animation, is_animated
 from .decoding import Look, decoded, opened
 from .hdr import TRANSFERS
-from .sources import Source, file_digest, pace
+from .sources import ON_WHITE, Source, file_digest, pace
 from .stamps import damaged, stamps_of
 
 VIDEO_SUFFIXES = frozenset(
@@ -38,16 +38,18 @@ def video(file: Path | BytesIO, start: float = 0.0, duration: float = 0.0) -> So
     stamps = facts.between(start, duration)
     times = [float((stamp - stamps[0]) * facts.tick) for stamp in stamps]
     fps, uneven = pace(times, facts.rates, tick=float(facts.tick))
+    look = facts.look
+    notes = (f"HDR ({TRANSFERS[look.transfer]}), tone-mapped to the standard range",) if look.transfer else ()
     return Source(
         name,
         hashlib.sha256(repr((digest, READING, start, duration)).encode()).hexdigest(),
         len(stamps),
         fps,
-        *facts.look.size,
+        *look.size,
         False,
         lambda wanted: _read(file, name, facts, [stamps[index] for index in wanted]),
         uneven,
-        (f"HDR ({TRANSFERS[facts.look.transfer]}), tone-mapped to the standard range",) if facts.look.transfer else (),
+        notes + (ON_WHITE,) * look.clear,
     )
 
 

@@ -4,6 +4,7 @@ from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
+import av
 import comfy.model_management as host
 import numpy as np
 import pytest
@@ -55,6 +56,36 @@ def test_transparency_of_an_animation_is_white(tmp_path: Path) -> None:
     clear, solid = source.frames([0, 1])
     assert clear.mean((0, 1)).tolist() == [1, 1, 1]
     assert solid.mean((0, 1)).tolist() == [0, 1, 0]
+
+
+def test_transparency_of_a_video_is_white(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a file, and of frames in memory with a fourth colour."""
+    frames = np.zeros((3, 32, 32, 4), np.uint8)
+    frames[..., :3], frames[:, :, 16:, 3], frames[:, :8, :16, 3] = (250, 0, 250), 255, 51
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("qtrle", rate=8, options={"strict": "experimental"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "argb"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format="argb")))
+        container.mux(stream.encode())
+    images = torch.from_numpy(frames).float() / 255
+    for pictures, video in ((None, VideoFromFile(str(path))), (images, None)):
+        caplog.clear()
+        [source] = data.clip_sources(pictures, video, 8.0)
+        [frame] = source.frames([1])
+        expected = {(20, 5): (1, 1, 1), (20, 20): (250 / 255, 0, 250 / 255), (2, 2): (254 / 255, 0.8, 254 / 255)}
+        for place, colour in expected.items():
+            assert frame[place].tolist() == pytest.approx(colour, abs=0.005), (source.name, place)
+        assert caplog.text.count(sources.ON_WHITE) == 1 and source.notes == (sources.ON_WHITE,)
+
+
+def test_a_solid_alpha_changes_no_bit() -> None:
+    images = torch.rand(2, 8, 8, 3)
+    solid = sources.from_tensor("x", torch.cat([images, torch.ones(2, 8, 8, 1)], -1), 8.0)
+    assert not solid.notes and solid.digest == sources.from_tensor("x", images, 8.0).digest
+    assert torch.equal(sources.over_white(torch.cat([images, torch.ones(2, 8, 8, 1)], -1)), images)
 
 
 def test_pictures_that_stand_still_are_not_animated(tmp_path: Path) -> None:
@@ -241,7 +272,7 @@ def test_hdr_is_brought_to_the_standard_range_and_said_once(
     white = videos.video(write_hdr(tmp_path / "white.mp4", (255, 255, 255), transfer))
     assert 235 < next(iter(white.frames([0]))).min() * 255 < 255
     assert white.notes[0].startswith("HDR (")
-    data.video_source(VideoFromFile(str(tmp_path / "white.mp4")))
+    data.clip_sources(None, VideoFromFile(str(tmp_path / "white.mp4")), 16.0)
     assert caplog.text.count("white.mp4: HDR (") == 1
 
 
