@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import control, data, jobs, motion, result, routes, samples, svd, svd_data, tracklets, train
+from . import control, data, jobs, motion, motion_loras, result, routes, samples, svd, svd_data, tracklets, train
 
 
 class Kinoloom(ComfyExtension):
@@ -12,7 +12,7 @@ class Kinoloom(ComfyExtension):
         routes.add_routes(PromptServer.instance.routes)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (data, svd_data, samples, train, result, motion, svd, tracklets, control)
+        modules = (data, svd_data, samples, train, result, motion, motion_loras, svd, tracklets, control)
         return [node for module in modules for node in module.NODES]
 
 

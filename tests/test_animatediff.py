@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from diffusers import DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
-from kinoloom.nodes import motion
+from kinoloom.nodes import motion, motion_loras
 from kinoloom.trainers.backbones import animatediff
 from kinoloom.trainers.backbones.motion_module import Attached, MotionModules, Positions, read
 from kinoloom.trainers.core import host
@@ -311,7 +311,7 @@ def around(model: Any, wrapper: Any) -> Any:
 @pytest.mark.parametrize("version", ["v3", "v1"])
 def test_a_sampler_does_what_a_loop_around_the_training_backbone_does(version: str, folder: Path) -> None:
     """Two Euler steps with cfg, a motion LoRA on the module; the loop predicts cond and uncond apart."""
-    model = motion.with_motion_lora(load_animatediff(folder, version), LORA, 0.7, "lora")
+    model = motion_loras.with_motion_lora(load_animatediff(folder, version), LORA, 0.7, "lora")
     backbone, schedule = make_backbone(model), Ddpm()
     start, end = 999, 0  # of KSampler's "normal" with two steps and a last one to zero
     steps = comfy.samplers.calculate_sigmas(motion.linear_betas(), "normal", 2)
@@ -357,7 +357,7 @@ def test_models_that_share_the_unet_or_the_motion_module_are_as_before(folder: P
     assert applied.model is base.model and not base.additional_models
     moving = sample(applied)
     assert not torch.allclose(moving, before, atol=0.1)
-    patched = motion.with_motion_lora(applied, LORA, 1.0, "lora")
+    patched = motion_loras.with_motion_lora(applied, LORA, 1.0, "lora")
     assert not torch.allclose(sample(patched), moving, atol=1e-3)
     assert torch.equal(sample(applied), moving)
     assert hooks(unet) == 0 and torch.equal(sample(base), before)
@@ -417,7 +417,7 @@ def test_a_motion_lora_of_other_shapes_is_refused(applied: Any) -> None:
     with pytest.raises(
         ValueError, match=r"narrow: .*to_q is for a layer of \(48, 32\), this motion module's is \(64, 64\)"
     ):
-        motion.with_motion_lora(applied, lora, 1.0, "narrow")
+        motion_loras.with_motion_lora(applied, lora, 1.0, "narrow")
 
 
 def test_models_other_than_sd15_are_refused_by_what_they_are(folder: Path, tiny_models: Path) -> None:
@@ -515,9 +515,9 @@ def test_identity_changes_with_the_motion_module_and_the_loras_on_it(
     others = [
         base,
         load_animatediff(tmp_path, "other"),
-        motion.with_motion_lora(applied, LORA, 1.0, "lora"),
-        motion.with_motion_lora(applied, LORA, 0.5, "lora"),
-        motion.with_motion_lora(applied, motion_lora({QUERY: (64, 64)}, 3, "other"), 1.0, "lora"),
+        motion_loras.with_motion_lora(applied, LORA, 1.0, "lora"),
+        motion_loras.with_motion_lora(applied, LORA, 0.5, "lora"),
+        motion_loras.with_motion_lora(applied, motion_lora({QUERY: (64, 64)}, 3, "other"), 1.0, "lora"),
     ]
     identities = [own, *(ModelSource.of(other).identity for other in others)]
     assert len(set(identities)) == len(identities)
@@ -534,7 +534,7 @@ def test_a_run_goes_on_from_its_files_unless_loras_were_on_them(tmp_path: Path) 
     source = ModelSource.of(model)
     x = (X[:1, :, :2, :8, :8], T[:1], CONTEXT[:1])
     assert torch.equal(predict(make_backbone(source), *x), predict(make_backbone(model), *x))
-    patched = motion.with_motion_lora(model, motion_lora({QUERY: (320, 320)}, 3, "wide"), 1.0, "lora")
+    patched = motion_loras.with_motion_lora(model, motion_lora({QUERY: (320, 320)}, 3, "wide"), 1.0, "lora")
     with pytest.raises(ValueError, match="on a model with LoRAs applied: run its Train node again"):
         ModelSource.of(patched).require_reloadable()
     with open(tmp_path / "mm.safetensors", "ab") as file:

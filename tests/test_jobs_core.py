@@ -24,7 +24,7 @@ import comfy.utils
 import pytest
 import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load, save, write_text
-from kinoloom.nodes.motion import with_motion_lora
+from kinoloom.nodes.motion_loras import with_motion_lora
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state

@@ -11,7 +11,7 @@ import pytest
 import tiny_sd
 import torch
 from kinoloom.lora_io.file import load, save
-from kinoloom.nodes import control, motion
+from kinoloom.nodes import control, folders, motion, motion_loras
 from kinoloom.nodes.svd import convert_lora_file, convert_unet_file
 from kinoloom.trainers.core import host
 from safetensors.torch import load_file, save_file
@@ -100,8 +100,8 @@ def loads(models: dict[str, Any]) -> dict[str, Callable[[Path], Any]]:
     sns, md, svd = "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector", "KinoloomTrainSvdTracklets"
     return {
         "Load Motion Module": lambda path: motion.load_motion_module(str(path)),
-        "Load Motion LoRA": lambda path: motion.LoadMotionLora.execute(models["animatediff"], path.name, 1.0),
-        "Merge Motion LoRAs": lambda path: motion.MergeMotionLoras.execute(path.name, 1.0, "none", 1.0, "merged", 0),
+        "Load Motion LoRA": lambda path: motion_loras.LoadMotionLora.execute(models["animatediff"], path.name, 1.0),
+        "Merge Motion LoRAs": lambda path: motion_loras.MergeMotionLoras.execute(path.name, 1.0, "none", 1.0, "merged", 0),
         "Load Tracklet Control": lambda path: control.load_control(str(path)),
         "identity_file": lambda path: make_config(sns, set_steps=0, identity_file=str(path)).check_model(models["wan"]),
         "domain_adapter": lambda path: make_config(md, domain_adapter=str(path)).check_model(models["animatediff"]),
@@ -114,7 +114,7 @@ def loads(models: dict[str, Any]) -> dict[str, Callable[[Path], Any]]:
 def test_every_loader_names_the_file_and_opens_nothing(
     damaged: Path, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in (motion.MOTION_LORAS, motion.MOTION_MODELS):
+    for folder in (folders.MOTION_LORAS, folders.MOTION_MODELS):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(damaged.parent)], set()))
     for place, read in loads(models).items():
         with warnings.catch_warnings(), pytest.raises(ValueError) as error:
@@ -200,7 +200,7 @@ def test_a_lora_file_with_values_that_are_no_numbers_is_refused(models: dict[str
     tensors = motion_lora({query: (64, 64)}, 3, "lora")
     tensors[f"{query}.lora_down.weight"] = tensors[f"{query}.lora_down.weight"] * float("inf")
     with pytest.raises(ValueError, match="lora: motion LoRA: .*lora_down.weight holds values that are no numbers"):
-        motion.with_motion_lora(models["animatediff"], tensors, 1.0, "lora")
+        motion_loras.with_motion_lora(models["animatediff"], tensors, 1.0, "lora")
 
 
 # -- memory of the file ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import from_motion_lora
-from kinoloom.nodes import motion
+from kinoloom.nodes import motion_loras
 from kinoloom.trainers.backbones.motion_module import PART
 from kinoloom.trainers.core import host
 from kinoloom.trainers.core.data import TrainingData
@@ -457,7 +457,7 @@ def test_a_motion_lora_is_named_and_read_as_others_do(
     added = evolved(tensors)
     assert len(added) == count and added.keys() == layers_of(model, layers == "all")
 
-    patched = motion.with_motion_lora(model, tensors, 1.0, "file")
+    patched = motion_loras.with_motion_lora(model, tensors, 1.0, "file")
     plain, loaded = (make_backbone(m).module["motion"].state_dict() for m in (model, patched))
     state = state_of(job).recipe
     for key, delta in added.items():

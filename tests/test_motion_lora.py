@@ -14,7 +14,7 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import from_motion_lora, to_motion_lora
 from kinoloom.lora_io.merge import merge
-from kinoloom.nodes import motion
+from kinoloom.nodes import folders, motion, motion_loras
 from kinoloom.nodes.widgets import NO_FILE
 from kinoloom.trainers.backbones.motion_module import MID, PART, Layout, MotionModules
 from kinoloom.trainers.core import host
@@ -58,30 +58,30 @@ def deltas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_a_motion_lora_adds_strength_times_up_down_and_a_second_one_adds_to_it(applied: Any) -> None:
     plain = query_of(applied)
     for strength in (1.0, 0.7, -2.0):
-        once = motion.with_motion_lora(applied, LORA, strength, "lora")
+        once = motion_loras.with_motion_lora(applied, LORA, strength, "lora")
         torch.testing.assert_close(query_of(once), plain + strength * deltas(LORA)[QUERY], rtol=1e-5, atol=1e-6)
-        twice = motion.with_motion_lora(once, OTHER, 0.5, "other")
+        twice = motion_loras.with_motion_lora(once, OTHER, 0.5, "other")
         expected = plain + strength * deltas(LORA)[QUERY] + 0.5 * deltas(OTHER)[QUERY]
         torch.testing.assert_close(query_of(twice), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(query_of(applied), plain)
-    assert motion.with_motion_lora(applied, LORA, 0.0, "lora") is applied
+    assert motion_loras.with_motion_lora(applied, LORA, 0.0, "lora") is applied
 
 
 def test_motion_loras_without_a_place_are_refused(applied: Any, tiny_models: Path) -> None:
     base = toy_unet.load(tiny_models / "diffusion_models" / "tiny_sd.safetensors")
     with pytest.raises(ValueError, match="model: has no motion module. Put Apply Motion Module before the motion LoRA"):
-        motion.with_motion_lora(base, LORA, 1.0, "lora.ckpt")
+        motion_loras.with_motion_lora(base, LORA, 1.0, "lora.ckpt")
     unknown = QUERY.replace("motion_modules.0", "motion_modules.5")
     with pytest.raises(ValueError, match=f"lora.ckpt: 1 of its layers are not in .*, such as {unknown}"):
-        motion.with_motion_lora(applied, motion_lora({QUERY: (64, 64), unknown: (64, 64)}, 3, "lora"), 1.0, "lora.ckpt")
+        motion_loras.with_motion_lora(applied, motion_lora({QUERY: (64, 64), unknown: (64, 64)}, 3, "lora"), 1.0, "lora.ckpt")
     image = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(1, 64)}
     with pytest.raises(ValueError, match="lora.ckpt: no layers of a motion module in it, expected a motion LoRA"):
-        motion.with_motion_lora(applied, image, 1.0, "lora.ckpt")
+        motion_loras.with_motion_lora(applied, image, 1.0, "lora.ckpt")
     halves = {key: value for key, value in LORA.items() if "lora_down" in key}
     with pytest.raises(ValueError, match=f"lora.ckpt: motion LoRA: {QUERY}.lora_down.weight has no {QUERY}.lora_up"):
-        motion.with_motion_lora(applied, halves, 1.0, "lora.ckpt")
+        motion_loras.with_motion_lora(applied, halves, 1.0, "lora.ckpt")
     with pytest.raises(ValueError, match="lora.ckpt: motion LoRA key .*to_q.weight': expected a down or up factor"):
-        motion.with_motion_lora(applied, {f"{QUERY}.weight": torch.zeros(64, 64)}, 1.0, "lora.ckpt")
+        motion_loras.with_motion_lora(applied, {f"{QUERY}.weight": torch.zeros(64, 64)}, 1.0, "lora.ckpt")
 
 
 def test_middle_layers_of_a_v2_lora_are_left_out_elsewhere_with_a_warning(
@@ -89,14 +89,14 @@ def test_middle_layers_of_a_v2_lora_are_left_out_elsewhere_with_a_warning(
 ) -> None:
     tensors = motion_lora({QUERY: (64, 64), MID_QUERY: (64, 64)}, 3, "lora")
     with caplog.at_level(logging.WARNING):
-        patched = motion.with_motion_lora(applied, tensors, 1.0, "lora.ckpt")
+        patched = motion_loras.with_motion_lora(applied, tensors, 1.0, "lora.ckpt")
     assert "lora.ckpt was made for a v2 motion module; this one is v3" in caplog.text
     assert list(host.parts_of(patched)[PART].patches) == [f"{QUERY}.weight"]
     caplog.clear()
     (tmp_path / "diffusion_models").symlink_to(tiny_models / "diffusion_models")
     tiny_sd.write_motion_module(tmp_path / "animatediff_models" / "v2.safetensors", tiny.SD_WIDTHS, mid=True)
     with caplog.at_level(logging.WARNING):
-        patched = motion.with_motion_lora(load_animatediff(tmp_path, "v2"), tensors, 1.0, "lora.ckpt")
+        patched = motion_loras.with_motion_lora(load_animatediff(tmp_path, "v2"), tensors, 1.0, "lora.ckpt")
     assert not caplog.text
     assert sorted(host.parts_of(patched)[PART].patches) == sorted([f"{QUERY}.weight", f"{MID_QUERY}.weight"])
 
@@ -106,14 +106,14 @@ def test_a_motion_model_of_animatediff_evolved_is_the_same_file_and_loras(
 ) -> None:
     """What is read of theirs: the name of the file, and patches, each a difference in a tuple of its own."""
     found = ([str(tiny_models / "animatediff_models")], {".safetensors"})
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, motion.MOTION_MODELS, found)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.MOTION_MODELS, found)
     theirs = SimpleNamespace(
         model=SimpleNamespace(mm_info=SimpleNamespace(mm_name="tiny_motion.safetensors")),
         patches={f"{QUERY}.weight": [(0.5, (deltas(LORA)[QUERY],), 1.0, None, None)]},
     )
     base = toy_unet.load(tiny_models / "diffusion_models" / "tiny_sd.safetensors")
     converted = motion.ApplyMotionModule.execute(base, theirs, 16, 4, motion.LINEAR).args[0]
-    ours, theirs = (make_backbone(m).module for m in (motion.with_motion_lora(applied, LORA, 0.5, "lora"), converted))
+    ours, theirs = (make_backbone(m).module for m in (motion_loras.with_motion_lora(applied, LORA, 0.5, "lora"), converted))
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(theirs.get_parameter(name), parameter, rtol=1e-6, atol=1e-6)
 
@@ -177,7 +177,7 @@ def test_a_lower_rank_is_the_best_approximation_of_the_whole_update(rank: int) -
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of motion LoRAs, with two in it and another file."""
-    paths = {**folder_paths.folder_names_and_paths, motion.MOTION_LORAS: ([str(tmp_path)], {".safetensors"})}
+    paths = {**folder_paths.folder_names_and_paths, folders.MOTION_LORAS: ([str(tmp_path)], {".safetensors"})}
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", paths)
     save(tmp_path / "zoom.safetensors", SPELLINGS["MotionDirector's"](motion_lora(LAYERS, 3, "zoom")))
     save(tmp_path / "mine" / "pan.safetensors", to_motion_lora(motion_lora(LAYERS, 2, "pan")))
@@ -186,7 +186,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def merge_node(*widgets: Any) -> tuple[dict[str, Tensor], str]:
-    return motion.MergeMotionLoras.execute(*widgets).args
+    return motion_loras.MergeMotionLoras.execute(*widgets).args
 
 
 def test_the_merge_node_writes_a_new_file_each_time(library: Path) -> None:
@@ -267,7 +267,7 @@ def test_the_layers_of_diffusers_own_motion_unet_are_all_known() -> None:
 
 def test_a_motion_lora_of_another_width_names_the_option_and_both_widths(applied: Any, library: Path) -> None:
     with pytest.raises(ValueError, match=r"lora_name='zoom\.safetensors': made for .* another width: .* \(8, 8\), this .* \(64, 64\)"):
-        motion.LoadMotionLora.execute(applied, "zoom.safetensors", 1.0)
+        motion_loras.LoadMotionLora.execute(applied, "zoom.safetensors", 1.0)
 
 
 def test_motion_loras_of_two_widths_are_not_merged(library: Path) -> None:

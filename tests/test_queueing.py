@@ -12,7 +12,7 @@ import execution
 import folder_paths
 import pytest
 from comfy_api.latest import io
-from kinoloom.nodes import control, data, jobs, motion, samples, svd_data, tracklets, train
+from kinoloom.nodes import control, data, folders, jobs, motion, motion_loras, samples, svd_data, tracklets, train
 from kinoloom.nodes.widgets import require_name
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.job import Job
@@ -23,7 +23,7 @@ from .runs import Published, finish, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 TRACKLETS = "KinoloomTrainSvdTracklets"
-MODULES = (control, data, motion, samples, svd_data, tracklets, train)
+MODULES = (control, data, motion, motion_loras, samples, svd_data, tracklets, train)
 
 
 class Anything(io.ComfyNode):
@@ -218,10 +218,10 @@ def test_what_arrives_by_wire_and_is_cheap_to_read_is_read_every_time(node_id: s
 @pytest.mark.parametrize(
     ("node_id", "folder", "name"),
     [
-        ("KinoloomLoadMotionModule", motion.MOTION_MODELS, "motion_module"),
-        ("KinoloomLoadMotionLora", motion.MOTION_LORAS, "lora_name"),
-        ("KinoloomMergeMotionLoras", motion.MOTION_LORAS, "lora_1"),
-        ("KinoloomMergeMotionLoras", motion.MOTION_LORAS, "lora_2"),
+        ("KinoloomLoadMotionModule", folders.MOTION_MODELS, "motion_module"),
+        ("KinoloomLoadMotionLora", folders.MOTION_LORAS, "lora_name"),
+        ("KinoloomMergeMotionLoras", folders.MOTION_LORAS, "lora_1"),
+        ("KinoloomMergeMotionLoras", folders.MOTION_LORAS, "lora_2"),
         ("KinoloomLoadTrackletControl", "tracklet_control", "file"),
         (SNS, "loras", "identity_file"),
     ],
@@ -251,11 +251,11 @@ def test_a_file_that_is_replaced_is_loaded_again(
 def test_merging_what_arrives_by_wire_is_not_done_again_for_what_it_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, motion.MOTION_LORAS, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.MOTION_LORAS, ([str(tmp_path)], {".safetensors"}))
     wired = {"lora_1": ["any", 0]}
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     before = fingerprint("KinoloomMergeMotionLoras", **wired)
-    made = motion.output_folder(motion.MOTION_LORAS) / "merged.safetensors"
+    made = folders.output_folder(folders.MOTION_LORAS) / "merged.safetensors"
     made.parent.mkdir()
     made.write_bytes(b"x")
     folder_paths.filename_list_cache.clear()

@@ -18,7 +18,7 @@ CACHE_BYTES = 4 << 30
 
 
 class NotFinite(ValueError):
-    """Data or frozen weights hold NaN or infinity, which no setting of the training mends."""
+    """Data holds NaN or infinity, which no setting of the training mends."""
 
 
 @dataclass(frozen=True)

@@ -236,12 +236,17 @@ def _cast_stored(layer: nn.Module) -> None:
 
 
 def narrow(private: Any, dtype: torch.dtype) -> None:
-    """Store matrices and 2-D kernels no narrower than the arithmetic in its type: the same numbers, cast once."""
+    """Store matrices and 2-D kernels no narrower than the arithmetic in its type: the same numbers, cast once.
+
+    ValueError names one that is too large for the type.
+    """
     for layer in private.diffusion_model.modules():
         weight = layer._parameters.get("weight")
         plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
         if plain and weight.dtype.itemsize >= dtype.itemsize:
             weight.data = weight.data.to(dtype)
+    if dtype == torch.float16 and (name := not_finite(private.diffusion_model)):
+        raise ValueError(f"precision='fp16': weight {name} of the model is too large for it. Choose bf16 or fp32")
 
 
 def merge_lora(model: Any, path: Path) -> None:
@@ -283,16 +288,20 @@ def merge(module: nn.Module, patches: dict[str, list]) -> None:
 
 def require_finite(module: nn.Module, what: str) -> None:
     """ValueError names the first parameter of a module that holds NaN or infinite values; `what` is its file."""
-    extremes = {name: _extremes(parameter) for name, parameter in module.named_parameters() if parameter.numel()}
-    if not extremes:
-        return
-    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # one wait for the device
-    if not finite.all():
-        name = list(extremes)[int((~finite).nonzero()[0])]
+    if name := not_finite(module):
         raise ValueError(
             f"{what}: weight {name} of the model holds NaN or infinity, and nothing can be trained on it. Get the file "
             "again, or leave out the LoRA that was put on it"
         )
+
+
+def not_finite(module: nn.Module) -> str:
+    """The name of the first parameter that holds NaN or infinite values; "" if none does."""
+    extremes = {name: _extremes(parameter) for name, parameter in module.named_parameters() if parameter.numel()}
+    if not extremes:
+        return ""
+    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # one wait for the device
+    return next((name for name, fine in zip(extremes, finite.tolist(), strict=True) if not fine), "")
 
 
 def _extremes(parameter: Tensor) -> Tensor:
@@ -379,12 +388,6 @@ class CastLinear(torch.autograd.Function):
 
 def _plain(weight: Tensor, like: Tensor) -> Tensor:
     return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).to(like)
-
-
-def is_finite(weight: Tensor) -> bool:
-    """Whether no number of a weight, which may be quantised, is NaN or infinite."""
-    plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    return bool(plain.float().isfinite().all())
 
 
 def sdpa(

@@ -60,7 +60,7 @@ def train(
 ) -> bool:
     """Run every phase from `state` on; False if the session stopped it between two steps.
 
-    Raises Diverged, or NotFinite where data or frozen weights are the cause.
+    Raises Diverged, or NotFinite where data is the cause.
     """
     phases = recipe.phases(config)
     for index, phase in enumerate(phases):
@@ -180,23 +180,10 @@ class PhaseRun:
             if math.isfinite(value):
                 continue
             self._keep_what_was_learned()
-            where = f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}"
-            if weight := self._bad_weight():
-                raise NotFinite(
-                    f"{where}: weight {weight} of the model holds NaN or infinity. Its file, or that of a LoRA merged "
-                    "into it, is damaged, or its numbers are too large for precision fp16."
-                )
             raise Diverged(
-                f"{where}. What was learned before that step was saved. Try a lower learning_rate, or precision bf16 "
-                "or fp32."
+                f"{name} became {value} in step {self.state.step + 1} of phase {self.phase.name!r}. What was learned "
+                "before that step was saved. Try a lower learning_rate, or precision bf16 or fp32."
             )
-
-    def _bad_weight(self) -> str:
-        """Name of a weight that training did not make NaN or infinite; "" if there is none."""
-        learned = set(map(id, self.parameters)) if self.state.step else set()
-        weights = self.recipe.backbone.module.named_parameters()
-        bad = (name for name, weight in weights if id(weight) not in learned and not host.is_finite(weight))
-        return next(bad, "").replace(".base_layer", "")
 
     def _keep_what_was_learned(self) -> None:
         if self.state.step:
