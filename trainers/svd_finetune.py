@@ -59,6 +59,7 @@ class SvdFinetune:
             500,
             "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 12 bytes per weight.",
         )
+        save_minutes: float = changed(SvdConfig, "save_minutes", 60.0)
 
     def __init__(self, backbone: Svd, config: Any) -> None:
         self.backbone, self.config = backbone, config
