@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..trainers.core.job import Job, loader_name
+from ..trainers.core.job import Job
+from ..trainers.core.shown import loader_name
 
 
 def generation(job: Job) -> dict[str, Any]:

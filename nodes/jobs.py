@@ -1,7 +1,5 @@
 """The job registry (the pack's only module-level state) and its websocket events."""
 
-import atexit
-import signal
 import threading
 import time
 import uuid
@@ -26,13 +24,14 @@ from ..trainers.core.line import Line
 from ..trainers.core.record import Spec
 from ..trainers.core.sampling import Samples
 from ..trainers.core.unreadable import Unreadable
+from .ending import before_the_end
 from .folders import OUTPUTS, output_folder
+from .naming import asked_as, goes_on, may_be_meant, same_name
 from .shelf import Shelf, remove, require_here
 from .widgets import require_name
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
-ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service stops, its terminal or window closes
 ROOM_SECONDS = 10
 MADE_AGAIN = "Put it back, or train it anew: delete the run on the Training tab, or choose another run name"
 
@@ -274,64 +273,7 @@ def start_registry() -> None:
     for folder in (own, *map(output_folder, OUTPUTS)):
         sweep(folder)
     _registry = Registry(own / "jobs")
-    atexit.register(_registry.shutdown)
-    if threading.current_thread() is threading.main_thread():
-        for name in ENDING_SIGNALS:
-            save_first(name, _registry.shutdown)
-
-
-def save_first(name: str, shutdown: Callable[[], None]) -> None:
-    """Let what this signal did until now wait for `shutdown`. A second signal does not wait."""
-    number = getattr(signal, name, None)
-    before = number and signal.getsignal(number)
-    if before in (None, signal.SIG_IGN):  # not of this system, or of another program's making, or ignored
-        return
-
-    def end(*arguments: Any) -> None:
-        signal.signal(number, before)
-        shutdown()
-        if callable(before):
-            before(*arguments)
-        else:
-            signal.raise_signal(number)
-
-    signal.signal(number, end)
-
-
-def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
-    """Whether a finished run is the one that is asked for, or becomes it by more steps; ValueError if it cannot."""
-    if identity.changes(job.spec.identity):
-        return False
-    job.require_reachable(config)
-    if job.steps_of(config) == job.kept_steps:
-        return not identity.adjusted(job.spec.identity)
-    if not job.state_path.is_file():
-        raise ValueError(
-            f"run {job.spec.run_name!r} cannot be made longer than its {job.kept_steps} steps: its state was not kept "
-            "(keep_state). Choose another run name"
-        )
-    return True
-
-
-def same_name(one: str, other: str) -> bool:
-    """As folders on Windows and macOS compare."""
-    return one.casefold() == other.casefold()
-
-
-def asked_as(spec: Spec) -> str:
-    return spec.asked_as or spec.run_name
-
-
-def may_be_meant(job: Job, run_name: str, identity: Identity) -> bool:
-    """Whether who asks for `run_name` may mean this job, whose name is `run_name`, perhaps with a number.
-
-    Not if it was asked for by another name, but for two cases, where it also has to be made of the same: its own name
-    was typed, or an earlier version started it, which did not note what was asked for.
-    """
-    if same_name(asked_as(job.spec), run_name):
-        return True
-    own = same_name(job.spec.run_name, run_name)
-    return (own or not job.spec.asked_as) and not identity.changes(job.spec.identity)
+    before_the_end(_registry.shutdown)
 
 
 def publish(job: Job, event: dict) -> None:

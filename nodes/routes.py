@@ -10,9 +10,10 @@ from typing import Any
 
 from aiohttp import web
 
-from ..trainers.core.job import Job, loader_name
+from ..trainers.core.job import Job
 from ..trainers.core.report import POLICY
 from ..trainers.core.runlog import last_lines
+from ..trainers.core.shown import loader_name
 from ..trainers.core.unreadable import Unreadable
 from . import cache
 from .columns import data_folder

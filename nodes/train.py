@@ -16,7 +16,8 @@ from ..trainers.core.data import PhaseData, TrainingData, column_path
 from ..trainers.core.host import carried, device, require_trainable, resolve_precision
 from ..trainers.core.recipe import Recipe
 from ..trainers.core.sampling import PROMPTS, Samples
-from .jobs import asked_as, registry, same_name
+from .jobs import registry
+from .naming import asked_as, same_name
 from .widgets import (
     NO_FILE,
     TrainingDataType,

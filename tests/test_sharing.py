@@ -17,7 +17,7 @@ import execution
 import folder_paths
 import pytest
 from kinoloom.lora_io.file import SaveError
-from kinoloom.nodes import folders, jobs
+from kinoloom.nodes import ending, folders, jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.claim import claim_of
 from kinoloom.trainers.core.job import Job
@@ -226,11 +226,11 @@ def test_a_signal_that_ends_the_server_saves_first(name: str, monkeypatch: pytes
     done: list[str] = []
     original = signal.signal(number, lambda *arguments: done.append("before"))
     try:
-        jobs.save_first(name, lambda: done.append("saved"))
+        ending.save_first(name, lambda: done.append("saved"))
         os.kill(os.getpid(), number)
         assert done == ["saved", "before"]
         signal.signal(number, signal.SIG_IGN)
-        jobs.save_first(name, lambda: done.append("ignored"))
+        ending.save_first(name, lambda: done.append("ignored"))
         os.kill(os.getpid(), number)
         assert done == ["saved", "before"]
     finally:
