@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -162,7 +163,7 @@ def files(job: Job) -> dict[str, Any]:
     """What lies in the run's output folders, whole files only."""
     found = []
     for kind, folder in job.spec.outputs.items():
-        for path in sorted(Path(folder).glob("[!.]*.safetensors")):
+        for path in sorted(Path(folder).glob("[!.]*.safetensors")) if os.path.isdir(folder) else ():
             with suppress(FileNotFoundError):  # the best one so far, just replaced
                 stat, name = path.stat(), loader_name(path) if kind in LORAS else None
                 found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})

@@ -12,6 +12,7 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes import jobs
 from kinoloom.nodes.generation import generation
+from kinoloom.nodes.routes import files
 from kinoloom.trainers.core import plain, versions
 from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state
 from kinoloom.trainers.core.events import Plan, Step, from_json, to_json
@@ -244,9 +245,10 @@ def test_a_file_whose_place_cannot_be_looked_at_is_not_there(place: str, one_run
     """Such as one on a drive that is disconnected, for which the system has an error too."""
     put_runs(one_run, tmp_path, "a", "b")
     change(tmp_path / "a", "files", to={"lora": place})
+    change(tmp_path / "a", "spec", "outputs", "loras", to=place)
     assert [run["files"] for run in listed(tmp_path)] == [{}, {}]
     job = jobs.Registry(tmp_path).get("a")
-    assert job.report()
+    assert job.report() and files(job)["files"] == []
     with pytest.raises(ValueError, match="no file left"):
         generation(job)
 
