@@ -1,5 +1,6 @@
 """Puts the real ComfyUI (in CPU mode without CUDA) and the pack, as the package `kinoloom`, in front of every test."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     make_base(config.stash[_BASE], PACK)
     start_comfyui(config.stash[_BASE])
     register_pack()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # as the pack does when the server has started: every run walks the rest at its end
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,6 +1,8 @@
 """Model files that are not what they should be: one sentence that names the file, and nothing is unpickled."""
 
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +216,9 @@ def test_a_merge_writes_into_memory_of_its_own(tmp_path: Path) -> None:
     layer.weight = nn.Parameter(mapped, requires_grad=False)
     host.merge(layer, {"weight": [(2.0, ("diff", (torch.ones(3, 4),)), 1.0, None, None)]})
     assert torch.equal(layer.weight, torch.full((3, 4), 3.0)) and torch.equal(mapped, torch.ones(3, 4))
+
+
+def test_training_writes_into_no_mapped_file(tiny_models: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("mapped_training.py")), str(tiny_models), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]  # that of a segmentation fault where something is written

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from kinoloom.trainers import recipes
+from kinoloom.trainers.core import host
 from kinoloom.trainers.core.noise import Rng, derived_generator
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -68,6 +69,23 @@ def test_a_quantised_file_trains_as_its_unquantised_twin_does(
     ours, reference = gradient(quantised, data), gradient(load_model(plain), data)
     assert torch.cosine_similarity(ours, reference, dim=0) > 0.99
     assert abs(ours.norm() / reference.norm() - 1) < 0.05
+
+
+def test_what_is_merged_into_quantised_weights_is_quantised_anew(tmp_path: Path, tiny_models: Path) -> None:
+    """In memory of its own: the file's may be mapped read-only."""
+    plain = tiny_models / "diffusion_models" / "tiny_wan.safetensors"
+    write_quantised(plain, tmp_path / "quantised.safetensors", int8)
+    ours, reference = (make_backbone(load_model(path)).module for path in (tmp_path / "quantised.safetensors", plain))
+    key, change = "blocks.1.self_attn.o.weight", torch.linspace(-0.2, 0.3, 128).expand(128, 128)
+    before = ours.get_parameter(key)
+    stored = before.dequantize()
+    for module in (ours, reference):
+        host.merge(module, {key: [(0.5, ("diff", (change,)), 1.0, None, None)]})
+    after = ours.get_parameter(key)
+    assert isinstance(after, QuantizedTensor)
+    assert torch.equal(before.dequantize(), stored)
+    step = reference.get_parameter(key).abs().max() / LARGEST_INT8
+    torch.testing.assert_close(after.dequantize(), reference.get_parameter(key), rtol=0, atol=1.5 * float(step))
 
 
 class FusedFeedForward(torch.nn.Sequential):

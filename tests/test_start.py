@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
+
+import pytest
 
 from comfy_client import make_base
 from comfy_library import PACK
 
 START = """
-import asyncio, json, sys
+import asyncio, gc, json, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
@@ -19,6 +21,7 @@ from comfy_library import start_comfyui
 start_comfyui(base)
 import nodes
 import server
+from aiohttp import web
 
 
 async def start():
@@ -26,21 +29,33 @@ async def start():
     await nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
     before = set(sys.modules)
     assert await nodes.load_custom_node(str(base / "custom_nodes" / "kinoloom"))
-    return set(sys.modules) - before
+    new, loaded = set(sys.modules) - before, len(gc.get_objects())
+    await web.AppRunner(server.PromptServer.instance.app).setup()
+    return sorted(new), loaded, len(gc.get_objects())
 
 
-new = asyncio.run(start())
+new, loaded, walked = asyncio.run(start())
 own = [name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("Kinoloom")]
-print(json.dumps({"nodes": own, "new": sorted(new)}))
+print(json.dumps({"nodes": own, "new": new, "loaded": loaded, "walked": walked}))
 """
 
 
-def test_the_pack_brings_no_other_package_to_comfyuis_start(tmp_path: Path) -> None:
-    base = make_base(tmp_path, PACK)
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a ComfyUI says of itself that loaded the pack and then started its server."""
+    base = make_base(tmp_path_factory.mktemp("base"), PACK)
     command = [sys.executable, "-c", START, str(PACK / "scripts"), str(base)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert "KinoloomTrainWanLora" in found["nodes"]
-    others = {name.partition(".")[0] for name in found["new"] if not name.startswith(str(base))}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_pack_brings_no_other_package_to_comfyuis_start(started: dict[str, Any]) -> None:
+    assert "KinoloomTrainWanLora" in started["nodes"]
+    others = {name.partition(".")[0] for name in started["new"] if "/custom_nodes/kinoloom" not in name}
     assert others <= {"PIL", *sys.stdlib_module_names}  # PEFT and diffusers alone would bring two thousand modules
+
+
+def test_the_garbage_collector_does_not_walk_what_the_start_made(started: dict[str, Any]) -> None:
+    assert started["loaded"] > 100_000
+    assert started["walked"] < started["loaded"] / 20

@@ -279,9 +279,11 @@ def merge(module: nn.Module, patches: dict[str, list]) -> None:
     """Apply ComfyUI's weight patches, by parameter name, for good."""
     for key, patch in patches.items():
         parameter = module.get_parameter(key)
-        merged = comfy.lora.calculate_weight(patch, parameter.data.to(torch.float32, copy=True), key)
-        if isinstance(parameter, QuantizedTensor):
-            parameter.copy_(merged)
+        quantised = isinstance(parameter, QuantizedTensor)
+        weight = parameter.dequantize() if quantised else parameter.data
+        merged = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
+        if quantised:
+            module.get_submodule(key.rpartition(".")[0]).set_weight(merged, seed=0)  # a new weight too
         else:
             parameter.data = merged.to(parameter.dtype)  # a tensor of its own: the file's may be mapped read-only
 
