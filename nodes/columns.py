@@ -55,13 +55,13 @@ class Columns:
     bar: comfy.utils.ProgressBar = field(repr=False)
 
     def find(self, column: str, *key: object) -> tuple[str, bool]:
-        """File stem for what `key` describes, and whether the file is there."""
+        """File stem for what `key` describes, and whether the file is there. Hears Cancel."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
         return stem, cache.use(column_path(self.folder, stem, column))
 
     def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
         """File stem of a column, made unless it is there. ValueError for values that are not finite says `name`."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
         stem, found = self.find(column, *key)
         if not found:
             made = make()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import pytest
 import torch
@@ -241,3 +242,17 @@ def add_priors(models: dict[str, Any], prompts: str, data: TrainingData | None =
 
 def column(data: TrainingData, name: str) -> dict[str, Tensor]:
     return load(column_path(data.folder, data.rows[0].columns[name], name))[0]
+
+
+def test_looking_for_what_is_on_disk_hears_cancel(tmp_path: Path) -> None:
+    source = sources.from_tensor("clip", levels(2), 16.0)
+
+    def many() -> Iterator[list[int]]:
+        yield [0]
+        comfy.model_management.interrupt_current_processing()
+        yield [1]
+        pytest.fail("it looks on after Cancel")
+
+    columns = Columns(tmp_path, comfy.utils.ProgressBar(1))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        columns.of_windows("latents", source, many(), (), (), lambda frames: {})

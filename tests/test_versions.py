@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,20 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_weights(
     ours, theirs = (load(Path(job.files["lora"]))[0] for job in (resumed, whole))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)  # to the bit on the machine that recorded it
     assert json.loads((folder / "job.json").read_text())["version"] == versions.VERSION
+
+
+@pytest.mark.parametrize("place", ["run-lora-best-000002.safetensors", "out/mine.safetensors"])
+def test_a_new_best_deletes_no_file_but_the_runs_own(
+    place: str, recorded: Callable, model: Any, data: Any, tmp_path: Path
+) -> None:
+    folder = recorded(VERSIONS[0], "stopped")
+    (tmp_path / place).write_text("of another")
+    change(folder, "files", "lora-best", to=str(tmp_path / place))
+    state, identity = load_state(folder / "state.pt")
+    save_state(folder / "state.pt", replace(state, best=float("inf")), identity)
+    job = finish(make_job(folder.parent, model, data, make_config(WAN, rank=1), WAN), model)
+    assert Path(job.files["lora-best"]).name == "run-lora-best-000006.safetensors"
+    assert (tmp_path / place).read_text() == "of another"
 
 
 def rename_rank(kind: str, content: dict[str, Any]) -> None:

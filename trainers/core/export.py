@@ -45,10 +45,16 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         tensors = keys.FORMATS[export.keys](recipe.export(name))
         save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
         earlier, record.files[label] = record.files.get(label), str(path)
-        if best and earlier and earlier != str(path):
-            with suppress(OSError):  # gone already, or held open by a loader
-                Path(earlier).unlink()
+        if best and earlier:
+            _drop(Path(earlier), path, f"{spec.run_name}-{label}-")
         yield Saved(name, str(path), record.done, best)
+
+
+def _drop(earlier: Path, path: Path, start: str) -> None:
+    """Delete the file that `path` replaces. Only a run's own file goes, whatever its record names."""
+    if earlier != path and earlier.parent == path.parent and earlier.name.startswith(start):
+        with suppress(OSError):  # gone already, or held open by a loader
+            earlier.unlink()
 
 
 def public_config(config: TrainConfig) -> dict[str, Any]:
