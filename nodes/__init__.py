@@ -2,6 +2,9 @@
 
 import gc
 
+from . import oldest  # noqa: F401, and first: a ComfyUI that is too old lacks what the others import
+
+# isort: split
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes .runtime/: a Python environment, a ComfyUI and a base directory with this pack in it. Safe to run again.
 #   COMFYUI_DIR=path   use that ComfyUI instead of fetching one      PYTHON=path   use that Python (3.10 or newer)
+#   RUNTIME=path       make the environment and the base directory there instead
 #   --browser          also make sure that a Chromium for the browser tests is there
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-runtime="$root/.runtime"
+runtime="${RUNTIME:-$root/.runtime}"
 python="$runtime/venv/bin/python"
 comfyui="${COMFYUI_DIR:-$runtime/ComfyUI}"
 

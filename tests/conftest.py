@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from comfy_client import Client, Server, make_base
 from comfy_library import COMFYUI, PACK, register_pack, start_comfyui
 
 PATIENCE = 120_000  # milliseconds for the page, on machines that do much else
+FRONT_END = os.environ.get("FRONT_END_DIR")  # the folder of another index.html than that of the installed front end
+
+
+def pytest_report_header() -> str:
+    import comfyui_version
+
+    front_end = FRONT_END or f"front end {version('comfyui-frontend-package')}"
+    return f"ComfyUI {comfyui_version.__version__} in {COMFYUI}, {front_end}"
 
 
 class _RootIsNoPackage:
@@ -114,7 +123,7 @@ def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPa
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"Comfy.TutorialCompleted": true}')  # no first-run dialog over the page fixture's canvas
-    with Server(comfyui_dir, base) as running:
+    with Server(comfyui_dir, base, args=("--front-end-root", FRONT_END) if FRONT_END else ()) as running:
         yield running
 
 

@@ -1,11 +1,14 @@
 """Imports go one way: nodes -> trainers -> lora_io, and ComfyUI only where the design allows it."""
 
 import ast
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kinoloom.nodes import oldest
 
 PACK = Path(__file__).parents[1]
 HOST = (
@@ -126,3 +129,47 @@ def test_opening_trainers_shows_methods_and_nothing_else() -> None:
 def test_no_file_registers_nodes_the_old_way() -> None:
     for path in FILES:
         assert "NODE_CLASS_MAPPINGS" not in path.read_text(encoding="utf-8"), path
+
+
+AS_COMFYUI_DOES = """
+import importlib.util, sys
+sys.path.insert(0, sys.argv[1])
+spec = importlib.util.spec_from_file_location("pack", sys.argv[2] + "/__init__.py", submodule_search_locations=[sys.argv[2]])
+sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+try:
+    spec.loader.exec_module(module)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+REFUSED = "ImportError Kinoloom needs ComfyUI 0.30 or newer, but this is ComfyUI {}: update ComfyUI."
+NOT_REFUSED = "ModuleNotFoundError No module named 'comfy_api'"  # which the stand-in has not
+
+
+@pytest.mark.parametrize(
+    ("version", "answer"),
+    [
+        ("0.29.9", REFUSED.format("0.29.9")),
+        ("0.9.2", REFUSED.format("0.9.2")),
+        ("0.3.64", REFUSED.format("0.3.64")),
+        (None, REFUSED.format("0.3 or older")),
+        ("0.30.0", NOT_REFUSED),
+        ("0.33.0", NOT_REFUSED),
+        ("0.100.0rc1", NOT_REFUSED),
+        ("1.0", NOT_REFUSED),
+        ("nightly", NOT_REFUSED),
+    ],
+)
+def test_a_comfyui_that_is_too_old_is_refused_first_and_in_one_sentence(
+    tmp_path: Path, version: str | None, answer: str
+) -> None:
+    if version:
+        (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    command = [sys.executable, "-c", AS_COMFYUI_DOES, str(tmp_path), str(PACK)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (answer, "")
+
+
+def test_the_oldest_comfyui_is_the_one_that_the_registry_and_the_readme_name() -> None:
+    (registry,) = re.findall(r'requires-comfyui = ">=(\d+\.\d+)', (PACK / "pyproject.toml").read_text())
+    (readme,) = re.findall(r"Needs ComfyUI (\d+\.\d+)", (PACK / "README.md").read_text(encoding="utf-8"))
+    assert registry == readme == oldest.OLDEST

@@ -229,6 +229,7 @@ def fetch(server: Server, path: str) -> tuple[http.client.HTTPResponse, bytes]:
     return answer, answer.read()
 
 
+@pytest.mark.smoke
 def test_events_and_history_fit_together(shown: dict, client: Client) -> None:
     mine = [e for e in shown["events"] if e["job"]["run_name"] == "shown" and "index" in e]
     assert [e["index"] for e in mine] == list(range(len(shown["history"])))
@@ -243,6 +244,7 @@ def test_events_and_history_fit_together(shown: dict, client: Client) -> None:
         client.get(f"/kinoloom/jobs/{shown['id']}?after=x")
 
 
+@pytest.mark.smoke
 def test_files_log_and_report(shown: dict, client: Client, server: Server) -> None:
     (server.base / "models/loras/kinoloom/shown/.half.part.safetensors").write_bytes(b"x")
     found = client.get(f"/kinoloom/jobs/{shown['id']}/files")

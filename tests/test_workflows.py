@@ -119,7 +119,12 @@ def with_values(client: Client, name: str, values: dict[str, dict]) -> dict:
     return workflow
 
 
-@pytest.mark.parametrize("method", TRAINING)
+SMOKE = ("wan_lora", "motion_director")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in TRAINING]
+)
 def test_train_then_generate(server: Server, client: Client, method: str) -> None:
     write_clips(server.base)
     (server.base / "input" / "clips" / "square.txt").unlink(missing_ok=True)
