@@ -31,8 +31,9 @@ LONGEST = 128  # frames of a window
 
 def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
     """A patcher of the MotionModules in a file. ValueError says what the file is if not that."""
+    loaded = load_tensors(Path(path))
     try:
-        layout, tensors = read(load_tensors(Path(path)))
+        layout, tensors = read(loaded)
     except ValueError as error:
         raise ValueError(f"motion_module={Path(path).name!r}: found {error}") from error
     size = sum(tensor.numel() for tensor in tensors.values())

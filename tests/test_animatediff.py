@@ -240,7 +240,6 @@ def without(v3: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 REFUSED = {
     "sd15": (lambda v3: {"cond_stage_model.x": torch.zeros(1), "model.diffusion_model.out.2.bias": torch.zeros(4)},
              "no motion modules in it, but 2 other entries such as cond_stage_model.x"),
-    "empty": (lambda v3: {}, "no motion modules in it, but 0 other entries"),
     "lora": (lambda v3: LORA, "a motion LoRA, which goes on top of a motion module; use Load Motion LoRA"),
     "sdxl": (lambda v3: without(v3, "blocks.3."), "a motion module with 3 levels, expected the 4 of Stable Diffusion 1.5"),
     "other": (lambda v3: without(v3, "to_q"), "a motion module of another kind than AnimateDiff's v1, v2, v3 or"),
@@ -255,6 +254,12 @@ def test_another_file_is_refused_by_what_it_is(kind: str, folder: Path, tmp_path
     save_file(make(load_file(module_file(folder, "v3"))), tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match=f"motion_module='wrong.safetensors': found {message}"):
         motion.load_motion_module(str(tmp_path / "wrong.safetensors"))
+
+
+def test_an_empty_file_is_named_once(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"^file .*empty\.safetensors: holds no named tensors, expected a model file$"):
+        motion.load_motion_module(str(tmp_path / "empty.safetensors"))
 
 
 # -- the noise -------------------------------------------------------------------------------------------------------------
