@@ -25,7 +25,7 @@ import comfy.model_base  # noqa: E402
 import comfy.utils  # noqa: E402
 import runs  # noqa: E402
 import torch  # noqa: E402
-from kinoloom.nodes import motion  # noqa: E402
+from kinoloom.nodes import motion_loras  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -67,7 +67,7 @@ def patched_wan() -> Any:
 def patched_animatediff() -> Any:
     """With a motion LoRA on its motion module."""
     lora = runs.motion_lora({MOTION: (64, 64)}, 3, "lora")
-    return motion.with_motion_lora(runs.load_animatediff(models), lora, 0.5, "lora")
+    return motion_loras.with_motion_lora(runs.load_animatediff(models), lora, 0.5, "lora")
 
 
 def adapter() -> str:
