@@ -24,6 +24,7 @@ from .core.losses import masked_mse
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Generation, Phase
 from .core.start_from import Start, check_starts
+from .core.transfer import to_device
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"
@@ -276,7 +277,7 @@ class MotionDirector:
         c, latents, schedule = self.config, batch["latents"], self.backbone.schedule
         batch = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
         noise, frames = rng.noise_like(latents), latents.shape[2]
-        t = schedule.timesteps(rng.uniform(len(latents), c.stratified_timesteps)).to(latents.device)
+        t = to_device(schedule.timesteps(rng.uniform(len(latents), c.stratified_timesteps)), latents.device)
         noisy_latents, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t)
         moving = c.train != SPATIAL and frames > 1
         looks, own = spatial_groups(c), own_group(c, batch)
@@ -285,12 +286,12 @@ class MotionDirector:
         alone = moving and not rng.evaluating and bool(drawn < c.spatial_off_prob)
         self.lora.set_dropout(0.0 if rng.evaluating else c.dropout, rng)
         if looks and not alone and (own or rng.evaluating):
-            frame = pick_frames(rng, "frame", len(latents), frames).to(latents.device)
+            frame = to_device(pick_frames(rng, "frame", len(latents), frames), latents.device)
             with self.lora.without(TEMPORAL, *others):
                 pred = self.backbone.predict(take(noisy_latents, frame), t, batch)
                 yield SPATIAL, masked_mse(pred, take(target, frame), _mask_at(batch, frame))
         if moving:
-            anchor = pick_frames(rng, "anchor", len(latents), frames).to(latents.device)
+            anchor = to_device(pick_frames(rng, "anchor", len(latents), frames), latents.device)
             with self.lora.without(*(looks if alone else others)), self.lora.frozen(*looks):
                 pred = self.backbone.predict(noisy_latents, t, batch)
                 yield TEMPORAL, temporal_loss(pred, target, anchor, c.debias_weight, batch.get("mask"))

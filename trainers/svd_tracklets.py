@@ -22,6 +22,7 @@ from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng, derived_generator
 from .core.recipe import Batch, Export, Generation, Phase
+from .core.transfer import to_device
 
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"
@@ -187,11 +188,11 @@ class SvdTracklets:
             boxes = soften(boxes, c.soft_boxes, rng)
         self.controlled.boxes, self.controlled.mask = boxes.flatten(0, 1), batch["box_mask"].flatten(0, 1)
         if self.phase == PAINTED:
-            painted = batch["painted"][clips, chosen].to(batch["latents"])
-            batch = {**batch, "latents": self.backbone.process_latent_in(painted)}
+            painted = self.backbone.process_latent_in(batch["painted"][clips, chosen].float())
+            batch = {**batch, "latents": to_device(painted, self.backbone.device)}
         if c.box_weight > 1:
             weight = box_weights(batch["boxes"], batch["box_mask"], batch["latents"].shape[-2:], c.box_weight)
-            batch = {**batch, "mask": batch.get("mask", 1) * weight.to(batch["latents"])}
+            batch = {**batch, "mask": batch.get("mask", 1) * to_device(weight, self.backbone.device)}
         return video_loss(self.backbone, batch, rng, c)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:

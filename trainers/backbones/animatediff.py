@@ -101,7 +101,7 @@ class AnimateDiff:
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
         """`batch` holds prompt_embeds [B, n, D]; frames are folded into the batch, one after the other."""
         self.attached.frames = frames = noisy_latents.shape[2]
-        context = prompts(batch, self.width).to(self.device, self.dtype)
+        context = prompts(batch, self.width, self.device, self.dtype)
         noise = self.module["unet"](
             noisy_latents.transpose(1, 2).flatten(0, 1).to(self.dtype),
             t.repeat_interleave(frames),

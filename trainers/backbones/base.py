@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import Row
+from ..core.transfer import to_device
 
 PIXELS = 8  # of a latent's side
 
@@ -44,12 +45,12 @@ class Backbone(Protocol):
 
 
 def prepare_latents(batch: dict[str, Any], device: torch.device, process_latent_in: Any) -> dict[str, Any]:
-    """Latents and mask to the device, latents from the VAE's space to the model's; prompts stay on the CPU."""
-    moved = {name: batch[name].to(device) for name in ("latents", "mask") if name in batch}
-    return {**batch, **moved, "latents": process_latent_in(moved["latents"].float())}
+    """Latents and mask to the device, latents from the VAE's space to the model's; all else stays on the CPU."""
+    own = {**batch, "latents": process_latent_in(batch["latents"].float())}
+    return {**own, **{name: to_device(own[name], device) for name in ("latents", "mask") if name in own}}
 
 
-def prompts(batch: dict[str, Any], width: int) -> Tensor:
+def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`prompt_embeds` [B, n, D] with the zeros that were cut off, where the text encoder pads with zeros."""
     prompt_embeds = batch["prompt_embeds"]
     if prompt_embeds.shape[-1] != width:
@@ -58,7 +59,7 @@ def prompts(batch: dict[str, Any], width: int) -> Tensor:
             "encoded with another model's text encoder?"
         )
     padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
-    return nn.functional.pad(prompt_embeds, (0, 0, 0, padding))
+    return nn.functional.pad(to_device(prompt_embeds, device, dtype), (0, 0, 0, padding))
 
 
 def latent_size(width: int, height: int, side: int) -> tuple[int, int]:

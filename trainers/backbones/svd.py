@@ -12,6 +12,7 @@ from ..core.data import Row
 from ..core.losses import concept_and_prior, denoising_loss
 from ..core.noise import Edm, Rng
 from ..core.recipe import Batch
+from ..core.transfer import to_device
 from .base import check_channels, latent_size, prepare_latents
 
 LATENT_CHANNELS = 4
@@ -75,14 +76,16 @@ class Svd:
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
         """Frames are folded into the batch, one after the other; the first frame's latents are never scaled."""
         frames = noisy_latents.shape[2]
-        first_frame = batch["first_frame"].to(noisy_latents).unsqueeze(2).expand_as(noisy_latents)
-        x = torch.cat([self.schedule.scale(noisy_latents, t), first_frame], dim=1)
+        first_frame = to_device(batch["first_frame"], self.device, noisy_latents.dtype)
+        first_frames = first_frame.unsqueeze(2).expand_as(noisy_latents)
+        x = torch.cat([self.schedule.scale(noisy_latents, t), first_frames], dim=1)
         ids = torch.stack([batch["fps"] - 1, batch["motion_bucket"], batch["augmentation"]], dim=1)
-        ids = self.embed(ids.flatten().to(self.device)).view(len(ids), -1)
+        ids = self.embed(to_device(ids.flatten(), self.device)).view(len(ids), -1)
+        image_embeds = to_device(batch["image_embeds"], self.device, self.dtype)
         v = self.module(
             x.transpose(1, 2).flatten(0, 1).to(self.dtype),
             (0.25 * t.log()).repeat_interleave(frames),
-            context=batch["image_embeds"].to(self.device, self.dtype).unsqueeze(1).repeat_interleave(frames, 0),
+            context=image_embeds.unsqueeze(1).repeat_interleave(frames, 0),
             y=ids.to(self.dtype).repeat_interleave(frames, 0),
             num_video_frames=frames,
             transformer_options=dict(self.transformer_options),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.tracklets import MAX_OBJECTS
+from ..core.transfer import to_device
 
 BANDS, TEMPERATURE = 8, 100.0
 NUMBERS = 7  # x1, y1, x2, y2, R, G, B; with 8 the last is 1 for a hard box
@@ -192,7 +193,7 @@ class Controlled:
 
     def _make_tokens(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0]
-        boxes, mask = (value.to(x.device, torch.float32) for value in (self.boxes, self.mask))
+        boxes, mask = (to_device(value, x.device, torch.float32) for value in (self.boxes, self.mask))
         self.tokens = self.control.position_net(boxes, mask, x.dtype)
 
     def _before_norm(self, fuser: Fuser, added: list[Tensor]) -> Any:

@@ -89,7 +89,7 @@ class Wan:
         return self.module(
             noisy_latents.to(self.dtype),
             FlowMatch.multiplier * t,
-            context=prompts(batch, self.module.text_dim).to(self.device, self.dtype),
+            context=prompts(batch, self.module.text_dim, self.device, self.dtype),
             transformer_options=dict(self.transformer_options),
         )
 

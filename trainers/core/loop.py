@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from . import host
@@ -131,7 +131,9 @@ class PhaseRun:
         """One optimizer step; the losses averaged over micro-batches, the gradient norm before clipping, the rate."""
         losses = self._accumulate_or_spare()
         self.scaler.unscale_(self.optimizer)
-        norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        *values, norm = read_together([*losses.values(), norm])
+        losses = dict(zip(losses, values, strict=True))
         self._require_finite({**losses, "gradient": self._judged(norm)})
         rate = effective_rate(self.optimizer)
         self.scaler.step(self.optimizer)
@@ -143,7 +145,7 @@ class PhaseRun:
         self.state.step += 1
         return losses, norm, rate
 
-    def _accumulate_or_spare(self) -> dict[str, float]:
+    def _accumulate_or_spare(self) -> dict[str, Tensor]:
         """The gradients of a step; a step that runs out of memory is tried once more where it can need less."""
         try:
             return self._accumulate()
@@ -157,16 +159,16 @@ class PhaseRun:
         host.release()  # here, where the traceback and the activations that it held are gone
         return self._accumulate()
 
-    def _accumulate(self) -> dict[str, float]:
+    def _accumulate(self) -> dict[str, Tensor]:
         """Add up the gradients of a step's micro-batches; the mean losses."""
         count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
         for micro in range(first, first + count):
             rng = Rng(self.config.seed, self.phase.name, micro * self.config.batch_size)
             for name, loss in self.recipe.losses(self.batches[micro], rng):
                 self.scaler.scale(loss / count).backward()
                 sums[name] += loss.detach() / count
-        return {name: float(value) for name, value in sums.items()}
+        return sums
 
     def _judged(self, norm: float) -> float:
         """In fp16 a gradient may overflow now and then, which the scaler mends; when it cannot, it is infinite."""
@@ -243,13 +245,18 @@ def moving_average(parameters: list[nn.Parameter], decay: float, memory: dict[st
     return average
 
 
+def read_together(numbers: list[Tensor]) -> list[float]:
+    """Their values, with one wait for the device."""
+    return torch.stack([number.detach() for number in numbers]).tolist()
+
+
 @torch.no_grad()
 def validation_loss(recipe: Recipe, batches: Iterator[Batch], phase: Phase, seed: int) -> float:
     """Mean loss over fixed noise and the nine deciles of the timestep distribution, regularisers off."""
     values = [
-        float(loss)
+        loss
         for index, batch in zip(range(VALIDATION_BATCHES), batches, strict=False)
         for quantile in QUANTILES
         for _, loss in recipe.losses(batch, Rng(seed, f"{phase.name}/validation", index * 4096, quantile))
     ]
-    return sum(values) / len(values)
+    return sum(read_together(values)) / len(values)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..backbones.base import Backbone
 from .noise import Rng, logit_normal, shift_timesteps
 from .recipe import Batch
+from .transfer import to_device
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -25,7 +26,7 @@ def denoising_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Ten
     """MSE of what the backbone predicts for one micro-batch at noise levels t [B], in its schedule's own terms."""
     latents = batch["latents"]
     noise = rng.noise_like(latents)
-    t = t.to(latents.device)
+    t = to_device(t, latents.device)
     noisy_latents = backbone.schedule.add_noise(latents, noise, t)
     pred = backbone.predict(noisy_latents, t, batch)
     return masked_mse(pred, backbone.schedule.target(latents, noise, t), batch.get("mask"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import host
+from .transfer import to_device
 
 STRATA = 16
 
@@ -43,7 +44,7 @@ class Rng:
         noise = torch.stack(
             [torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))]
         )
-        return noise.to(x)
+        return to_device(noise, x.device, x.dtype)
 
     def uniform(self, count: int, stratified: bool = True) -> Tensor:
         """`count` numbers in (0, 1) [count]; stratified: 16 consecutive samples fall in 16 different sixteenths."""
@@ -94,7 +95,7 @@ class Ddpm:
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a = alphas_bar, for latents, noise [B, ...] and steps t [B]."""
-        kept = _spread(self.alphas_bar.to(latents.device)[t], latents)
+        kept = _spread(to_device(self.alphas_bar, latents.device)[t], latents)
         return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
