@@ -2,7 +2,10 @@
 
 import gc
 
-from . import oldest  # noqa: F401, and first: a ComfyUI that is too old lacks what the others import
+from . import (
+    oldest,  # noqa: F401, and first: a ComfyUI that is too old lacks what the others import
+    packages,  # noqa: F401
+)
 
 # isort: split
 from comfy_api.latest import ComfyExtension, io

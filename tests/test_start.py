@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+from kinoloom.nodes import packages
 
 from comfy_client import make_base
 from comfy_library import PACK
@@ -59,3 +60,10 @@ def test_the_pack_brings_no_other_package_to_comfyuis_start(started: dict[str, A
 def test_the_garbage_collector_does_not_walk_what_the_start_made(started: dict[str, Any]) -> None:
     assert started["loaded"] > 100_000
     assert started["walked"] < started["loaded"] / 20
+
+
+def test_a_package_that_is_missing_is_named_at_the_start_and_not_by_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages.require_packages()
+    monkeypatch.setitem(sys.modules, "peft", None)  # as Python has what cannot be imported
+    with pytest.raises(ImportError, match="Kinoloom needs peft, not found in this Python: run pip install -r"):
+        packages.require_packages()
