@@ -59,6 +59,12 @@ def by_helper_class(): return Helper.ask()
 def by_recursion(n=1): return other(n - 1) if n else state.training
 def other(n): return by_recursion(n)
 
+def by_closure_over_lists():
+    return made()
+def make(table): return lambda: state.training and bool(table) and make.called
+make.called = True
+made = make(([1], [2]))
+
 def unrelated(): return len(state.calls)
 """
 LAYERS = """
@@ -138,6 +144,27 @@ def test_methods_of_a_layer_and_of_its_bases_are_copies(package: ModuleType) -> 
     assert isinstance(child, package.layers.Child) and type(child).__name__ == "Child"
     with pytest.raises(KeyboardInterrupt):
         package.layers.Child()(x)
+
+
+def test_what_another_package_overrides_in_a_layer_stays_overridden(package: ModuleType) -> None:
+    class Theirs(package.layers.Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -super().forward(x)
+
+    layer = Theirs()
+    layer.__class__ = Rebinder("host_package", VALUES).cls(Theirs)
+    assert layer(torch.ones(2)).tolist() == [-3.0, -3.0]
+
+
+def test_a_method_whose_module_is_not_registered_is_copied(
+    package: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = {"state": package.state, "__name__": "loaded_from_a_file"}
+    exec("def offset(self): return 5.0 if state.is_training() else 0.0", scope)
+    monkeypatch.setattr(package.layers.Base, "offset", scope["offset"])
+    layer = package.layers.Base()
+    layer.__class__ = Rebinder("host_package", VALUES).cls(package.layers.Base)
+    assert layer(torch.ones(2)).tolist() == [7.0, 7.0]
 
 
 @pytest.mark.parametrize("way", ["by_path", "by_attribute"])

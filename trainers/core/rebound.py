@@ -29,9 +29,12 @@ class Rebinder:
         self._builtins = {**vars(builtins), "__import__": self._import}
 
     def cls(self, cls: type) -> type:
-        """`cls`, or a subclass with copies of the methods, inherited ones too, that read the names."""
+        """`cls`, or a subclass with copies of the methods, inherited ones too, that read the names.
+
+        Subclasses of other packages count as the package's, or its copies would stand before what they override.
+        """
         if cls not in self._made:
-            own = [c for c in cls.__mro__ if self._belongs(c.__module__)]
+            own = [c for c in cls.__mro__ if any(self._belongs(base.__module__) for base in c.__mro__)]
             names = {name for c in own for name, value in vars(c).items() if any(map(self.reads, _functions(value)))}
             private = cls
             for c in reversed(own) if names else []:
@@ -100,17 +103,18 @@ class Rebinder:
             cells = tuple(types.CellType() for _ in function.__closure__ or ())
             copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
             copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
+            vars(copy).update(vars(function))
             self._made[key] = copy  # before what it calls, which may call it
-            module = sys.modules[function.__module__]
             for name in _names(function.__code__) & scope.keys():
-                scope[name] = self._global(module, name, scope[name])
+                scope[name] = self._global(name, scope[name])
             for cell, before in zip(cells, function.__closure__ or (), strict=True):
                 for value in _content(before):
-                    cell.cell_contents = classes.get(value) or self.value(value) if _hashable(value) else value
+                    private = classes.get(value) if isinstance(value, type) else None
+                    cell.cell_contents = private or self.value(value)
         return self._made[key]
 
-    def _global(self, module: types.ModuleType, name: str, value: Any) -> Any:
-        """A global of `module`, which may have imported it from the module that has another value for it."""
+    def _global(self, name: str, value: Any) -> Any:
+        """A global of a function, whose module may have imported it from the one that has another value for it."""
         for source, own in self.values.items():
             if name in own and getattr(sys.modules.get(source), name, _MISSING) is value:
                 return own[name]
@@ -165,7 +169,3 @@ def _content(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:
         return []
-
-
-def _hashable(value: Any) -> bool:
-    return value.__hash__ is not None
