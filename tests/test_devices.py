@@ -57,7 +57,9 @@ def on_gpu(model: Any) -> Any:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA can do and the meta device cannot: pinned memory, generators of its own."""
     monkeypatch.setattr(transfer, "PINNED", (GPU.type,))
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(
+        Tensor, "pin_memory", lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+    )
     own = noise.derived_generator
     monkeypatch.setattr(noise, "derived_generator", lambda *key, device=None: own(*key))
 
@@ -78,3 +80,8 @@ def test_a_step_mixes_no_devices_and_reads_the_gpu_once(name: str, model: Any, d
         run.step()
     watch.waits.pop("_to_copy of (128,) to the GPU", None)  # ComfyUI's own table of frequencies in Wan's forward
     assert +watch.waits == {"_to_copy from the GPU": 1}
+
+
+def test_an_expanded_tensor_goes_to_the_gpu_too(gpu: None) -> None:
+    found = transfer.to_device(torch.ones(1, 2).expand(3, 2), GPU, torch.bfloat16)
+    assert (found.device, found.shape, found.dtype) == (GPU, (3, 2), torch.bfloat16)
