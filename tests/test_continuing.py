@@ -126,7 +126,7 @@ def test_every_option_that_may_change_does_while_the_run_goes_on(
     published.actions.clear()
     before = vars(job.config)
     changed = {"lr_schedule": "cosine", "precision": "bf16", "timestep_sampling": "uniform", "spatial_loras": 1}
-    changed |= {"noise_levels": "uniform", "self_conditioning_prob": 0.0, "max_grad_norm": 0.3, "warmup_steps": 1}
+    changed |= {"noise_levels": "uniform", "self_conditioning_prob": 0.0, "box_weight": 2.0, "max_grad_norm": 0.3, "warmup_steps": 1}
     for name, option in known.items():
         if name in (*FIXED, *NOT_TRAJECTORY, "preset") or option.metadata["choices"] or isinstance(option.default, str):
             continue

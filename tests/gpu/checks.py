@@ -200,8 +200,8 @@ def memory(bench: Bench) -> Rows:
             for _, loss in recipe.losses(batch, Rng(0, "check", 0)):
                 loss.backward()
             peak = torch.cuda.max_memory_allocated() - before if bench.full else None
-            rows.append({"method": name, "checkpointing": choice, "plan GiB": f"{plan.memory_needed / GIB:.2f}"})
-            rows[-1]["peak GiB"] = f"{peak / GIB:.2f}" if peak else "not measured on a CPU"
+            rows.append({"method": name, "checkpointing": choice, "plan MiB": plan.memory_needed >> 20})
+            rows[-1]["peak MiB"] = peak >> 20 if peak else "not measured on a CPU"
             assert peak is None or peak < 1.05 * plan.memory_needed, rows[-1]
             del recipe, batch, loss, plan
             host().release()
@@ -228,7 +228,7 @@ def out_of_memory(bench: Bench) -> Rows:
 
 @contextlib.contextmanager
 def _little_memory(bench: Bench) -> Iterator[None]:
-    """On a GPU a part of its memory, on a CPU 2 GiB of address space above what is in use."""
+    """On a GPU a part of its memory, on a CPU a quarter GiB of address space above what is in use."""
     if bench.full:
         torch.cuda.set_per_process_memory_fraction(0.12)
         yield
@@ -236,7 +236,7 @@ def _little_memory(bench: Bench) -> Iterator[None]:
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2 * GIB, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + GIB // 4, before[1]))
     try:
         yield
     finally:
