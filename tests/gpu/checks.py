@@ -1,4 +1,4 @@
-"""The checks: functions of a Bench that return rows of results, and raise AssertionError where one is wrong."""
+"""The checks: functions that add to a Bench's rows of results, with `ok` False where one is wrong, or raise an error."""
 
 import contextlib
 import logging
@@ -15,7 +15,6 @@ from steps import Done, train
 from torch import Tensor
 from wan_step import Shape
 
-Rows = list[dict[str, Any]]
 METHODS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {},
     "KinoloomTrainSetAndSequence": {},
@@ -24,12 +23,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "KinoloomTrainSvdFinetune": {},
     "KinoloomTrainSvdTracklets": {},
 }
+WITHOUT_DROPOUT = {  # which is drawn on the device
+    "KinoloomTrainSetAndSequence": {"set_dropout": 0.0},
+    "KinoloomTrainMotionDirector": {"dropout": 0.0},
+}
 SMALL = (5, 128, 128)  # frames, height, width
 LOSS, GRADIENT = 1e-3, 1e-2  # relative, between a GPU and a CPU in fp32
 GIB = 2**30
+KEPT = GIB // 16  # bytes that a run may leave on the card
+WORKSPACE = GIB // 4  # of libraries such as cuDNN, which no plan counts
+TIGHT = 8 * GIB  # of memory: enough for a clip of 33 frames with checkpointing, too little for 81 large ones
 
 
-def environment(bench: Bench) -> Rows:
+def environment(bench: Bench) -> None:
     import comfy.quant_ops
 
     facts = {**host().environment(), "processor": platform.machine(), "full shapes": bench.full}
@@ -39,14 +45,14 @@ def environment(bench: Bench) -> Rows:
         facts["free"] = f"{torch.cuda.mem_get_info()[0] / GIB:.1f} GiB"
     found = comfy.quant_ops.ck.list_backends()
     facts["kernels"] = ", ".join(name for name, one in found.items() if one["available"] and not one["disabled"])
-    return [{"fact": name, "value": value} for name, value in facts.items()]
+    bench.rows += [{"fact": name, "value": value} for name, value in facts.items()]
 
 
-def kernels(bench: Bench) -> Rows:
+def kernels(bench: Bench) -> None:
     """Rotary embedding and attention against plain formulas in fp64, forward and backward."""
-    rows, device = [], host().device()
+    device = host().device()
     for heads in (12, 40):
-        for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
             q, k, v = (_normal(i, 1, 300, heads, 128).to(device, dtype).requires_grad_() for i in range(3))
             angles = torch.arange(300.0, device=device)[:, None] * 100 ** -torch.linspace(0, 1, 64, device=device)
             turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2))
@@ -54,9 +60,8 @@ def kernels(bench: Bench) -> Rows:
             found = {"rotary": _apart(_rotary, host().Rope.apply, q, freqs)}
             found["attention"] = _apart(_attention, _ours_attention, *(x.flatten(2) for x in (q, k, v)), heads)
             for name, error in found.items():
-                rows.append({"kernel": name, "heads": heads, "dtype": str(dtype), "error": f"{error:.1e}"})
-                assert error < allowed, rows[-1]
-    return rows
+                row = {"kernel": name, "heads": heads, "dtype": str(dtype), "error": f"{error:.1e}"}
+                bench.rows.append({**row, "ok": error < allowed})
 
 
 def _apart(reference: Callable, ours: Callable, *inputs: Any) -> float:
@@ -85,17 +90,16 @@ def _ours_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return host().sdpa(lambda: None, q, k, v, heads)
 
 
-def losses(bench: Bench) -> Rows:
+def losses(bench: Bench) -> None:
     """Every method's losses and gradients in fp32, on the device and on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rows = []
     for name, options in METHODS.items():
+        options = {**options, **WITHOUT_DROPOUT.get(name, {})}
         ours, reference = (_numbers(bench, name, device, options) for device in (None, "cpu"))
         for key, value in reference.items():
             error = abs(ours[key] / value - 1) if value else abs(ours[key])
-            rows.append({"method": name, "number": key, "device": f"{ours[key]:.6g}", "apart": f"{error:.1e}"})
-            assert error < (GRADIENT if "gradient" in key else LOSS), rows[-1]
-    return rows
+            row = {"method": name, "number": key, "device": f"{ours[key]:.6g}", "apart": f"{error:.1e}"}
+            bench.rows.append({**row, "ok": error < (GRADIENT if "gradient" in key else LOSS)})
 
 
 def _numbers(bench: Bench, name: str, device: str | None, options: dict[str, Any]) -> dict[str, float]:
@@ -120,11 +124,10 @@ def _move_up_factors(recipe: Any) -> None:
             up.data = (0.01 * _normal(place, *up.shape)).to(up)
 
 
-def jobs(bench: Bench) -> Rows:
+def jobs(bench: Bench) -> None:
     """A prompt beside a run gives what it gives without one, and a run leaves nothing on the card."""
     model, _ = bench.model("wan")
     alone, before = _sample(model), _allocated()
-    rows = []
     for turn in range(2):
         job = start_job(bench, model, SMALL, steps=12, run=f"beside-{turn}")
         during, asked = [], 0
@@ -132,11 +135,10 @@ def jobs(bench: Bench) -> Rows:
             during.append(torch.equal(_sample(model), alone))
             asked += job.status == "running"
         assert job.status == "finished", job.error
-        assert during and all(during), "the prompt changed"
         host().release()
-        rows.append({"run": turn, "prompts": len(during), "while it trained": asked, "left": _allocated() - before})
-        assert rows[-1]["left"] < 64 << 20, rows[-1]
-    return rows
+        left, same = _allocated() - before, bool(during) and all(during)
+        row = {"run": turn, "prompts": len(during), "while it trained": asked, "the same": same, "left": left}
+        bench.rows.append({**row, "ok": same and left < KEPT})
 
 
 def _sample(model: Any) -> Tensor:
@@ -179,7 +181,7 @@ def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str,
     return job
 
 
-def memory(bench: Bench) -> Rows:
+def memory(bench: Bench) -> None:
     """Each backbone's plan against the peak of a step."""
     from kinoloom.trainers.core import memory
     from kinoloom.trainers.core.noise import Rng
@@ -189,7 +191,6 @@ def memory(bench: Bench) -> Rows:
         "KinoloomTrainMotionDirector": (16, 512, 512) if bench.full else SMALL,
         "KinoloomTrainSvdLora": (14, 576, 320) if bench.full else SMALL,
     }
-    rows = []
     for name, size in sizes.items():
         for choice in ("off", "on"):
             recipe = bench.recipe(name, precision="bf16", checkpointing=choice, **METHODS[name])
@@ -200,37 +201,42 @@ def memory(bench: Bench) -> Rows:
             for _, loss in recipe.losses(batch, Rng(0, "check", 0)):
                 loss.backward()
             peak = torch.cuda.max_memory_allocated() - before if bench.full else None
-            rows.append({"method": name, "checkpointing": choice, "plan MiB": plan.memory_needed >> 20})
-            rows[-1]["peak MiB"] = peak >> 20 if peak else "not measured on a CPU"
-            assert peak is None or peak < 1.05 * plan.memory_needed, rows[-1]
+            row = {"method": name, "checkpointing": choice, "plan MiB": plan.memory_needed >> 20}
+            row["peak MiB"] = peak >> 20 if peak else "not measured on a CPU"
+            fits = peak is None or peak < plan.memory_needed / memory.HEADROOM + WORKSPACE
+            bench.rows.append({**row, "ok": fits})
             del recipe, batch, loss, plan
             host().release()
-    return rows
 
 
-def out_of_memory(bench: Bench) -> Rows:
+def out_of_memory(bench: Bench) -> None:
     """A run without enough memory says so, gives back what it had, and the next one trains."""
     model, _ = bench.model("wan")
     before = _allocated()
-    size = (81, 720, 1280) if bench.full else (33, 1024, 1024)
+    size = (81, 720, 1280) if bench.full else (33, 640, 640)
     with _little_memory(bench):
         job = start_job(bench, model, size, run="large", steps=2, checkpointing="off")
         job.ended.wait()
-    rows = [{"run": "too large", "status": job.status, "said": job.error[:200]}]
-    assert job.status == "failed" and "out of memory" in job.error, rows
+        bench.rows.append({"run": "too large", "status": job.status, "said": job.error[:200]})
+        bench.rows[-1]["ok"] = job.status == "failed" and "out of memory" in job.error
+        if bench.full:
+            job = start_job(bench, model, (33, 512, 512), run="spared", steps=2, checkpointing="off")
+            job.ended.wait()
+            bench.rows.append({"run": "once more with checkpointing", "status": job.status, "said": job.error[:200]})
+            bench.rows[-1]["ok"] = job.status == "finished" and job.plan.checkpointing
     job = start_job(bench, model, SMALL, run="small", steps=2)
     job.ended.wait()
     host().release()
-    rows.append({"run": "small", "status": job.status, "said": job.error, "left": _allocated() - before})
-    assert job.status == "finished" and rows[-1]["left"] < 64 << 20, rows
-    return rows
+    left = _allocated() - before
+    bench.rows.append({"run": "small", "status": job.status, "said": job.error[:200], "left": left})
+    bench.rows[-1]["ok"] = job.status == "finished" and left < KEPT
 
 
 @contextlib.contextmanager
 def _little_memory(bench: Bench) -> Iterator[None]:
-    """On a GPU a part of its memory, on a CPU a quarter GiB of address space above what is in use."""
+    """On a GPU TIGHT bytes, on a CPU 256 MiB of address space above what is in use."""
     if bench.full:
-        torch.cuda.set_per_process_memory_fraction(0.12)
+        torch.cuda.set_per_process_memory_fraction(TIGHT / torch.cuda.get_device_properties(0).total_memory)
         yield
         torch.cuda.set_per_process_memory_fraction(1.0)
         return
@@ -243,23 +249,25 @@ def _little_memory(bench: Bench) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def times(bench: Bench) -> Rows:
+def times(bench: Bench) -> None:
     """Seconds of a step, peak memory, and for Wan the share of the card's measured matmul rate."""
     plain = {"KinoloomTrainWanLora": (33, 512, 512), "KinoloomTrainMotionDirector": (16, 512, 512)}
     cases = [(name, size, "off") for name, size in plain.items()]
     cases += [("KinoloomTrainSvdLora", (25, 576, 1024), "on"), ("KinoloomTrainWanLora", (81, 480, 832), "on")]
     peak = _matmul_rate(bench)
-    return [_timed(bench, name, size if bench.full else SMALL, choice, peak) for name, size, choice in cases]
+    for name, size, choice in cases:
+        bench.rows.append(_timed(bench, name, size if bench.full else SMALL, choice, peak))
 
 
-def times_14b(bench: Bench) -> Rows:
+def times_14b(bench: Bench) -> None:
     """A step of the 14B shape with fp8 matrices."""
     size = (33, 480, 832) if bench.full else SMALL
     options = {"kind": "wan 14B", "dtype": torch.float8_e4m3fn, "rank": 32}
-    return [_timed(bench, "KinoloomTrainWanLora", size, "on", _matmul_rate(bench), **options)]
+    bench.rows.append(_timed(bench, "KinoloomTrainWanLora", size, "on", _matmul_rate(bench), **options))
 
 
 def _timed(bench: Bench, name: str, size: tuple[int, ...], choice: str, rate: float, **options: Any) -> dict[str, Any]:
+    host().release()  # the model of the case before, whose hooks make cycles
     recipe = bench.recipe(name, precision="bf16", checkpointing=choice, **{**METHODS[name], **options})
     rows, taken = bench.batch(recipe, *size), []
     before = _reset_peak()
@@ -302,20 +310,26 @@ def _matmul_rate(bench: Bench) -> float:
 
 
 def _allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    """Bytes on the card but those that cuBLAS keeps for each thread, 32 MiB and more on an H100."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 def _reset_peak() -> int:
+    allocated = _allocated()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return _allocated()
+    return allocated
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-CHECKS: dict[str, Callable[[Bench], Rows]] = {
+CHECKS: dict[str, Callable[[Bench], None]] = {
     check.__name__: check
     for check in (environment, kernels, losses, jobs, memory, out_of_memory, times, times_14b)
 }

@@ -25,10 +25,11 @@ FRAMES = {"wan": 4, "animatediff": 1, "svd": 1}  # of a latent, but Wan's first
 
 
 class Bench:
-    """`folder` for files; `full`: whether models have their real shapes."""
+    """`folder` for files, `models` for those of all checks; `full`: whether models have their real shapes."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.full = folder, device == "cuda"
+    def __init__(self, folder: Path, models: Path, device: str) -> None:
+        self.folder, self.models, self.full = folder, models, device == "cuda"
+        self.rows: list[dict[str, Any]] = []
         if self.full and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device: --device cpu runs the checks on tiny models")
         for name in ("models", "input", "output", "user", "temp"):
@@ -43,21 +44,19 @@ class Bench:
         from kinoloom.trainers.core.host import Part
         from toyworld.pack import unet, video_unet
 
-        path, load, parts = self.folder / f"{kind}.safetensors", comfy.sd.load_diffusion_model, {}
+        path, load, parts = self.models / f"{kind}.safetensors", comfy.sd.load_diffusion_model, {}
         if kind == "animatediff":
-            widths, load, motion = SD if self.full else TINY_SD, unet.load, self.folder / "motion.safetensors"
-            write = partial(write_unet, path, widths)
+            widths, load, motion = SD if self.full else TINY_SD, unet.load, self.models / "motion.safetensors"
+            write = partial(write_unet, widths=widths)
             parts = {PART: Part(str(motion), {})}
-            if not motion.is_file():
-                write_motion_module(motion, widths)
+            _once(motion, partial(write_motion_module, widths=widths))
         elif kind == "svd":
             shape = {"widths": SD} if self.full else {"widths": TINY_SVD, "blocks": 1}
-            write, load = partial(tiny_svd.write_unet, path, dtype=dtype, **shape), video_unet.load_unet
+            write, load = partial(tiny_svd.write_unet, dtype=dtype, **shape), video_unet.load_unet
         else:
             shape = TINY_WAN if not self.full else WAN_14B if kind == "wan 14B" else WAN_1B
-            write = partial(write_wan, path, **shape, dtype=dtype, same_blocks=True)
-        if not path.is_file():
-            write()
+            write = partial(write_wan, **shape, dtype=dtype, same_blocks=True)
+        _once(path, write)
         with torch.inference_mode():
             return load(str(path)), parts
 
@@ -88,6 +87,13 @@ class Bench:
         split = recipe.phases(recipe.config)[0].split
         folder = self.folder / f"data-{time.time_ns()}"
         return batches(recipe, folder, latents[:, :1] if split == "frames" else latents, split=split, **columns)
+
+
+def _once(path: Path, write: Callable[[Path], None]) -> None:
+    """Make a file unless it is there; one whose writer is killed does not count."""
+    if not path.is_file():
+        write(part := path.with_suffix(".part"))
+        part.rename(path)
 
 
 def make_recipe(name: str, model: Any, parts: dict[str, Any], device: torch.device, **options: Any) -> Any:
