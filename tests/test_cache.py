@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,11 @@ def ask() -> Callable[..., tuple[int, Any]]:
             answer = await client.request(method, path, **options)
             return answer.status, await answer.json()
 
-    return lambda method, path, **options: asyncio.run(request(method, path, options))
+    def answer(method: str, path: str, **options: Any) -> tuple[int, Any]:
+        with ThreadPoolExecutor(1) as thread:  # a browser that an earlier test opened has an event loop in this one
+            return thread.submit(asyncio.run, request(method, path, options)).result()
+
+    return answer
 
 
 def test_size_limit_and_freeing_over_http(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -720,10 +720,9 @@ def test_a_run_that_cannot_even_begin_on_a_full_disk_says_so_and_begins_later(
     model: Any, data: TrainingData, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
-    with full_disk(0):
-        finish(job, model, "failed")
-    assert "cannot write" in job.error
-    assert not finish(job, model).error
+    with full_disk(0), pytest.raises(OSError, match="cannot write"):
+        job.start(model)
+    assert job.is_over and not finish(job, model).error
 
 
 def test_who_sees_the_end_finds_it_written_down(model: Any, data: TrainingData, tmp_path: Path) -> None:

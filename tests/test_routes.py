@@ -101,7 +101,8 @@ def test_the_policy_of_a_report_holds_under_every_flag_of_the_server(flags: list
             answer = await client.get("/kinoloom/jobs/job7/report.html")
             return answer.headers["Content-Security-Policy"], await answer.text()
 
-    header, page = asyncio.run(request())
+    with ThreadPoolExecutor(1) as thread:
+        header, page = thread.submit(asyncio.run, request()).result()
     assert header == f"{POLICY}; sandbox" and page.index(POLICY) < page.index("<title>")
 
 

@@ -235,7 +235,7 @@ def test_bad_inputs_give_one_clear_error(server: Server, on: Client) -> None:
     tiny.write_wan(server.base / "models" / "diffusion_models" / "tiny_i2v.safetensors", i2v=True)
     on._object_info = None
     for options, message in (
-        ({"unet": "tiny_i2v.safetensors"}, "i2v model with 36 input channels"),
+        ({"unet": "tiny_i2v.safetensors"}, "model: found Wan 2.1 image-to-video"),
         ({"run_name": "../escape"}, "run_name="),
     ):
         values = {"run_name": "bad", "steps": 2, **options}

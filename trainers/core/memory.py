@@ -74,6 +74,7 @@ def _measure_blocks(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple
             kept, entries = forwards[-1]
             kept.append(sum(tensor.untyped_storage().nbytes() for tensor in seen.values()))
             entries.append(x.nbytes)
+            seen.clear()  # the graph keeps the hooks, and with them would keep every block's activations
             return result
 
         return forward
