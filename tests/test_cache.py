@@ -1,6 +1,5 @@
 """The cache of encodings: its size and limit, what goes first, what never goes, and what killed saves left behind."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -9,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from kinoloom.nodes.folders import output_folder
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.core.sampling import Samples
 
+from .coroutines import result_of
 from .encoders import own_folders
 from .runs import make_config, make_job
 
@@ -188,11 +187,7 @@ def ask() -> Callable[..., tuple[int, Any]]:
             answer = await client.request(method, path, **options)
             return answer.status, await answer.json()
 
-    def answer(method: str, path: str, **options: Any) -> tuple[int, Any]:
-        with ThreadPoolExecutor(1) as thread:  # a browser that an earlier test opened has an event loop in this one
-            return thread.submit(asyncio.run, request(method, path, options)).result()
-
-    return answer
+    return lambda method, path, **options: result_of(request(method, path, options))
 
 
 def test_size_limit_and_freeing_over_http(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,7 @@
 """What ComfyUI's own check of a prompt says of our nodes before it is queued, and when their results are made anew."""
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from kinoloom.trainers.core.job import Job
 
 import nodes
 
+from .coroutines import result_of
 from .runs import Published, finish, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
@@ -67,18 +66,12 @@ def prompt_of(node_id: str, **values: Any) -> dict[str, dict]:
     return {"any": {"class_type": "Anything", "inputs": {}}, "node": {"class_type": node_id, "inputs": inputs}}
 
 
-def answer(call: Coroutine) -> Any:
-    """In a thread, because a browser that an earlier test opened has an event loop in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, call).result()
-
-
 def fingerprint(node_id: str, **values: Any) -> Any:
     """What ComfyUI compares to know whether the node's last result may be used again."""
     node, inputs = nodes.NODE_CLASS_MAPPINGS[node_id], prompt_of(node_id, **values)["node"]["inputs"]
     given, _, v3 = execution.get_input_data(inputs, node, "node")
     call = execution._async_map_node_over_list("id", "node", node, given, "fingerprint_inputs", v3_data=v3)
-    return answer(call)[0]
+    return result_of(call)[0]
 
 
 def errors(node_id: str, **values: Any) -> list[str]:
@@ -86,7 +79,7 @@ def errors(node_id: str, **values: Any) -> list[str]:
     prompt = prompt_of(node_id, **values)
     if not getattr(nodes.NODE_CLASS_MAPPINGS[node_id], "OUTPUT_NODE", False):
         prompt["output"] = {"class_type": "Output", "inputs": {"shown": ["node", 0]}}
-    queued, error, _, found = answer(execution.validate_prompt("id", prompt, None))
+    queued, error, _, found = result_of(execution.validate_prompt("id", prompt, None))
     assert found.keys() == (set() if queued else {"node"}), error
     return [f"{e['message']}: {e['details']}" for e in found["node"]["errors"]] if found else []
 

@@ -1,10 +1,8 @@
 """Jobs over HTTP: pages, histories in parts, files, log, report, samples, deleting, and what is refused."""
 
-import asyncio
 import http.client
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from kinoloom.nodes import jobs, routes
 from kinoloom.trainers.core.report import POLICY
 from yarl import URL
 
+from .coroutines import result_of
 from .runs import make_config, make_job
 from .server_prompts import train, write_clips
 from comfy_client import Client, PromptError, Server
@@ -65,11 +64,7 @@ def ask(registry: jobs.Registry) -> Ask:
                 return answer.status, await answer.json()
             return answer.status, await answer.read()
 
-    def answer(method: str, path: str, **options: Any) -> tuple[int, Any]:
-        with ThreadPoolExecutor(1) as thread:  # a browser that an earlier test opened has an event loop in this one
-            return thread.submit(asyncio.run, request(method, path, options)).result()
-
-    return answer
+    return lambda method, path, **options: result_of(request(method, path, options))
 
 
 def test_a_thousand_jobs_are_listed_in_pages_without_their_histories(ask: Ask, registry: jobs.Registry) -> None:
@@ -101,8 +96,7 @@ def test_the_policy_of_a_report_holds_under_every_flag_of_the_server(flags: list
             answer = await client.get("/kinoloom/jobs/job7/report.html")
             return answer.headers["Content-Security-Policy"], await answer.text()
 
-    with ThreadPoolExecutor(1) as thread:
-        header, page = thread.submit(asyncio.run, request()).result()
+    header, page = result_of(request())
     assert header == f"{POLICY}; sandbox" and page.index(POLICY) < page.index("<title>")
 
 
