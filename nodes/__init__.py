@@ -11,18 +11,26 @@ from . import (
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import control, data, jobs, motion, motion_loras, result, routes, samples, svd, svd_data, tracklets, train
+from .animatediff import loras, modules
+from .data import nodes as data_nodes
+from .data import svd_nodes
+from .svd import convert
+from .tracklets import control
+from .tracklets import nodes as tracklet_nodes
+from .training import previews, registry, result, routes, train
+
+# In the order in which ComfyUI lists them.
+WITH_NODES = (data_nodes, svd_nodes, previews, train, result, modules, loras, convert, tracklet_nodes, control)
 
 
 class Kinoloom(ComfyExtension):
     async def on_load(self) -> None:
-        jobs.start_registry()
+        registry.start_registry()
         routes.add_routes(PromptServer.instance.routes)
         PromptServer.instance.app.on_startup.append(spare_collector)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (data, svd_data, samples, train, result, motion, motion_loras, svd, tracklets, control)
-        return [node for module in modules for node in module.NODES]
+        return [node for module in WITH_NODES for node in module.NODES]
 
 
 async def spare_collector(app: object) -> None:

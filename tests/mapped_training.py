@@ -25,7 +25,7 @@ import comfy.model_base  # noqa: E402
 import comfy.utils  # noqa: E402
 import runs  # noqa: E402
 import torch  # noqa: E402
-from kinoloom.nodes import motion_loras  # noqa: E402
+from kinoloom.nodes.animatediff import loras as motion_loras  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import comfy.sd
 import torch
-from kinoloom.nodes import motion
-from kinoloom.nodes.jobs import OUTPUTS
+from kinoloom.nodes.animatediff import modules as motion
+from kinoloom.nodes.training.registry import OUTPUTS
 from kinoloom.trainers import backbone_modules, recipes
-from kinoloom.trainers.core import host
-from kinoloom.trainers.core.checkpoint import Identity, State, load_state
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
-from kinoloom.trainers.core.host import ModelSource
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.noise import derived_generator
-from kinoloom.trainers.core.record import Spec, read_record
 from kinoloom.trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
+from kinoloom.trainers.host import source as host
+from kinoloom.trainers.host.source import ModelSource
+from kinoloom.trainers.run.checkpoint import Identity, State, load_state
+from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.record import Spec, read_record
 from torch import Tensor
 from toyworld.pack import unet, video_unet
 

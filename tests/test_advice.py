@@ -11,11 +11,11 @@ import pytest
 import torch
 from kinoloom.lora_io.file import SaveError
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import advice
-from kinoloom.trainers.core.advice import Finding, Seen, advise, look_at, of_failure
 from kinoloom.trainers.core.data import Row
-from kinoloom.trainers.core.job import _explain
 from kinoloom.trainers.core.loop import Diverged
+from kinoloom.trainers.run import advice
+from kinoloom.trainers.run.advice import Finding, Seen, advise, look_at, of_failure
+from kinoloom.trainers.run.job import _explain
 from PIL import Image
 
 WAN, SNS, FINE_TUNE = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainSvdFinetune"

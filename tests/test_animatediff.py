@@ -16,13 +16,14 @@ from comfy.patcher_extension import WrappersMP
 from diffusers import DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
-from kinoloom.nodes import motion, motion_loras
-from kinoloom.trainers.backbones import animatediff
-from kinoloom.trainers.backbones.motion_module import Attached, MotionModules, Positions, read
-from kinoloom.trainers.core import host
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.nodes.animatediff import modules as motion
+from kinoloom.trainers.backbones.animatediff import model as animatediff
+from kinoloom.trainers.backbones.animatediff.motion_module import Attached, MotionModules, Positions, read
 from kinoloom.trainers.core.data import Row, TrainingData
-from kinoloom.trainers.core.host import ModelSource
 from kinoloom.trainers.core.noise import Ddpm, Rng
+from kinoloom.trainers.host import source as host
+from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.motion_director import MotionDirector
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -18,9 +18,11 @@ import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from kinoloom.lora_io.file import sweep
-from kinoloom.nodes import cache, jobs, routes
-from kinoloom.nodes.columns import Columns, data_folder, open_columns
+from kinoloom.nodes.data.encoding import cache
+from kinoloom.nodes.data.encoding.columns import Columns, data_folder, open_columns
 from kinoloom.nodes.folders import output_folder
+from kinoloom.nodes.training import registry as jobs
+from kinoloom.nodes.training import routes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.core.sampling import Samples
 

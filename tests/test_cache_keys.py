@@ -10,13 +10,14 @@ import comfy.utils
 import pytest
 import torch
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import data as data_nodes
-from kinoloom.nodes import identity, svd_data
-from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes.columns import Columns, data_folder
-from kinoloom.nodes.sources import from_tensor
+from kinoloom.nodes.data import nodes as data_nodes
+from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.data.encoding import model_keys
+from kinoloom.nodes.data.encoding.columns import Columns, data_folder
+from kinoloom.nodes.data.reading.sources import from_tensor
+from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets
 from kinoloom.trainers.core.data import TrainingData, column_path
-from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets
 from torch import Tensor
 
 from .encoders import image_vae, load_wan, own_folders, tiny_vision
@@ -189,8 +190,8 @@ def test_windows_and_mask_sizes(tmp_path: Path) -> None:
 
 
 def test_patches_are_part_of_a_model_s_identity(wan: dict[str, Any]) -> None:
-    for model, of in ((wan["model"], identity.of_model), (wan["clip"].patcher, identity.of_patcher),
-                      (wan["vae"].patcher, identity.of_patcher)):  # fmt: skip
+    for model, of in ((wan["model"], model_keys.of_model), (wan["clip"].patcher, model_keys.of_patcher),
+                      (wan["vae"].patcher, model_keys.of_patcher)):  # fmt: skip
         made = [of(model), of(patched(model)), of(patched(model, 0.5))]
         assert len(set(made)) == 3 and of(model.clone()) == made[0]
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load
-from kinoloom.nodes import jobs
-from kinoloom.trainers.core.advice import of_failure
-from kinoloom.trainers.core.checkpoint import load_state, write
+from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.advice import of_failure
+from kinoloom.trainers.run.checkpoint import load_state, write
+from kinoloom.trainers.run.job import Job
 
 from .runs import Published, assert_same, events, finish, make_config, make_job, state_of
 

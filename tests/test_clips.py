@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from kinoloom.nodes import captions, folder, framing, sources, videos
+from kinoloom.nodes.data.reading import captions, folder, framing, sources, videos
 from PIL import Image
 
 from .media import write_image, write_video

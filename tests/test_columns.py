@@ -11,12 +11,13 @@ import comfy.utils
 import pytest
 import torch
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import data as data_nodes
-from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes import sources, svd_data
-from kinoloom.nodes.columns import VERSIONS, Columns, data_folder
-from kinoloom.nodes.framing import resample
-from kinoloom.nodes.prompts import MOST_TOKENS, encode_prompt, tokenize
+from kinoloom.nodes.data import nodes as data_nodes
+from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.data.encoding.columns import VERSIONS, Columns, data_folder
+from kinoloom.nodes.data.encoding.prompts import MOST_TOKENS, encode_prompt, tokenize
+from kinoloom.nodes.data.reading import sources
+from kinoloom.nodes.data.reading.framing import resample
+from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.core.noise import derived_generator
 from safetensors.torch import save_file

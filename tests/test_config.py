@@ -11,12 +11,12 @@ import execution
 import pytest
 import torch
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import jobs
+from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.checkpoint import Identity, load_state
 from kinoloom.trainers.core.config import make
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.checkpoint import Identity, load_state
+from kinoloom.trainers.run.job import Job
 
 from .runs import RUNS, Published, events, finish, make_config, make_job, state_of
 

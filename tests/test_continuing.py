@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import jobs
+from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.config import FIXED, NOT_TRAJECTORY
-from kinoloom.trainers.core.job import Job
-from kinoloom.trainers.core.line import ordinal
+from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.line import ordinal
 
 from .runs import Published, assert_same, events, make_config, state_of
 

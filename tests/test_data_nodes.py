@@ -16,14 +16,15 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import data as data_nodes
-from kinoloom.nodes import identity, sources
-from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes.columns import Columns, encode_pixels
-from kinoloom.nodes.encode import Options
+from kinoloom.nodes.data import nodes as data_nodes
+from kinoloom.nodes.data.encoding import model_keys
+from kinoloom.nodes.data.encoding.columns import Columns, encode_pixels
+from kinoloom.nodes.data.encoding.text_rows import Options
+from kinoloom.nodes.data.reading import sources
+from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
-from kinoloom.trainers.core.plain import read
 from kinoloom.trainers.core.sampling import Samples
+from kinoloom.trainers.run.plain import read
 from PIL import Image
 
 from .encoders import load_wan, own_folders
@@ -259,14 +260,14 @@ def test_another_vae_or_text_encoder_is_another_identity(models: dict[str, Any],
     weights = comfy.utils.load_torch_file(str(path))
     from_weights = comfy.sd.VAE(sd=dict(weights))
     again = comfy.sd.VAE(sd=dict(weights))
-    assert identity.of_vae(from_weights) == identity.of_vae(again)
+    assert model_keys.of_vae(from_weights) == model_keys.of_vae(again)
     weights["conv1.weight"] = weights["conv1.weight"] + 1e-3
-    assert identity.of_vae(comfy.sd.VAE(sd=weights)) != identity.of_vae(again)
+    assert model_keys.of_vae(comfy.sd.VAE(sd=weights)) != model_keys.of_vae(again)
     half = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)), dtype=torch.bfloat16)
-    assert identity.of_vae(half) != identity.of_vae(again)
+    assert model_keys.of_vae(half) != model_keys.of_vae(again)
     skipped = models["clip"].clone()
     skipped.clip_layer(-2)
-    assert identity.of_text_encoder(skipped) != identity.of_text_encoder(models["clip"])
+    assert model_keys.of_text_encoder(skipped) != model_keys.of_text_encoder(models["clip"])
 
 
 def test_interrupted_encoding_goes_on_where_it_was(models: dict[str, Any], folder: Path) -> None:
@@ -518,7 +519,7 @@ def test_prior_clips_know_the_shift_of_the_model(models: dict[str, Any]) -> None
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     shifted = [ModelSamplingSD3().patch(models["model"], shift)[0] for shift in (3.0, 3.0, 8.0)]
-    same, again, other = (identity.of_model(model) for model in shifted)
+    same, again, other = (model_keys.of_model(model) for model in shifted)
     assert same == again != other
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import noise, transfer
-from kinoloom.trainers.core.checkpoint import State
 from kinoloom.trainers.core.data import PhaseData
 from kinoloom.trainers.core.loop import PhaseRun, Session
+from kinoloom.trainers.run.checkpoint import State
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -11,9 +11,9 @@ from typing import Any
 import comfy.model_management
 import numpy as np
 import pytest
-from kinoloom.nodes import captions, folder
-from kinoloom.nodes.encode import ClipPlan, Options
-from kinoloom.nodes.folder import Reading, plan_folder
+from kinoloom.nodes.data.encoding.text_rows import ClipPlan, Options
+from kinoloom.nodes.data.reading import captions, folder
+from kinoloom.nodes.data.reading.folder import Reading, plan_folder
 from PIL import Image
 
 from .media import write_image, write_video

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinoloom.nodes.generation import generation
+from kinoloom.nodes.training.generation import generation
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.job import Job
 
 from .runs import make_config, make_job
 

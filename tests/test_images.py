@@ -8,7 +8,7 @@ import icc
 import numpy as np
 import pytest
 import torch
-from kinoloom.nodes import folder, images, photos
+from kinoloom.nodes.data.reading import folder, images, photos
 from PIL import Image
 
 

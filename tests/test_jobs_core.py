@@ -24,19 +24,19 @@ import comfy.utils
 import pytest
 import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load, save, write_text
-from kinoloom.nodes.motion_loras import with_motion_lora
+from kinoloom.nodes.animatediff.loras import with_motion_lora
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import host
-from kinoloom.trainers.core.checkpoint import Identity, State, load_state, save_state
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
-from kinoloom.trainers.core.job import Job
-from kinoloom.trainers.core.line import Line
 from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
 from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.optim import make_optimizer
-from kinoloom.trainers.core.record import ENDED
+from kinoloom.trainers.host import source as host
+from kinoloom.trainers.run.checkpoint import Identity, State, load_state, save_state
+from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.line import Line
+from kinoloom.trainers.run.record import ENDED
 from torch import Tensor, nn
 
 import tiny

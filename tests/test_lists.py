@@ -10,11 +10,11 @@ import torch
 from comfy_api.latest import io
 from comfy_extras import nodes_dataset as core
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import data as data_nodes
-from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes import svd_data
+from kinoloom.nodes.data import nodes as data_nodes
+from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.conditions.tracklets import Tracklets
 from kinoloom.trainers.core.data import TrainingData, column_path
-from kinoloom.trainers.core.tracklets import Tracklets
 
 from .encoders import image_vae, load_wan, own_folders, tiny_vision
 from .media import write_image, write_video

@@ -16,11 +16,11 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import data as data_module
-from kinoloom.trainers.core.checkpoint import Identity
 from kinoloom.trainers.core.data import PhaseData, TrainingData, column_path
-from kinoloom.trainers.core.host import not_finite
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.host.source import not_finite
+from kinoloom.trainers.run.checkpoint import Identity
+from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
 from .runs import (

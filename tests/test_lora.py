@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.wan.model import WanModel
 from comfy.ops import disable_weight_init
 from kinoloom.lora_io.keys import from_comfy, to_comfy
-from kinoloom.trainers.backbones.wan import Wan
+from kinoloom.trainers.backbones.flow.wan import Wan
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Rng
 from peft import LoraConfig

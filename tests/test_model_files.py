@@ -13,9 +13,12 @@ import pytest
 import tiny_sd
 import torch
 from kinoloom.lora_io.file import load, save
-from kinoloom.nodes import control, folders, motion, motion_loras
-from kinoloom.nodes.svd import convert_lora_file, convert_unet_file
-from kinoloom.trainers.core import host
+from kinoloom.nodes import folders
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.nodes.animatediff import modules as motion
+from kinoloom.nodes.svd.convert import convert_lora_file, convert_unet_file
+from kinoloom.nodes.tracklets import control
+from kinoloom.trainers.host import source as host
 from safetensors.torch import load_file, save_file
 from torch import nn
 

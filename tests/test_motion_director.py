@@ -15,13 +15,13 @@ import pytest
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import from_motion_lora
-from kinoloom.nodes import motion_loras
-from kinoloom.trainers.backbones.motion_module import PART
-from kinoloom.trainers.core import host
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.trainers.backbones.animatediff.motion_module import PART
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.host import source as host
 from kinoloom.trainers.motion_director import MotionDirector, temporal_loss
+from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
 from .runs import finish, leaves, make_backbone, make_batch, make_config, make_job, random, state_of, write_row

@@ -14,10 +14,12 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import from_motion_lora, to_motion_lora
 from kinoloom.lora_io.merge import merge
-from kinoloom.nodes import folders, motion, motion_loras
+from kinoloom.nodes import folders
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.widgets import NO_FILE
-from kinoloom.trainers.backbones.motion_module import MID, PART, Layout, MotionModules
-from kinoloom.trainers.core import host
+from kinoloom.trainers.backbones.animatediff.motion_module import MID, PART, Layout, MotionModules
+from kinoloom.trainers.host import source as host
 from torch import Tensor
 from toyworld.pack import unet as toy_unet
 

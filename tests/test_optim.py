@@ -8,8 +8,8 @@ import torch
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.optim import effective_rate, make_optimizer, make_schedule
+from kinoloom.trainers.run.job import Job
 from torch import Tensor, nn
 
 from .runs import assert_same, events, finish, make_config, make_job, random, state_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kinoloom.trainers.core.unreadable import Unreadable
+from kinoloom.trainers.run.unreadable import Unreadable
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from .server_prompts import write_clips

@@ -29,10 +29,10 @@ from comfy_extras import (
     nodes_torch_compile,
     nodes_video_model,
 )
-from kinoloom.nodes.train import train_node
+from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.host import ModelSource
+from kinoloom.trainers.host.source import ModelSource
 
 from .runs import load_animatediff, load_model, load_svd, make_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy import sd1_clip
 from comfy.text_encoders.t5 import T5
-from kinoloom.nodes.prompts import count_tokens, drop_tokens, encode_prompt, end_token
+from kinoloom.nodes.data.encoding.prompts import count_tokens, drop_tokens, encode_prompt, end_token
 
 LENGTH = 32
 START, END = 49406, 49407

@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import host
 from kinoloom.trainers.core.noise import Rng, derived_generator
+from kinoloom.trainers.host import source as host
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

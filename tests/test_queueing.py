@@ -10,10 +10,19 @@ import execution
 import folder_paths
 import pytest
 from comfy_api.latest import io
-from kinoloom.nodes import control, data, folders, jobs, motion, motion_loras, samples, svd_data, tracklets, train
+from kinoloom.nodes import folders
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.nodes.animatediff import modules as motion
+from kinoloom.nodes.data import nodes as data
+from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.tracklets import control
+from kinoloom.nodes.tracklets import nodes as tracklets
+from kinoloom.nodes.training import previews as samples
+from kinoloom.nodes.training import registry as jobs
+from kinoloom.nodes.training import train
 from kinoloom.nodes.widgets import require_name
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.job import Job
 
 import nodes
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kinoloom.trainers.core.rebound import Rebinder
+from kinoloom.trainers.host.rebound import Rebinder
 
 STATE = """
 training = False

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinoloom.trainers.core import runlog
 from kinoloom.trainers.core.data import Row
 from kinoloom.trainers.core.events import Plan, Saved, Step, Validation, to_json
-from kinoloom.trainers.core.record import Record
-from kinoloom.trainers.core.report import COLUMNS, Report, evenly
-from kinoloom.trainers.core.runlog import last_lines, run_log
-from kinoloom.trainers.core.tally import PACE_STEPS, Tally
+from kinoloom.trainers.run import log as runlog
+from kinoloom.trainers.run.log import last_lines, run_log
+from kinoloom.trainers.run.record import Record
+from kinoloom.trainers.run.report import COLUMNS, Report, evenly
+from kinoloom.trainers.run.tally import PACE_STEPS, Tally
 
 from .runs import Published, finish, make_config, make_job
 

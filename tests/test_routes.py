@@ -10,8 +10,9 @@ import pytest
 import server as comfy_server
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from kinoloom.nodes import jobs, routes
-from kinoloom.trainers.core.report import POLICY
+from kinoloom.nodes.training import registry as jobs
+from kinoloom.nodes.training import routes
+from kinoloom.trainers.run.report import POLICY
 from yarl import URL
 
 from .coroutines import result_of

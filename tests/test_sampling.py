@@ -19,14 +19,15 @@ from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
-from kinoloom.nodes import jobs, train
+from kinoloom.nodes.training import registry as jobs
+from kinoloom.nodes.training import train
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import host
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.noise import Ddpm, Edm, FlowMatch, Rng
-from kinoloom.trainers.core.plain import read
-from kinoloom.trainers.core.record import Spec
 from kinoloom.trainers.core.sampling import Samples, Sampling, sample, write_webp
+from kinoloom.trainers.host import source as host
+from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.plain import read
+from kinoloom.trainers.run.record import Spec
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn

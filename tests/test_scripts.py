@@ -10,7 +10,7 @@ import comfy.utils
 import pytest
 import tiny_svd
 import torch
-from kinoloom.trainers.core import host
+from kinoloom.trainers.host import source as host
 from safetensors import safe_open
 from toyworld.pack import video_unet
 

@@ -17,10 +17,12 @@ import execution
 import folder_paths
 import pytest
 from kinoloom.lora_io.file import SaveError
-from kinoloom.nodes import ending, folders, jobs
+from kinoloom.nodes import folders
+from kinoloom.nodes.training import ending
+from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.claim import claim_of
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.claim import claim_of
+from kinoloom.trainers.run.job import Job
 
 from .runs import Published, finish, make_config, make_job
 

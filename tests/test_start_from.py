@@ -11,7 +11,7 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.job import Job
+from kinoloom.trainers.run.job import Job
 
 import tiny
 from .runs import Published, assert_same, events, finish, load_model, make_config, make_job, state_of

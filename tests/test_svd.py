@@ -13,11 +13,11 @@ import tiny_svd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
-from kinoloom.trainers.backbones.svd import Svd, SvdConfig, check, drawn_conditions, video_loss
+from kinoloom.trainers.backbones.svd.model import Svd, SvdConfig, check, drawn_conditions, video_loss
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.job import Job
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.noise import Edm, Rng
+from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.svd_finetune import SvdFinetune
 from kinoloom.trainers.svd_lora import SvdLora
 from safetensors.torch import save_file

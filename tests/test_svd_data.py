@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import samples as samples_nodes
-from kinoloom.nodes import svd_data, svd_encode
+from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.data.encoding import svd_rows as svd_encode
+from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
 from kinoloom.trainers.core.data import TrainingData, column_path
-from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
 from PIL import Image
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from kinoloom.lora_io.svd import (
     to_comfy,
     to_diffusers,
 )
-from kinoloom.trainers.core import host
+from kinoloom.trainers.host import source as host
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn

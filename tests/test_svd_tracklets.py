@@ -14,9 +14,9 @@ from comfy.context_windows import IndexListContextWindow
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from diffusers.models.attention import GatedSelfAttentionDense
 from kinoloom.lora_io.file import load
-from kinoloom.nodes import control as control_nodes
-from kinoloom.nodes import jobs
-from kinoloom.trainers.backbones.tracklet_control import (
+from kinoloom.nodes.tracklets import control as control_nodes
+from kinoloom.nodes.training import registry as jobs
+from kinoloom.trainers.conditions.tracklet_control import (
     Controlled,
     Fuser,
     PositionNet,
@@ -25,9 +25,9 @@ from kinoloom.trainers.backbones.tracklet_control import (
     read,
     widths_of,
 )
-from kinoloom.trainers.core.host import ModelSource
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
 from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
+from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_weights, soften
 from torch import Tensor, nn
 

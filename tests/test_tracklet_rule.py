@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinoloom.trainers.core import tracklets as core
-from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets
+from kinoloom.trainers.conditions import tracklets as core
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets
 from playwright.sync_api import Browser, Page, Route
 
 WEB = Path(__file__).resolve().parent.parent / "web"

@@ -9,10 +9,18 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from kinoloom.nodes import tracklets as nodes
-from kinoloom.nodes.framing import center_crop
-from kinoloom.trainers.core import tracklets as core
-from kinoloom.trainers.core.tracklets import Keyframe, Tracklet, Tracklets, from_masks, from_mot, paint, to_tensors
+from kinoloom.nodes.data.reading.framing import center_crop
+from kinoloom.nodes.tracklets import nodes as nodes
+from kinoloom.trainers.conditions import tracklets as core
+from kinoloom.trainers.conditions.tracklets import (
+    Keyframe,
+    Tracklet,
+    Tracklets,
+    from_masks,
+    from_mot,
+    paint,
+    to_tensors,
+)
 
 BOX = [0.1, 0.2, 0.5, 0.6]
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kinoloom.nodes.images import read_image
-from kinoloom.trainers.core import tracklets as core
-from kinoloom.trainers.core.tracklets import Tracklets, paint, to_tensors
+from kinoloom.nodes.data.reading.images import read_image
+from kinoloom.trainers.conditions import tracklets as core
+from kinoloom.trainers.conditions.tracklets import Tracklets, paint, to_tensors
 from PIL import Image
 from playwright.sync_api import Page, expect
 

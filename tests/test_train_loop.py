@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from kinoloom.trainers.core.checkpoint import State
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.events import Event, Step, Validation
@@ -17,6 +16,7 @@ from kinoloom.trainers.core.loop import Session, train
 from kinoloom.trainers.core.losses import concept_and_prior
 from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.recipe import Batch, Phase
+from kinoloom.trainers.run.checkpoint import State
 from torch import Tensor, nn
 
 from .runs import write_row

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from comfy_api.latest._input_impl import VideoFromFile
-from kinoloom.nodes import data, folder, framing, sources, videos
-from kinoloom.nodes.encode import Clip, Options, plan
+from kinoloom.nodes.data import nodes as data
+from kinoloom.nodes.data.encoding.text_rows import Clip, Options, plan
+from kinoloom.nodes.data.reading import folder, framing, sources, videos
 from PIL import Image
 
 from .media import ffmpeg, lit, write_timed, write_video

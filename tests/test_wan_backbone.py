@@ -20,12 +20,12 @@ from comfy.ldm.wan.model import WanModel
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from kinoloom.trainers import recipes
-from kinoloom.trainers.backbones import wan
-from kinoloom.trainers.core import host
+from kinoloom.trainers.backbones.flow import wan
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.losses import denoising_loss
 from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.host import source as host
 from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
 from torch import Tensor

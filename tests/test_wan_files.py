@@ -14,7 +14,7 @@ from diffusers.loaders.lora_conversion_utils import (
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.lora_io.wan import MOTION_STAGES, from_any_wan, read_wan_lora, require_made_for
-from kinoloom.nodes.train import train_node
+from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
 from torch import Tensor
 

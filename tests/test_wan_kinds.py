@@ -7,10 +7,10 @@ import comfy.model_base
 import comfy.supported_models
 import pytest
 import torch
-from kinoloom.nodes.train import train_node
+from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
-from kinoloom.trainers.backbones import wan
-from kinoloom.trainers.backbones.wan_kinds import WIDTH_14B, require_wan21
+from kinoloom.trainers.backbones.flow import wan
+from kinoloom.trainers.backbones.flow.wan_kinds import WIDTH_14B, require_wan21
 from safetensors.torch import load_file, save_file
 
 import tiny

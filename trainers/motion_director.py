@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..lora_io.animatediff import read_spatial_lora, read_temporal_lora
-from .backbones.animatediff import AnimateDiff
-from .backbones.motion_module import PART
+from .backbones.animatediff.model import AnimateDiff
+from .backbones.animatediff.motion_module import PART
 from .core.config import LoraConfig, changed, knob, naming
 from .core.data import TrainingData
-from .core.host import carried, lora_patches
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Generation, Phase
 from .core.start_from import Start, check_starts
 from .core.transfer import to_device
+from .host.source import carried, lora_patches
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
-from .backbones.wan import Wan, WanConfig
+from .backbones.flow.wan import Wan, WanConfig
 from .core.config import LoraConfig, changed, knob, naming
-from .core.host import base_identities
 from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng
 from .core.recipe import Batch, Export, Generation, Phase
 from .core.start_from import Start, check_starts
+from .host.source import base_identities
 
 SET, SEQUENCE = "set", "sequence"
 IDENTITY, MOTION, COMBINED = "identity", "motion", "combined"

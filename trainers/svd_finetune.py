@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.svd import Svd, SvdConfig, video_losses
+from .backbones.svd.model import Svd, SvdConfig, video_losses
 from .core.config import changed, knob
 from .core.lora import copied, fill
 from .core.noise import Rng

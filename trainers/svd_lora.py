@@ -10,7 +10,7 @@ from torch import Tensor
 from ..lora_io.file import load
 from ..lora_io.fitting import require_base
 from ..lora_io.keys import check_pairs, from_comfy
-from .backbones.svd import Svd, SvdConfig, video_losses
+from .backbones.svd.model import Svd, SvdConfig, video_losses
 from .core.config import LoraConfig, knob
 from .core.noise import Rng
 from .core.plain_lora import PlainLora, plain_start

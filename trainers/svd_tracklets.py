@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..lora_io.file import load
-from .backbones.svd import Svd, SvdConfig, video_loss
-from .backbones.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
+from .backbones.svd.model import Svd, SvdConfig, video_loss
+from .conditions.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
 from .core.config import changed, knob, naming
-from .core.host import OPERATIONS, make_private, require_finite
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
 from .core.noise import Rng, derived_generator
 from .core.recipe import Batch, Export, Generation, Phase
 from .core.transfer import to_device
+from .host.source import OPERATIONS, make_private, require_finite
 
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"

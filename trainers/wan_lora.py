@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..lora_io.wan import read_any_wan_lora
-from .backbones.wan import Wan, WanConfig
+from .backbones.flow.wan import Wan, WanConfig
 from .core.config import LoraConfig, knob
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.noise import Rng

@@ -70,8 +70,8 @@ LAYERS = {"spatial": 192, "temporal": 200}
 
 def our_recipe(shape: Shape, folder: Path, **options: Any) -> Any:
     enter_comfyui(folder)
-    from kinoloom.trainers.backbones.motion_module import PART
-    from kinoloom.trainers.core.host import Part
+    from kinoloom.trainers.backbones.animatediff.motion_module import PART
+    from kinoloom.trainers.host.source import Part
     from toyworld.pack import unet
 
     with torch.inference_mode():

@@ -56,7 +56,8 @@ def enter_comfyui(folder: Path, *, pytorch_attention: bool = False) -> None:
 def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) -> Any:
     """A training node's recipe on a private copy of `model`, as a job makes it."""
     from kinoloom.trainers import backbone_modules, recipes
-    from kinoloom.trainers.core import host, memory
+    from kinoloom.trainers.core import memory
+    from kinoloom.trainers.host import source as host
 
     method = recipes()[name]
     config = method.Config(steps=1_000_000, validate_every=0, save_every=100_000, **options)
@@ -91,7 +92,7 @@ def prompt(prompt_embeds: Tensor) -> dict[str, Tensor]:
 def train(recipe: Any, rows: Any, tick: Tick) -> None:
     """The pack's own loop."""
     from kinoloom.trainers.core import events, loop
-    from kinoloom.trainers.core.checkpoint import State
+    from kinoloom.trainers.run.checkpoint import State
 
     def emit(event: events.Event) -> None:
         if isinstance(event, events.Step):

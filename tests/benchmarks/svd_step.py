@@ -187,7 +187,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Te
     """The loss and gradients by diffusers' layers of one step in fp32, and what `plain_loss` needs for the same step."""
     recipe = our_recipe(shape, folder, precision="fp32", checkpointing="off")
     from kinoloom.lora_io.svd import to_diffusers
-    from kinoloom.trainers.backbones.svd import drawn_conditions
+    from kinoloom.trainers.backbones.svd.model import drawn_conditions
     from kinoloom.trainers.core.noise import Rng
     from kinoloom.trainers.core.plain_lora import GROUP
 

@@ -159,11 +159,11 @@ def _sample(model: Any) -> Tensor:
 def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str, **options: Any) -> Any:
     """A Wan LoRA run of one clip, begun."""
     from kinoloom.trainers import backbone_modules, recipes
-    from kinoloom.trainers.core.checkpoint import Identity
     from kinoloom.trainers.core.data import Row, TrainingData, write_column
-    from kinoloom.trainers.core.host import ModelSource
-    from kinoloom.trainers.core.job import Job
-    from kinoloom.trainers.core.record import Spec
+    from kinoloom.trainers.host.source import ModelSource
+    from kinoloom.trainers.run.checkpoint import Identity
+    from kinoloom.trainers.run.job import Job
+    from kinoloom.trainers.run.record import Spec
     from steps import prompt
 
     name, folder, frames = "KinoloomTrainWanLora", bench.folder / run, 1 + (clip[0] - 1) // 4

@@ -40,8 +40,8 @@ class Bench:
     def model(self, kind: str, dtype: torch.dtype = torch.float16) -> tuple[Any, dict[str, Any]]:
         """A MODEL as ComfyUI loads it, and what it carries; `kind` is a backbone's name or "wan 14B"."""
         import comfy.sd
-        from kinoloom.trainers.backbones.motion_module import PART
-        from kinoloom.trainers.core.host import Part
+        from kinoloom.trainers.backbones.animatediff.motion_module import PART
+        from kinoloom.trainers.host.source import Part
         from toyworld.pack import unet, video_unet
 
         path, load, parts = self.models / f"{kind}.safetensors", comfy.sd.load_diffusion_model, {}
@@ -111,7 +111,7 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], device: torch.devi
 
 
 def host() -> ModuleType:
-    from kinoloom.trainers.core import host
+    from kinoloom.trainers.host import source as host
 
     return host
 

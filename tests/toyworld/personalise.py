@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import runs
 import torch
-from kinoloom.nodes.data import EncodeClips, PriorClips
+from kinoloom.nodes.data.nodes import EncodeClips, PriorClips
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 

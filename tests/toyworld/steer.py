@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from kinoloom.nodes.control import ApplyTracklets, load_control
-from kinoloom.nodes.svd_data import EncodeSvdClips
+from kinoloom.nodes.data.svd_nodes import EncodeSvdClips
+from kinoloom.nodes.tracklets.control import ApplyTracklets, load_control
+from kinoloom.trainers.conditions.tracklets import Tracklets, from_masks
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.tracklets import Tracklets, from_masks
 from numpy.random import Generator
 from numpy.typing import NDArray
 

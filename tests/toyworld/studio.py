@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_video_model import SVD_img2vid_Conditioning
-from kinoloom.nodes.motion import LINEAR, ApplyMotionModule, load_motion_module
-from kinoloom.nodes.motion_loras import with_motion_lora
+from kinoloom.nodes.animatediff.loras import with_motion_lora
+from kinoloom.nodes.animatediff.modules import LINEAR, ApplyMotionModule, load_motion_module
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from .plain import read
+from ..run.plain import read
 
 
 @dataclass(frozen=True)

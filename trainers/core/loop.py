@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from . import host
-from .checkpoint import State
+from ..host import source as host
+from ..run.checkpoint import State
 from .config import TrainConfig
 from .data import NotFinite, PhaseData
 from .events import Event, Step, Validation

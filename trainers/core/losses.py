@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from ..backbones.base import Backbone
+from .backbone import Backbone
 from .noise import Rng, logit_normal, shift_timesteps
 from .recipe import Batch
 from .transfer import to_device

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backbones.base import Backbone
+from .backbone import Backbone
 from .events import Plan
 
 HEADROOM = 0.9  # of the free memory; the rest is fragmentation and other programs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import host
+from ..host import source as host
 from .transfer import to_device
 
 STRATA = 16

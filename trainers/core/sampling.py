@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...lora_io.file import atomic_write
-from ..backbones.base import Backbone, Schedule
-from . import host
+from ..host import source as host
+from .backbone import Backbone, Schedule
 from .data import collate, column_path, read_column
 from .events import Event, Sample, SampleFailed
 from .recipe import Batch, Phase, Recipe

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...lora_io.fitting import require_layers
 from ...lora_io.keys import scale_of
-from .host import base_identities
+from ..host.source import base_identities
 from .lora import layer_shapes
 
 # (file, paths of the layers, identities of the base model) -> <module>.lora_down/lora_up.weight, <module>.alpha

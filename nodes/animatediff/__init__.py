@@ -1,0 +1,1 @@
+"""Motion modules and motion LoRAs on a MODEL."""

@@ -1,0 +1,216 @@
+"""AnimateDiff in ComfyUI: motion modules on a MODEL, in any sampler."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.context_windows
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.utils
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...trainers.backbones.animatediff.model import check_model
+from ...trainers.backbones.animatediff.motion_module import PART, Attached, MotionModules, read, sites
+from ...trainers.host.source import load_tensors
+from ..folders import MOTION_MODELS
+from ..widgets import files_state
+
+MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
+EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
+LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
+LONGEST = 128  # frames of a window
+
+
+def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
+    """A patcher of the MotionModules in a file. ValueError says what the file is if not that."""
+    loaded = load_tensors(Path(path))
+    try:
+        layout, tensors = read(loaded)
+    except ValueError as error:
+        raise ValueError(f"motion_module={Path(path).name!r}: found {error}") from error
+    size = sum(tensor.numel() for tensor in tensors.values())
+    dtype = comfy.model_management.unet_dtype(model_params=size, weight_dtype=comfy.utils.weight_dtype(tensors))
+    offload = comfy.model_management.unet_offload_device()
+    module = MotionModules(layout, operations=comfy.ops.manual_cast, dtype=dtype, device=offload).load(tensors)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(module, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    patcher.cached_patcher_init = (load_motion_module, (path,))
+    return patcher
+
+
+def from_evolved(model: Any) -> Any:
+    """AnimateDiff-Evolved's MOTION_MODEL as ours: the same file and the same motion LoRAs."""
+    name = model.model.mm_info.mm_name
+    patcher = load_motion_module(folder_paths.get_full_path_or_raise(MOTION_MODELS, name))
+    patcher.patches = {key: list(patches) for key, patches in model.patches.items()}
+    return patcher
+
+
+class LoadMotionModule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomLoadMotionModule",
+            display_name="Load Motion Module",
+            category="Kinoloom/animatediff",
+            description="Loads AnimateDiff's motion module (v1, v2, v3 or AnimateLCM, for Stable Diffusion 1.5).",
+            search_aliases=["animatediff loader", "v3_sd15_mm"],
+            inputs=[
+                io.Combo.Input(
+                    "motion_module",
+                    options=folder_paths.get_filename_list(MOTION_MODELS),
+                    tooltip="A file in models/animatediff_models, such as v3_sd15_mm.ckpt.",
+                )
+            ],
+            outputs=[MotionModuleType.Output(display_name="motion_module", tooltip="For Apply Motion Module.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, motion_module: str | None = None) -> str:
+        return files_state(MOTION_MODELS, motion_module)
+
+    @classmethod
+    def execute(cls, motion_module: str) -> io.NodeOutput:
+        return io.NodeOutput(load_motion_module(folder_paths.get_full_path_or_raise(MOTION_MODELS, motion_module)))
+
+
+class ApplyMotionModule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomApplyMotionModule",
+            display_name="Apply Motion Module",
+            category="Kinoloom/animatediff",
+            description="Makes a Stable Diffusion 1.5 model an AnimateDiff video model, for training and for any "
+            "sampler: the images of a latent batch become the frames of one clip.",
+            search_aliases=["animatediff", "context windows"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.5 model, with LoRAs if you like."),
+                io.MultiType.Input(
+                    "motion_module",
+                    [MotionModuleType, EvolvedModelType],
+                    tooltip="From Load Motion Module, or a MOTION_MODEL of AnimateDiff-Evolved.",
+                ),
+                io.Int.Input(
+                    "context_length",
+                    default=16,
+                    min=2,
+                    max=LONGEST,
+                    tooltip="Frames that move together. Longer clips are made of overlapping windows of so many. Keep "
+                    "it at the length that the module, or the motion LoRA, was trained on. A Context Windows node "
+                    "before this one has precedence.",
+                ),
+                io.Int.Input(
+                    "context_overlap",
+                    default=4,
+                    min=0,
+                    max=LONGEST - 1,
+                    tooltip="Frames that two windows share. Raise it if a long clip jumps.",
+                ),
+                io.Combo.Input(
+                    "beta_schedule",
+                    options=[LINEAR, KEEP],
+                    default=LINEAR,
+                    advanced=True,
+                    tooltip="Noise levels for sampling. Motion modules are trained on the linear ones.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For samplers, motion LoRA loaders and Train MotionDirector.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, context_length: int | None = None, context_overlap: int | None = None) -> bool:
+        """ValueError for widgets that do not fit together; what arrives by wire is None."""
+        require_windows(context_length or LONGEST, context_overlap or 0)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model: Any, motion_module: Any, context_length: int, context_overlap: int, beta_schedule: str
+    ) -> io.NodeOutput:
+        motion = motion_module if isinstance(motion_module.model, MotionModules) else from_evolved(motion_module)
+        require_fit(model, motion.model, context_length, context_overlap)
+        applied = model.clone()
+        applied.set_additional_models(PART, [motion.clone()])
+        applied.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, PART)
+        applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PART, sampling_with(motion.model))
+        if beta_schedule == LINEAR:
+            applied.add_object_patch("model_sampling", linear_betas())
+        set_windows(applied, context_length, context_overlap)
+        return io.NodeOutput(applied)
+
+
+def require_fit(model: Any, motion: MotionModules, length: int, overlap: int) -> None:
+    check_model(model.model)
+    unet, layout = model.model.diffusion_model, motion.layout
+    for path, site in sites(unet, layout).items():
+        width = getattr(site, "out_channels", None) or site.in_channels
+        if width != layout.modules()[path]:
+            raise ValueError(
+                f"motion_module: made for {layout.modules()[path]} channels at {path}, this model has {width}"
+            )
+    if length > layout.positions:
+        raise ValueError(
+            f"context_length={length}: this motion module ({layout.version}) takes {layout.positions} frames at most"
+        )
+    require_windows(length, overlap)
+
+
+def require_windows(length: int, overlap: int) -> None:
+    if not 2 <= length <= LONGEST:
+        raise ValueError(f"context_length={length}: expected 2..{LONGEST}")
+    if not 0 <= overlap < length:
+        raise ValueError(f"context_overlap={overlap}: expected less than context_length={length}, from 0 on")
+
+
+def sampling_with(motion: MotionModules) -> Callable:
+    """A wrapper of the UNet's forward that has the modules at work in it, and only in it."""
+
+    def run(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        clips = len(options.get("cond_or_uncond", [0]))
+        if len(x) % clips:
+            raise ValueError(f"a batch of {len(x)} images for {clips} prompts cannot be parted into clips")
+        frames = len(x) // clips
+        with Attached(executor.class_obj, motion) as attached:
+            attached.frames = frames
+            return executor(x, *args, **kwargs)
+
+    return run
+
+
+def linear_betas() -> Any:
+    """ComfyUI's noise prediction on the betas that motion modules are trained on."""
+
+    class LinearBetas(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    return LinearBetas(SimpleNamespace(sampling_settings={"beta_schedule": "sqrt_linear"}))
+
+
+def set_windows(model: Any, length: int, overlap: int) -> None:
+    """Sample latent batches longer than `length` in windows of so many frames, unless windows are set already."""
+    if "context_handler" in model.model_options:
+        return
+    model.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(
+        context_schedule=comfy.context_windows.get_matching_context_schedule(
+            comfy.context_windows.ContextSchedules.STATIC_STANDARD
+        ),
+        fuse_method=comfy.context_windows.get_matching_fuse_method(comfy.context_windows.ContextFuseMethods.PYRAMID),
+        context_length=length,
+        context_overlap=overlap,
+        dim=0,
+        causal_window_fix=False,
+    )
+    comfy.context_windows.create_prepare_sampling_wrapper(model)
+
+
+NODES: list[type[io.ComfyNode]] = [LoadMotionModule, ApplyMotionModule]

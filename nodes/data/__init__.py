@@ -1,0 +1,1 @@
+"""Training data: from clips and photos to encoded rows."""

@@ -1,0 +1,164 @@
+"""Encodings on disk, made once: a column's file is named by the hash of all that went into it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from ....trainers.core.data import column_path, write_column
+from ..reading.framing import center_crop, fit, latent_mask
+from ..reading.sources import Source
+from . import cache
+from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
+
+# Raise a number when what its column holds changes, or when files that an earlier version wrote may be wrong.
+VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
+
+
+def data_folder() -> Path:
+    return Path(folder_paths.get_system_user_directory("kinoloom")) / "data"
+
+
+def open_columns(files: int) -> "Columns":
+    """For one run of a node that makes or finds so many files. What is over the cache's limit goes first."""
+    cache.keep_to_limit(data_folder())
+    return Columns(data_folder(), comfy.utils.ProgressBar(files))
+
+
+def frame_step(vae: Any) -> int:
+    """Frames per latent step after the first: 4 for Wan, 1 for an image VAE."""
+    return vae.temporal_compression_decode() or 1
+
+
+def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
+    """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
+    latents = vae.encode(frames)
+    if not latents.isfinite().all():
+        raise ValueError(f"vae: encodes into values that are no numbers, in {vae.vae_dtype}: expected bf16 or fp32")
+    return (latents[0] if latents.ndim == 5 else latents.movedim(0, 1)).float().cpu()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column files of one run of a node, which advances `bar` with every file made or found."""
+
+    folder: Path
+    bar: comfy.utils.ProgressBar = field(repr=False)
+
+    def find(self, column: str, *key: object) -> tuple[str, bool]:
+        """File stem for what `key` describes, and whether the file is there. Hears Cancel."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
+        return stem, cache.use(column_path(self.folder, stem, column))
+
+    def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
+        """File stem of a column, made unless it is there. ValueError for values that are not finite says `name`."""
+        stem, found = self.find(column, *key)
+        if not found:
+            made = make()
+            require_finite(name, made)
+            write_column(self.folder, stem, column, made)
+        self.bar.update(1)
+        return stem
+
+    def shape(self, stem: str) -> tuple[int, ...]:
+        """Shape [C, T, h, w] of a latents column, from the file's header."""
+        with safe_open(str(column_path(self.folder, stem, "latents")), framework="pt") as opened:
+            return tuple(opened.get_slice("latents").get_shape())
+
+    def prompts(
+        self, clip: Any, clip_id: str, texts: dict[str, str], variants: int, *, literal: bool
+    ) -> dict[str, str]:
+        """File stem by text. `texts` has what an error calls each; all are checked before the first is encoded."""
+        described = {
+            text: describe(tokenize(clip, text, literal=literal, name=name)) for text, name in texts.items()
+        }
+
+        def one(text: str) -> str:
+            key = (clip_id, text, described[text], variants, TOKEN_MASK_PROB)
+            name = f"{texts[text]} {shown(text)}"
+            return self.cached(
+                "prompt_embeds", key, name, lambda: encode_prompt(clip, text, variants, literal=literal)
+            )
+
+        return {text: one(text) for text in texts}
+
+    def latents(
+        self, vae: Any, vae_id: str, source: Source, windows: list[list[int]], width: int, height: int
+    ) -> list[str]:
+        def make(frames: list[Tensor]) -> dict[str, Tensor]:
+            return {"latents": encode_pixels(vae, torch.stack([fit(frame, width, height) for frame in frames]))}
+
+        return self.of_windows("latents", source, windows, (vae_id, source.digest), (width, height), make)
+
+    def masks(
+        self, source: Source, windows: list[list[int]], width: int, height: int, step: int, latent_size: tuple[int, int]
+    ) -> list[str]:
+        def make(frames: list[Tensor]) -> dict[str, Tensor]:
+            # the crop is that of frames of `width` x `height`
+            crops = [center_crop(frame[..., :1], width, height) for frame in frames]
+            small = [F.adaptive_avg_pool2d(crop, latent_size)[0, 0] for crop in crops]
+            return {"mask": latent_mask(torch.stack(small), step)}
+
+        rest = (width, height, step, latent_size)
+        return self.of_windows("mask", source, windows, (source.digest,), rest, make)
+
+    def of_windows(
+        self,
+        column: str,
+        source: Source,
+        windows: list[list[int]],
+        before: tuple,
+        after: tuple,
+        make: Callable[[list[Tensor]], dict[str, Tensor]],
+    ) -> list[str]:
+        """A file per window of source frames; its cache key is (*before, window, *after)."""
+        missing = [window for window in windows if not self.find(column, *before, window, *after)[1]]
+        read = reader(source, missing)
+
+        def one(window: list[int]) -> str:
+            name = f"{source.name} frames {window[0]}-{window[-1]}"
+            return self.cached(column, (*before, window, *after), name, lambda: make(read(window)))
+
+        return [one(window) for window in windows]
+
+
+def reader(source: Source, windows: list[list[int]]) -> Callable[[list[int]], list[Tensor]]:
+    """Reads the frames of a window. Single frames in ascending order are read in one pass over the source."""
+
+    def fresh(window: list[int]) -> list[Tensor]:
+        return list(source.frames(_places(source, window)))
+
+    if any(len(window) > 1 for window in windows):
+        return fresh
+    singles = sorted({window[0] for window in windows})
+    ahead = zip(singles, source.frames(_places(source, singles)), strict=True)
+
+    def one(window: list[int]) -> list[Tensor]:
+        frame = next((frame for index, frame in ahead if [index] == window), None)
+        return fresh(window) if frame is None else [frame]
+
+    return one
+
+
+def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{name}: {', '.join(bad)} came out as values that are no numbers: expected finite ones. Try the model "
+            "that encodes it in bf16 or fp32"
+        )
+
+
+def _places(source: Source, indices: list[int]) -> list[int]:
+    """A source of one frame, such as a still mask, serves every moment."""
+    return [0] * len(indices) if source.count == 1 else indices

@@ -1,0 +1,176 @@
+"""Encodes clips as Stable Video Diffusion trains on them: latents, and the first frame as the model is given it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+
+from ....lora_io.file import load
+from ....trainers.conditions.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
+from ....trainers.core.config import knob
+from ....trainers.core.data import Row, TrainingData, column_path
+from ....trainers.core.noise import derived_generator
+from ..reading.framing import fit
+from ..reading.sources import Source
+from . import model_keys
+from .columns import encode_pixels, open_columns
+from .text_rows import ClipPlan, Options, assign_roles, log_sizes, row_name
+
+DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
+NOISINGS = 16  # of each first frame, one of which a training step draws
+LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)
+FLOW_WIDTH, FLOW_LEAST = 256, 16  # pixels, at which motion is measured; OpenCV crashes on lower pictures
+LARGEST_BUCKET = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdOptions(Options):
+    """How clips are cut and sized for Stable Video Diffusion."""
+
+    frames_per_clip: int = knob(
+        14, "Frames in one training clip: 14 for svd, 25 for svd_xt. Lower it if memory runs out.", min=2, max=256
+    )
+    fps: float = knob(
+        7.0,
+        "Frame rate the clips are brought to, which the model is told. Sample with the same fps in "
+        "SVD_img2vid_Conditioning. 0 keeps each file's rate.",
+        min=0.0,
+        max=240.0,
+        step=0.01,
+    )
+    single_frames: int = knob(0, "Not used: every clip is trained as a whole.", min=0, max=0)
+    token_variants: int = knob(0, "Not used: the model reads no text.", min=0, max=0)
+
+
+def encode(
+    plans: list[ClipPlan],
+    role: str,
+    options: SvdOptions,
+    motion_bucket: int,
+    vae: Any,
+    clip_vision: Any,
+    tracked: dict[str, Tracklets],
+) -> tuple[TrainingData, list[str]]:
+    """The clips as training data, and a line about the motion of each. `tracked` has tracklets by a clip's name."""
+    for planned in plans:
+        if planned.clip.source.photo:
+            raise ValueError(f"{planned.clip.source.name}: is a photo, expected clips of several frames")
+        if found := tracked.get(planned.clip.source.name):
+            check_tracklets(found, planned.clip.source)
+    plans = assign_roles(plans, role, options.hold_out)
+    each = [2 + bool(p.clip.mask) + (p.clip.source.name in tracked) for p in plans]
+    files = sum(count * len(p.windows) for count, p in zip(each, plans, strict=True))
+    columns = open_columns(files)
+    vae_id, vision_id = model_keys.of_vae(vae), model_keys.of_patcher(clip_vision.patcher)
+    rows, lines = [], []
+    for planned in plans:
+        source, size = planned.clip.source, (planned.width, planned.height)
+        fps = max(round(options.fps or source.fps), 1)
+        if tracklets := tracked.get(source.name):
+            drawn, boxes = tracklets.to_json(), to_tensors(tracklets, source.count, size)
+        for window, own in zip(map(list, planned.windows), planned.roles, strict=True):
+
+            def image(
+                frames: list[Tensor], key: str = f"{source.digest} {window}", size: tuple = size, fps: int = fps
+            ) -> dict:
+                pixels = torch.stack([fit(frame, *size) for frame in frames])
+                return {
+                    **first_frame(pixels[:1], vae, clip_vision, key),
+                    "fps": torch.tensor(float(fps)),
+                    "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
+                }
+
+            (latents,) = columns.latents(vae, vae_id, source, [window], *size)
+            key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
+            (first,) = columns.of_windows("image", source, [window], *key, image)
+            named, shape = {"latents": latents, "image": first}, columns.shape(latents)
+            if planned.clip.mask:
+                (named["mask"],) = columns.masks(planned.clip.mask, [window], *size, 1, shape[-2:])
+            if tracklets:
+                key = (vae_id, source.digest, drawn)
+                make = painter(vae, source.digest, size, *(value[window] for value in boxes))
+                (named["tracklets"],) = columns.of_windows("tracklets", source, [window], key, size, make)
+            rows.append(Row(row_name(source, window), "clips", own, shape, named))
+            bucket = int(load(column_path(columns.folder, first, "image"))[0]["motion_bucket"])
+            lines.append(f"{rows[-1].name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
+    log_sizes(plans)
+    for line in lines:
+        logging.info("Kinoloom: %s", line)
+    return TrainingData(str(columns.folder), tuple(rows)), lines
+
+
+def check_tracklets(tracklets: Tracklets, source: Source) -> None:
+    """ValueError unless the boxes were made for all frames of this clip, in its shape."""
+    if tracklets.frames != source.count:
+        raise ValueError(
+            f"{source.name}: tracklets are for {tracklets.frames} frames, expected {source.count}, all of the clip's"
+        )
+    shape, expected = tracklets.width / tracklets.height, source.width / source.height
+    if abs(shape - expected) > 0.02 * expected:
+        raise ValueError(
+            f"{source.name}: tracklets are for {tracklets.width}x{tracklets.height}, expected the aspect ratio of "
+            f"{source.width}x{source.height}, the clip's size"
+        )
+
+
+def painter(vae: Any, digest: str, size: tuple, boxes: Tensor, mask: Tensor) -> Callable[[list[Tensor]], dict]:
+    """Makes the column of a clip's frames: boxes [T, 20, 8] and box_mask [T, 20]; colors [K, 20, 3], dealt out anew K
+    times, and painted [K, 4, T, h, w]: latents with boxes painted in all frames but the first."""
+
+    def make(frames: list[Tensor]) -> dict[str, Tensor]:
+        pixels = torch.stack([fit(frame, *size) for frame in frames])
+        palette = torch.tensor([rgb(color) for color in PALETTE])
+        colors, painted = [], []
+        for deal in range(DEALS):
+            generator = derived_generator("colors", digest, deal)
+            colors.append(palette[torch.randperm(len(palette), generator=generator)[:MAX_OBJECTS]])
+            colored = torch.cat([boxes[..., :4], colors[-1].expand(len(boxes), -1, -1), boxes[..., 7:]], dim=-1)
+            painted.append(encode_pixels(vae, paint(pixels, colored, mask, skip_first=True)))
+        dealt = {"colors": torch.stack(colors), "painted": torch.stack(painted)}
+        return {"boxes": boxes, "box_mask": mask, **dealt}
+
+    return make
+
+
+def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[str, Tensor]:
+    """What the model is told of a first frame [1, H, W, 3] in 0..1: its embedding, and its latents under noise.
+
+    augmentations [1 + N], of which the first is 0, is the noise's spread over pixels in -1..1.
+    """
+    generator = derived_generator("augmentation", key, tuple(pixels.shape))
+    mean, std = LOG_NOISE
+    levels = torch.exp(mean + std * torch.randn(NOISINGS, generator=generator))
+    levels = torch.cat([torch.zeros(1), levels])
+    latents = [
+        encode_pixels(vae, pixels + level / 2 * torch.randn(pixels.shape, generator=generator)) for level in levels
+    ]
+    return {
+        "image_embeds": clip_vision.encode_image(pixels).image_embeds[0].float().cpu(),
+        "first_frames": torch.cat(latents, dim=1).movedim(0, 1).contiguous(),
+        "augmentations": levels,
+    }
+
+
+def estimate_motion_bucket(pixels: Tensor) -> int:
+    """1..255 for frames [F, H, W, 3]: 127 where an average pixel moves by 1 % of the diagonal from frame to frame.
+
+    Stability AI has not said how its own numbers come about; this is dense optical flow (Kroeger et al., arXiv
+    1603.03590).
+    """
+    height, width = pixels.shape[1:3]
+    size = (FLOW_WIDTH, max(FLOW_LEAST, round(height * FLOW_WIDTH / width)))
+    grey = [
+        cv2.resize(cv2.cvtColor((frame.cpu().numpy() * 255).astype("uint8"), cv2.COLOR_RGB2GRAY), size)
+        for frame in pixels
+    ]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    moved = [
+        float(((flow.calc(before, after, None) ** 2).sum(-1) ** 0.5).mean())
+        for before, after in zip(grey, grey[1:], strict=False)
+    ]
+    diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
+    return min(max(round(127 * 100 * sum(moved) / len(moved) / diagonal), 1), LARGEST_BUCKET)

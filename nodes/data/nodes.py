@@ -1,0 +1,293 @@
+"""Nodes that make training data."""
+
+import hashlib
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import InputImpl, io
+from server import PromptServer
+
+from ...trainers.core.config import check
+from ...trainers.core.data import Row, TrainingData
+from ..lists import by_place, for_each, listed, only, only_each
+from ..widgets import UNCONNECTED, TrainingDataType, require_one, widget
+from .encoding.columns import frame_step
+from .encoding.text_rows import ROLES, Clip, ClipPlan, Options, check_role, encode, plan
+from .priors import PriorClips
+from .reading import captions, videos
+from .reading.folder import Reading, listing, plan_folder, resolve_folder
+from .reading.framing import check_length
+from .reading.sources import Source, from_tensor
+
+
+def vae_and_text_encoder() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+        io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained."),
+    ]
+
+
+def clip_widgets(frames: str) -> list[io.Input]:
+    """The options for cutting and encoding clips; `frames` names what does not tell its own frame rate."""
+    return [
+        *(widget(option) for option in fields(Options)),
+        io.Float.Input(
+            "source_fps",
+            default=16.0,
+            min=0.01,
+            max=240.0,
+            step=0.01,
+            advanced=True,
+            tooltip=f"Frame rate of {frames}. Change it if they were not taken at 16 frames per second.",
+        ),
+    ]
+
+
+class EncodeClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomEncodeClips",
+            display_name="Encode Training Clips",
+            category="Kinoloom/data",
+            description="Encodes a clip, or a list of clips and photos, with captions for training. What was encoded "
+            "before is taken from disk.",
+            is_input_list=True,
+            search_aliases=["dataset", "video lora", "training data"],
+            inputs=[
+                *vae_and_text_encoder(),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The frames of the clip, or one photo. A list, such as Load Image-Text (from Folder) "
+                    "gives, holds a clip or photo in each item. Connect either this or video.",
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="The clip as a video, whose own frame rate is used. Connect either this or images.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Where the loss counts: one mask per frame, or one for "
+                    "all. Connect it to train on the subject and not its surroundings.",
+                ),
+                io.String.Input(
+                    "caption",
+                    multiline=True,
+                    tooltip="What is seen: subject and surroundings. For "
+                    "Set-and-Sequence describe the appearance here, with [v] before the subject. Read literally: "
+                    "(word:1.2) weighs nothing. A list holds one for each clip.",
+                ),
+                io.String.Input(
+                    "motion_caption",
+                    multiline=True,
+                    default="",
+                    tooltip="The caption again "
+                    "and what happens, with [u] before the motion. Leave it empty to use caption for all.",
+                ),
+                *clip_widgets("images"),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
+        return require_one(images, video)
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        clip: Any,
+        caption: Any,
+        source_fps: Any,
+        images: Any = None,
+        video: Any = None,
+        masks: Any = None,
+        motion_caption: Any = "",
+        **options: Any,
+    ) -> io.NodeOutput:
+        vae, clip, chosen = only("vae", vae), only("clip", clip), Options(**only_each(options))
+        step = frame_step(vae)
+        check_length(chosen.frames_per_clip, step)
+        sources = clip_sources(images, video, only("source_fps", source_fps))
+        texts = (by_place(*given, len(sources)) for given in (("caption", caption), ("motion_caption", motion_caption)))
+        clips = list(zip(sources, *texts, by_place("masks", masks, len(sources)), strict=True))
+
+        def planned(given: tuple[Source, str, str, Any]) -> ClipPlan:
+            source, still, moving, masked = given
+            mask = None if masked is None else from_tensor("masks", masked, source.fps)
+            with_frames = chosen.single_frames > 0
+            written = captions.resolve(still, "", moving, photo=source.photo, with_frames=with_frames)
+            return plan(Clip(source, written, mask), chosen, step)
+
+        plans = for_each(planned, clips, lambda given: given[0].name)
+        return io.NodeOutput(encode(plans, "train", chosen, vae, clip))
+
+
+def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
+    """The clips and photos of one of these inputs; those of a list are numbered."""
+    require_one(images, video, None)
+    name, given = ("images", listed(images)) if video is None else ("video", listed(video))
+    if not given:
+        raise ValueError(f"{name}: the list is empty, expected one clip or more")
+    places = list(enumerate(given, 1))
+    found = for_each(
+        lambda place: from_tensor(name, place[1], fps) if video is None else video_source(place[1]),
+        places,
+        lambda place: name if len(given) == 1 else f"{name} #{place[0]}",
+    )
+    if len(found) > 1:
+        found = [replace(source, name=f"{source.name} #{number}") for number, source in enumerate(found, 1)]
+    for source in found:
+        for note in source.notes:
+            logging.warning("Kinoloom: %s: %s", source.name, note)
+    return found
+
+
+def video_source(video: Any) -> Source:
+    """The VIDEO's file, from its start to its end where it is trimmed; else its frames in memory."""
+    if isinstance(video, InputImpl.VideoFromFile):
+        file = video.get_stream_source()
+        try:
+            source = videos.video(Path(file) if isinstance(file, str) else file, *video.get_active_trim_window())
+        except ValueError as error:
+            name = Path(file).name if isinstance(file, str) else "video"
+            raise ValueError(f"{name}: {error}") from error
+        return source
+    parts = video.get_components()
+    return from_tensor("video", parts.images, float(parts.frame_rate))
+
+
+def folder_and_role() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=folder_paths.get_input_subfolders(),
+            tooltip="The folder with the clips, inside ComfyUI's input folder.",
+        ),
+        io.Combo.Input(
+            "role",
+            options=list(ROLES),
+            default="train",
+            tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
+            "clips of other subjects, so that the model does not forget them.",
+        ),
+    ]
+
+
+def check_folder_options(role: str | None, hold_out: int | None) -> bool:
+    """ValueError for widgets that do not fit, alone or together; what arrives by wire is None."""
+    if hold_out is not None:
+        check(Options.__dataclass_fields__["hold_out"], hold_out)
+    check_role(role or "train", hold_out or 0)
+    return True
+
+
+def alpha_as_mask() -> io.Input:
+    return io.Boolean.Input(
+        "alpha_as_mask",
+        default=False,
+        advanced=True,
+        tooltip="Take the transparency of photos and frames as their mask: only what is opaque counts. A mask file "
+        "goes first. Transparent parts are shown white in either case.",
+    )
+
+
+def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
+    """The data, with lines that are shown on the node."""
+    text = "\n".join(lines)
+    if node.hidden:  # in a prompt
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(data, ui={"text": (text,)})
+
+
+class ClipsFromFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomClipsFromFolder",
+            display_name="Training Clips from Folder",
+            category="Kinoloom/data",
+            description="Encodes the videos, photos and folders of numbered frames in a folder of ComfyUI's input "
+            "folder. Captions are text files of the same name: dance.txt, or dance.static.txt and "
+            "dance.motion.txt. Masks are dance.mask.mp4, dance.mask.png or the folder dance.mask.",
+            search_aliases=["dataset", "video lora", "training data", "load folder"],
+            inputs=[
+                *vae_and_text_encoder(),
+                *folder_and_role(),
+                *clip_widgets("folders of frames"),
+                alpha_as_mask(),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
+        return check_folder_options(role, hold_out)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
+        """The folder's files; never the same for a folder that arrives by wire, which is None here."""
+        if folder is None:
+            return float("nan")
+        found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        clip: Any,
+        folder: str,
+        role: str,
+        source_fps: float,
+        alpha_as_mask: bool = False,
+        **options: Any,
+    ) -> io.NodeOutput:
+        chosen = Options(**options)
+        check_length(chosen.frames_per_clip, frame_step(vae))
+        root = Path(folder_paths.get_input_directory())
+        reading = Reading(source_fps, alpha_as_mask=alpha_as_mask)
+        plans, notes = plan_folder(root, folder, reading, chosen, frame_step(vae))
+        data = encode(plans, role, chosen, vae, clip)
+        return output(cls, data, notes) if notes else io.NodeOutput(data)
+
+
+class CombineData(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomCombineData",
+            display_name="Combine Training Data",
+            category="Kinoloom/data",
+            description="Joins training data; what is in both counts once.",
+            search_aliases=["merge datasets", "concatenate training data"],
+            inputs=[
+                TrainingDataType.Input("data_1", tooltip="Training data."),
+                TrainingDataType.Input("data_2", tooltip="Training data to add. Chain nodes to join more than two."),
+            ],
+            outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
+        )
+
+    @classmethod
+    def execute(cls, data_1: TrainingData, data_2: TrainingData) -> io.NodeOutput:
+        return io.NodeOutput(combine(data_1, data_2))
+
+
+def combine(first: TrainingData, second: TrainingData) -> TrainingData:
+    if first.folder != second.folder:
+        raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode it again")
+    rows: dict[tuple, Row] = {}
+    for row in (*first.rows, *second.rows):
+        rows.setdefault((row.split, row.role, *sorted(row.columns.items())), row)
+    return TrainingData(first.folder, tuple(rows.values()))
+
+
+NODES: list[type[io.ComfyNode]] = [EncodeClips, ClipsFromFolder, PriorClips, CombineData]

@@ -1,0 +1,1 @@
+"""Files as frames, masks and captions, and how they are cut."""

@@ -1,0 +1,109 @@
+"""Stable Video Diffusion: models and LoRAs by ComfyUI's names in diffusers', and back."""
+
+from pathlib import Path, PurePath
+
+import folder_paths
+from comfy_api.latest import io
+
+from ...lora_io.file import copy_renamed, free_path, load, load_names, save
+from ...lora_io.keys import PREFIX, UNET
+from ...lora_io.peft import METADATA, alpha_of, config_of
+from ...lora_io.svd import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
+from ..folders import output_folder
+
+MODELS, DIFFUSERS, LORAS = "diffusion_models", "diffusers", "loras"
+FILES = (".safetensors", ".sft")
+NAMELESS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # what every such file is called
+OTHER = {"comfyui": "diffusers", "diffusers": "comfyui"}
+
+
+def choices() -> list[str]:
+    """The files that may be converted, each as <model folder>/<path>."""
+    files = [(folder, name) for folder in (MODELS, LORAS) for name in folder_paths.get_filename_list(folder)]
+    for root in folder_paths.get_folder_paths(DIFFUSERS):
+        found = sorted(folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0])
+        files += [(DIFFUSERS, name) for name in found if _is_unet(PurePath(name))]
+    return [f"{folder}/{name}" for folder, name in files if name.endswith(FILES)]
+
+
+def _is_unet(name: PurePath) -> bool:
+    """unet/ is a pipeline's, unet_ema/ is what a trainer keeps beside it."""
+    return name.parent.name.startswith("unet") and name.name.startswith("diffusion_pytorch_model")
+
+
+def convert_unet_file(source: Path, title: str, folder: Path) -> Path:
+    """Copy a model into `folder` in the other layout. ValueError if it is no whole UNet of SVD."""
+    keys, metadata = load_names(source)
+    layout = layout_of(keys)
+    names = unet_names(keys, OTHER[layout])
+    path = free_path(folder, _converted(title, layout))
+    copy_renamed(source, path, names, _described(metadata, source, layout))
+    return path
+
+
+def convert_lora_file(source: Path, title: str, folder: Path) -> Path:
+    """Write a LoRA into `folder` in the other layout. ValueError if it is none for SVD."""
+    tensors, metadata = load(source)
+    if any(key.startswith(PREFIX) for key in tensors):
+        layout, converted = "comfyui", lora_to_diffusers(tensors)
+    else:
+        layout, converted = "diffusers", lora_to_comfy(tensors, alpha_of(config_of(source, metadata, UNET)))
+    path = free_path(folder, _converted(title, layout))
+    save(path, converted, _described(metadata, source, layout))
+    return path
+
+
+def _described(metadata: dict[str, str], source: Path, layout: str) -> dict[str, str]:
+    """The source's metadata but for its scale, which is in the tensors now, and where the file is from."""
+    kept = {name: value for name, value in metadata.items() if name != METADATA}
+    return {"format": "pt", **kept, "kinoloom.converted": f"{source.name} to the layout of {OTHER[layout]}"}
+
+
+def _converted(title: str, layout: str) -> str:
+    return f"{title.removesuffix(f'-{layout}')}-{OTHER[layout]}"
+
+
+def _title(name: PurePath) -> str:
+    """A file's name, or that of the nearest folder with one of its own."""
+    if not name.stem.startswith(NAMELESS):
+        return name.stem
+    return next((part for part in reversed(name.parent.parts) if not part.startswith("unet")), name.stem)
+
+
+class ConvertSvd(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomConvertSvd",
+            display_name="Convert SVD Model",
+            category="Kinoloom/svd",
+            is_output_node=True,
+            description="Copies a Stable Video Diffusion model, or a LoRA for one, from diffusers' layout, in which "
+            "SVD_Xtend saves, to ComfyUI's, or back. What it computes stays the same.",
+            search_aliases=["convert svd lora", "svd_xtend", "diffusers to comfyui"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=choices(),
+                    tooltip="A UNet in models/diffusion_models, or in a diffusers folder in models/diffusers, or a "
+                    "LoRA in models/loras. From diffusers' layout it goes to ComfyUI's, and the other way round.",
+                )
+            ],
+            outputs=[io.String.Output("path", tooltip="The new file, in kinoloom/ of diffusion_models or loras.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        folder, _, name = file.partition("/")
+        if folder not in (MODELS, DIFFUSERS, LORAS):  # may arrive by wire
+            raise ValueError(f"file={file!r}: expected a file in {MODELS}/, {DIFFUSERS}/ or {LORAS}/")
+        source = Path(folder_paths.get_full_path_or_raise(folder, name))
+        convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, MODELS)
+        try:
+            path = convert(source, _title(PurePath(name)), output_folder(kind))
+        except ValueError as error:
+            raise ValueError(f"file={file!r}: {error}") from error
+        return io.NodeOutput(str(path), ui={"text": (str(path),)})
+
+
+NODES: list[type[io.ComfyNode]] = [ConvertSvd]

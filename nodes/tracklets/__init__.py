@@ -1,0 +1,1 @@
+"""Boxes that objects follow: drawing, loading and applying them."""

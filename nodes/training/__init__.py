@@ -1,0 +1,1 @@
+"""Runs: the train nodes, the registry, results, previews and the HTTP routes."""

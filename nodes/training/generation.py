@@ -1,0 +1,33 @@
+"""Which shipped workflow generates with a run's files, and where each file goes in it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ...trainers.run.job import Job
+from ...trainers.run.shown import loader_name
+
+
+def generation(job: Job) -> dict[str, Any]:
+    """The workflow's name, and for each of its loaders the file to load, or None for one that is bypassed.
+
+    ValueError if no shipped workflow generates with what the run made.
+    """
+    offered = job.recipe_class.generations(job.config)
+    if not offered:
+        title = job.recipe_class.title
+        raise ValueError(f"No template generates with what {title} makes: load its model in a workflow of yours")
+    made = {name: path for name in job.recipe_class.exports(job.config) if (path := newest(job, name))}
+    for choice in offered:
+        if made.keys() >= set(choice.loaders.values()):
+            same = (other.loaders for other in offered if other.template == choice.template)
+            unused: dict[str, str | None] = {loader: None for loaders in same for loader in loaders}
+            used = {loader: loader_name(made[name]) for loader, name in choice.loaders.items()}
+            return {"template": choice.template, "loaders": unused | used}
+    raise ValueError(f"run {job.spec.run_name!r} has no file left that a template generates with")
+
+
+def newest(job: Job, export: str) -> Path | None:
+    """The file of a part of the run, else the best one so far; None if neither is on disk."""
+    files = (Path(job.files[label]) for label in (export, f"{export}-best") if label in job.files)
+    return next((path for path in files if os.path.isfile(path)), None)

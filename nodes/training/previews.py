@@ -1,0 +1,211 @@
+"""Nodes that say what a run samples while it trains."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...trainers.backbones.svd.model import SIDE
+from ...trainers.conditions.tracklets import Tracklets, to_tensors
+from ...trainers.core.config import check, knob
+from ...trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
+from ..data.encoding import model_keys
+from ..data.encoding.columns import encode_pixels, open_columns
+from ..data.encoding.svd_rows import LARGEST_BUCKET
+from ..data.reading import sources
+from ..data.reading.framing import bucket, fit
+from ..data.svd_nodes import encoders
+from ..lists import joined, listed, only, only_each
+from ..widgets import TrackletsType, TrainingSamplesType, widget
+from .train import knobs
+
+MOST = 16  # samples at a time
+LIKE_TRAINING = "Use what the clips were encoded with."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How often is sampled, and how."""
+
+    steps: int = knob(20, "Sampling steps. Fewer are faster and rougher.", min=1, max=1000)
+    cfg: float = knob(6.0, "Guidance. Use what you use for generation.", min=0.0, max=100.0, step=0.1)
+    seed: int = knob(0, "Seed of the first sample; the others follow. It stays the same all along.", min=0, max=2**53)
+    sample_every: int = knob(
+        100,
+        "Steps between samples. They are also made before the first step and at the end of each phase. Raise it if "
+        "samples take much of the time.",
+        min=1,
+        max=1_000_000,
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            check(option, getattr(self, option.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(SampleOptions):
+    width: int = knob(512, "In pixels, a multiple of 16 for Wan, of 8 for AnimateDiff.", min=16, max=4096, step=8)
+    height: int = knob(512, "In pixels, a multiple of 16 for Wan, of 8 for AnimateDiff.", min=16, max=4096, step=8)
+    frames: int = knob(33, "Length: 4n+1 for Wan, 16 for AnimateDiff. " + LIKE_TRAINING, min=1, max=1025)
+    fps: float = knob(
+        16.0, "Frames per second at which samples are shown: 16 for Wan, 8 for AnimateDiff.", min=1.0, max=240.0,
+        advanced=True,
+    )  # fmt: skip
+    shift: float = knob(
+        5.0,
+        "Above 1 samples more at high noise, for Wan: the shift that you generate with. AnimateDiff ignores it.",
+        min=0.1,
+        max=100.0,
+        step=0.1,
+        advanced=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstFrameOptions(SampleOptions):
+    size: int = knob(
+        512, "Side of a square with as many pixels as a sample gets. " + LIKE_TRAINING, min=64, max=2048, step=16
+    )
+    frames: int = knob(14, "Length: 14 for svd, 25 for svd_xt. " + LIKE_TRAINING, min=2, max=256)
+    fps: int = knob(7, "Frames per second, which the model is told. " + LIKE_TRAINING, min=1, max=240)
+    motion_bucket: int = knob(127, "How much moves, which the model is told.", min=1, max=LARGEST_BUCKET)
+    cfg: float = knob(2.5, "Guidance of the last frame; it rises evenly from 1.", min=0.0, max=100.0, step=0.1)
+
+
+def read_prompts(prompts: str) -> tuple[str, ...]:
+    """The lines with something in them; ValueError for none, or too many."""
+    names = tuple(line.strip() for line in prompts.splitlines() if line.strip())
+    require_count("prompts", len(names))
+    return names
+
+
+def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
+    """ValueError for no prompt, or too many."""
+    names = read_prompts(prompts)
+    columns = open_columns(len(names) + 1)
+    clip_id = model_keys.of_text_encoder(clip)
+    texts = {negative: "negative", **dict.fromkeys(names, "prompts")}
+    encoded = columns.prompts(clip, clip_id, texts, 0, literal=False)
+    stems = tuple(encoded[name] for name in names)
+    made_of = {"column": PROMPTS, "names": names, "stems": stems, "negative": encoded[negative]}
+    return Samples(folder=str(columns.folder), **made_of, first_cfg=options.cfg, **vars(options))
+
+
+def sample_first_frames(
+    vae: Any, clip_vision: Any, images: Tensor, tracklets: Tracklets | None, options: FirstFrameOptions
+) -> Samples:
+    """One of each image [N, H, W, C], cropped to multiples of 64, all under the same boxes."""
+    require_count("images", len(images))
+    given = vars(options).copy()
+    width, height = bucket(images.shape[2], images.shape[1], given.pop("size") ** 2, SIDE)
+    told = {"fps": options.fps, "motion_bucket": given.pop("motion_bucket"), "augmentation": 0}
+    boxes, mask = to_tensors(tracklets or Tracklets(width, height, options.frames), options.frames, (width, height))
+    columns = open_columns(len(images))
+    models = model_keys.of_vae(vae), model_keys.of_patcher(clip_vision.patcher)
+    frames = [sources.from_tensor(f"image {n + 1}", images[n : n + 1], options.fps) for n in range(len(images))]
+
+    def make(frame: sources.Source) -> dict[str, Tensor]:
+        pixels = fit(next(frame.frames([0])), width, height).unsqueeze(0)
+        return {
+            "image_embeds": clip_vision.encode_image(pixels).image_embeds[0].float().cpu(),
+            "first_frame": encode_pixels(vae, pixels)[:, 0],
+            **{name: torch.tensor(float(value)) for name, value in told.items()},
+            "boxes": boxes,
+            "box_mask": mask,
+        }
+
+    key = (*models, width, height, options.frames, told, tracklets and tracklets.to_json())
+    stems = [columns.cached(FIRST_FRAMES, (*key, f.digest), f.name, lambda frame=f: make(frame)) for f in frames]
+    made_of = {"column": FIRST_FRAMES, "names": tuple(f.name for f in frames), "stems": tuple(stems), "negative": ""}
+    size = {"width": width, "height": height, "shift": 1.0, "first_cfg": 1.0}
+    return Samples(folder=str(columns.folder), **made_of, **size, **given)
+
+
+def require_count(field: str, count: int) -> None:
+    if not 1 <= count <= MOST:
+        raise ValueError(f"{field}: found {count}, expected 1..{MOST}")
+
+
+class SamplePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomSamplePrompts",
+            display_name="Sample Prompts",
+            category="Kinoloom/training",
+            description="Prompts of which a run makes small videos while it trains, for Wan and AnimateDiff. Connect "
+            "it to samples of a Train node. What is learned stays the same to the bit.",
+            is_input_list=True,
+            search_aliases=["preview", "validation prompts"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model that is trained."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="One prompt per line, with [v] and [u] if the captions have them. Try one as in the "
+                    "captions, one in other surroundings, and one of another subject. (word:1.2) weighs a word, as in "
+                    "CLIP Text Encode.",
+                ),
+                io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt of all."),
+                *(widget(option) for option in knobs(PromptOptions)),
+            ],
+            outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompts: Any = None) -> bool:
+        if None not in listed(prompts):  # does not arrive by wire
+            read_prompts(joined(prompts))
+        return True
+
+    @classmethod
+    def execute(cls, clip: Any, prompts: Any, negative: Any, **options: Any) -> io.NodeOutput:
+        chosen = PromptOptions(**only_each(options))
+        return io.NodeOutput(sample_prompts(only("clip", clip), joined(prompts), only("negative", negative), chosen))
+
+
+class SampleFirstFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomSampleFirstFrames",
+            display_name="Sample First Frames (SVD)",
+            category="Kinoloom/training",
+            description="First frames of which a run makes small videos while it trains Stable Video Diffusion. "
+            "Connect it to samples of a Train node. What is learned stays the same to the bit.",
+            is_input_list=True,
+            search_aliases=["preview", "validation images"],
+            inputs=[
+                *encoders(),
+                io.Image.Input("images", tooltip="One or more first frames, such as of clips that are not trained on."),
+                TrackletsType.Input(
+                    "tracklets",
+                    optional=True,
+                    tooltip="Boxes that objects follow in all samples, for Train SVD Tracklets. Without them none do.",
+                ),
+                *(widget(option) for option in knobs(FirstFrameOptions)),
+            ],
+            outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, clip_vision: Any, images: Any, tracklets: Any = None, **options: Any
+    ) -> io.NodeOutput:
+        made_with = only_each({"vae": vae, "clip_vision": clip_vision, "tracklets": tracklets})
+        chosen = FirstFrameOptions(**only_each(options))
+        return io.NodeOutput(sample_first_frames(images=one_batch(listed(images)), options=chosen, **made_with))
+
+
+def one_batch(images: list[Tensor]) -> Tensor:
+    """The images of a list as a batch; all samples of a run are of one size."""
+    sizes = dict.fromkeys(f"{image.shape[2]}x{image.shape[1]}" for image in images)
+    if len(sizes) != 1:
+        raise ValueError(f"images: found the sizes {', '.join(sizes) or 'of none'}, expected one size for all")
+    return torch.cat(images)
+
+
+NODES = [SamplePrompts, SampleFirstFrames]

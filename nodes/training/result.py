@@ -1,0 +1,105 @@
+"""Training Result and Load Trained Model: what a run gives to the rest of the workflow."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+from server import PromptServer
+
+from ...lora_io.file import load
+from ...trainers.host.source import make_room
+from ...trainers.run.job import Job
+from ..widgets import TrainingJobType
+from .registry import registry, trained_file
+
+POLL_SECONDS = 0.2
+
+
+class TrainingResult(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomTrainingResult",
+            display_name="Training Result",
+            category="Kinoloom/training",
+            description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so "
+            "far is saved, and running the workflow again resumes it.",
+            inputs=[TrainingJobType.Input("job", tooltip="A job from one of the Train nodes.")],
+            outputs=[
+                io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
+                io.String.Output("path", tooltip="Its file. LoRA loaders list it under kinoloom/<run name>."),
+                io.LossMap.Output("loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.Int.Output("steps", tooltip="Optimizer steps made."),
+                io.LoraModel.Output(
+                    "all_loras", is_output_list=True, tooltip="Every part of the run, one after the other."
+                ),
+                io.String.Output("all_paths", is_output_list=True, tooltip="Their files, in the same order."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, job: str) -> io.NodeOutput:
+        found = registry().get(job)
+        with registry().waiting():
+            _wait(found, cls.hidden.unique_id)
+        name, status = found.spec.run_name, found.status
+        if status == "failed":
+            raise RuntimeError(f"Training run {name!r} failed: {found.error}")
+        if status != "finished":
+            logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
+        if not found.parts:
+            raise RuntimeError(f"Training run {name!r} ended before it saved anything")
+        if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
+            lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of what it made")
+            loras = [lora]
+        else:
+            loras = [load(Path(path))[0] for path in map(trained_file, found.parts)]
+        outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
+        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),), "kinoloom_job": (job,)})
+
+
+def _wait(job: Job, node_id: str) -> None:
+    """Show progress and the plan until the job ends; Cancel stops it, and the cancel goes on once it has saved."""
+    bar, shown = None, None
+    try:
+        while not job.ended.wait(POLL_SECONDS):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if registry().room_wanted.is_set():
+                make_room()
+            if job.total:
+                bar = bar or comfy.utils.ProgressBar(job.total)
+                bar.update_absolute(job.done, job.total)
+            if shown != (text := job.headline):
+                shown = text
+                PromptServer.instance.send_progress_text(text, node_id)
+    except comfy.model_management.InterruptProcessingException:
+        job.stop()
+        job.ended.wait()
+        raise
+
+
+class TrainedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomTrainedModel",
+            display_name="Load Trained Model",
+            category="Kinoloom/training",
+            description="Loads the model that a fine-tune run made, in the same graph. Load Diffusion Model lists it "
+            "too.",
+            search_aliases=["fine-tune", "load checkpoint"],
+            inputs=[io.String.Input("path", force_input=True, tooltip="path of Training Result.")],
+            outputs=[io.Model.Output(tooltip="The fine-tuned model.")],
+        )
+
+    @classmethod
+    def execute(cls, path: str) -> io.NodeOutput:
+        return io.NodeOutput(comfy.sd.load_diffusion_model(trained_file(path)))
+
+
+NODES = [TrainingResult, TrainedModel]

@@ -1,0 +1,191 @@
+"""One train node per recipe, built from its Config."""
+
+import logging
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+from safetensors import safe_open
+
+from ...lora_io.file import sha256
+from ...trainers import backbone_modules, recipes
+from ...trainers.core.config import TrainConfig, check, make
+from ...trainers.core.data import PhaseData, TrainingData, column_path
+from ...trainers.core.recipe import Recipe
+from ...trainers.core.sampling import PROMPTS, Samples
+from ...trainers.host.source import carried, device, require_trainable, resolve_precision
+from ...trainers.run.checkpoint import Identity
+from ..widgets import (
+    NO_FILE,
+    TrainingDataType,
+    TrainingJobType,
+    TrainingSamplesType,
+    files_state,
+    model_file,
+    require_name,
+    widget,
+)
+from .naming import asked_as, same_name
+from .registry import registry
+
+
+def knobs(config_class: type) -> list[Field]:
+    """In the order of the widgets: what a method adds before what others share, rare ones after, added ones last."""
+    shared = {option.name: place for place, c in enumerate(config_class.__mro__[:-1]) for option in fields(c)}
+    return sorted(fields(config_class), key=lambda o: (o.metadata["added"], o.metadata["advanced"], shared[o.name]))
+
+
+def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
+    class Train(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id=recipe.name,
+                display_name=recipe.title,
+                category="Kinoloom/training",
+                is_output_node=True,
+                description=recipe.description + " Runs in the background; attach Training Result to wait for it.",
+                inputs=[
+                    io.Model.Input("model", tooltip="The model to train on. It is copied, never changed."),
+                    TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
+                    io.String.Input(
+                        "run_name",
+                        default="my_run",
+                        tooltip="Names the run and its files. Running again under the same name resumes what was "
+                        "stopped and leaves a finished run as it is; with more steps it goes on.",
+                    ),
+                    *(widget(option) for option in knobs(recipe.Config)),
+                    TrainingSamplesType.Input(
+                        "samples",
+                        optional=True,
+                        tooltip="What to sample while training, from Sample Prompts or Sample First Frames (SVD). "
+                        "Changes nothing of what is learned.",
+                    ),
+                ],
+                outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
+            )
+
+        @classmethod
+        def validate_inputs(cls, run_name: str | None = None, **values: Any) -> bool:
+            """ValueError says what is wrong with the widgets, before the prompt is queued.
+
+            What arrives by wire is None here, and checked by `execute`. The one error is raised and not returned,
+            because ComfyUI repeats a returned one for each input.
+            """
+            name = None if run_name is None else require_name("run_name", run_name)
+            config = check_options(recipe.Config, values)
+            if name and config:
+                check_earlier(name, recipe.name, config)
+            return True
+
+        @classmethod
+        def fingerprint_inputs(cls, run_name: str | None = None, **values: Any) -> float | str:
+            """Unchanged while a run goes on or is finished; one that ended early, was deleted or resumed runs again."""
+            if run_name is None:  # arrives by wire
+                return float("nan")
+            name = run_name.strip()
+            job = registry().newest(name)
+            if job and job.ended.is_set() and job.status != "finished":
+                return float("nan")
+            chosen = [files_state(folder, values.get(o, NO_FILE)) for o, folder in file_options(recipe.Config).items()]
+            return repr([registry().times_voided(name), *chosen])
+
+        @classmethod
+        def execute(
+            cls, model: Any, data: TrainingData, run_name: str, samples: Samples | None = None, **values: Any
+        ) -> io.NodeOutput:
+            require_trainable(model)
+            files = resolve_files(recipe.Config, values)
+            config = make(recipe.Config, values)
+            config = replace(config, precision=resolve_precision(config.precision, device()))
+            backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
+            config.check_model(model)
+            check_data(recipe, config, data)
+            shaped = samples and fit_samples(recipe, carried(model), data, samples)
+            job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
+            text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
+            shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
+            return io.NodeOutput(job.spec.id, ui=shown)
+
+    Train.__name__ = recipe.name
+    return Train
+
+
+def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:
+    """ValueError if the data does not suit the options; a warning if prior clips are there for some phases only."""
+    phases = {
+        phase.name: PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
+        for phase in recipe.phases(config)
+    }
+    config.check_data(data)
+    without = [name for name, phase in phases.items() if not phase.prior.rows]
+    if without and len(without) < len(phases):
+        logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))
+
+
+def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData, samples: Samples) -> Samples:
+    """The samples with their latent shape. ValueError if this method's model cannot make them."""
+    found, expected = ("prompts", "first frames") if samples.column == PROMPTS else ("first frames", "prompts")
+    if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
+        raise ValueError(f"samples: these are {found}, but {recipe.title} takes {expected}")
+    if samples.column == PROMPTS:
+        theirs = prompt_width(data.folder, data.rows[0].columns[PROMPTS])
+        ours = prompt_width(samples.folder, samples.stems[0])
+        if ours != theirs:
+            raise ValueError(f"samples: prompts are {ours} wide, the data's {theirs}: expected the same text encoder")
+    try:
+        shape = backbone_modules()[recipe.backbone].latent_shape(parts, samples.width, samples.height, samples.frames)
+    except ValueError as error:
+        raise ValueError(f"samples: {error}") from error
+    return replace(samples, shape=shape)
+
+
+def prompt_width(folder: str, stem: str) -> int:
+    with safe_open(str(column_path(folder, stem, PROMPTS)), framework="pt") as opened:
+        return opened.get_slice(PROMPTS).get_shape()[-1]
+
+
+def file_options(config_class: type) -> dict[str, str]:
+    """The options that choose a file, and the model folder of each."""
+    return {o.name: o.metadata["file_of"] for o in fields(config_class) if o.metadata["file_of"]}
+
+
+def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> TrainConfig | None:
+    """The config, or None if it is not known, because a value is None. ValueError for values that do not fit."""
+    options = {option.name: option for option in fields(config_class)}
+    given = {name: value for name, value in values.items() if name in options}
+    known = {name: value for name, value in given.items() if value is not None}
+    for name, value in known.items():
+        check(options[name], value)
+    for name, folder in file_options(config_class).items():
+        known[name] = chosen_path(name, folder, known.get(name, ""))
+    return None if None in given.values() else make(config_class, known)
+
+
+def check_earlier(name: str, recipe: str, config: TrainConfig) -> None:
+    """ValueError if the options alone show that the unfinished run of this name cannot go on with them."""
+    earlier = registry().called(name)
+    if earlier is None or earlier.status == "finished" or not same_name(asked_as(earlier.spec), name):
+        return
+    if earlier.resumable or not earlier.ended.is_set():
+        known = earlier.spec.identity
+        Identity.of(recipe, known.base_model, known.data, config, known.files).require_same(known, name)
+        earlier.require_reachable(config)
+
+
+def chosen_path(option: str, folder: str, name: str) -> str:
+    return "" if name in ("", NO_FILE) else str(model_file(option, folder, name))
+
+
+def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:
+    """Replace chosen file names in `values` by full paths ("" for none); option name -> sha256 of what was chosen."""
+    hashes = {}
+    for option, folder in file_options(config_class).items():
+        values[option] = chosen_path(option, folder, values[option])
+        if values[option]:
+            hashes[option] = sha256(Path(values[option]))
+    return hashes
+
+
+NODES = [train_node(recipe) for recipe in recipes().values()]

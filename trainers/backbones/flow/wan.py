@@ -1,0 +1,97 @@
+"""Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.backbone import check_channels, latent_size, prepare_latents, prompts
+from ...core.config import TrainConfig, knob
+from ...core.data import Row
+from ...core.noise import FlowMatch
+from ...host.source import file_of
+from .wan_kinds import kind_of, require_wan21
+
+LATENT_CHANNELS = 16
+SIDE = 16  # pixels of a token's side
+FRAMES = 4  # in a latent but the first, which has one
+
+
+def check(model: Any, parts: dict[str, Any], rows: Iterable[Row]) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model, and the data is for it."""
+    _check_model(model)
+    check_channels(rows, LATENT_CHANNELS)
+
+
+def _check_model(model: Any) -> None:
+    module = getattr(model, "diffusion_model", None)
+    plain = type(model).__name__ == "WAN21" and module.model_type == "t2v" and module.in_dim == LATENT_CHANNELS
+    if not plain:
+        raise ValueError(
+            f"model: found {kind_of(model)}, expected Wan 2.1 text-to-video with {LATENT_CHANNELS} input channels"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig(TrainConfig):
+    """What every recipe for Wan can be told."""
+
+    wan_version: str = knob(
+        "auto",
+        "Set it to 2.1 if a 14B file is Wan 2.1 and neither its name nor its metadata says so. Experts of Wan 2.2 have "
+        "the same shapes and are refused.",
+        choices=("auto", "2.1"),
+        advanced=True,
+        added=1,
+    )
+
+    def check_model(self, model: Any) -> None:
+        """`model` is a MODEL."""
+        require_wan21(*file_of(model), model.model.diffusion_model.dim, self.wan_version)
+
+
+def latent_shape(parts: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, ...]:
+    """(C, T, h, w) of a video to sample. ValueError names the number that the model cannot have."""
+    if (frames - 1) % FRAMES:
+        below = (frames - 1) // FRAMES * FRAMES + 1
+        raise ValueError(f"frames={frames}: expected 4n+1 for this model; the nearest are {below} and {below + FRAMES}")
+    return (LATENT_CHANNELS, 1 + (frames - 1) // FRAMES, *latent_size(width, height, SIDE))
+
+
+class Wan:
+    """Velocity predictor v(x_t, t, prompt_embeds): x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
+
+    schedule = FlowMatch()
+    lora_targets = {
+        "all": r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])",
+        "attention": r"blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]",
+    }
+
+    def __init__(
+        self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+    ) -> None:
+        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
+        _check_model(model)
+        self.module: nn.Module = model.diffusion_model
+        self.blocks = list(self.module.blocks)
+        self.device, self.dtype = device, dtype
+        self.process_latent_in = model.process_latent_in
+        self.transformer_options = transformer_options
+        self.checkpointing = False
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return prepare_latents(batch, self.device, self.process_latent_in)
+
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
+        """`batch` holds prompt_embeds [B, n, D] and, where the text encoder pads with zeros, prompt_length [B]."""
+        return self.module(
+            noisy_latents.to(self.dtype),
+            FlowMatch.multiplier * t,
+            context=prompts(batch, self.module.text_dim, self.device, self.dtype),
+            transformer_options=dict(self.transformer_options),
+        )
+
+
+load = Wan

@@ -1,0 +1,1 @@
+"""What rides on a model or a row beside text and pictures."""

@@ -1,0 +1,1 @@
+"""The seam to ComfyUI, the only folder under trainers/ that imports it."""

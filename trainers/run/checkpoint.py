@@ -1,0 +1,111 @@
+"""The resumable state of a run, and what must be unchanged for it to be continued exactly."""
+
+import json
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+from ...lora_io.file import atomic_write
+from ..core.config import FIXED, NOT_TRAJECTORY, TrainConfig
+from .plain import Plain, parse, read
+from .versions import VERSION, current
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is made of. Another method, base model, data, file or option of FIXED makes another run."""
+
+    recipe: str
+    base_model: str
+    data: str
+    config: dict[str, Plain]
+    files: dict[str, str]
+
+    @staticmethod
+    def of(recipe: str, base_model: str, data: str, config: TrainConfig, files: dict[str, str]) -> "Identity":
+        kept = {name: value for name, value in asdict(config).items() if name not in NOT_TRAJECTORY}
+        return Identity(recipe, base_model, data, kept, files)
+
+    def changes(self, earlier: "Identity") -> list[str]:
+        """What makes this another run than `earlier`: names, with both values where they are short."""
+        changed = [
+            label
+            for label, ours, theirs in (
+                ("training method", self.recipe, earlier.recipe),
+                ("base model", self.base_model, earlier.base_model),
+                ("training data", self.data, earlier.data),
+            )
+            if ours != theirs
+        ]
+        changed += [text for name, text in self._options(earlier).items() if name in FIXED]
+        changed += [
+            f"content of {name}"
+            for name in sorted(self.files.keys() | earlier.files.keys())
+            if self.files.get(name) != earlier.files.get(name)
+        ]
+        return changed
+
+    def adjusted(self, earlier: "Identity") -> list[str]:
+        """The other options that differ from `earlier`, with both values: the same run goes on with them."""
+        return [text for name, text in self._options(earlier).items() if name not in (*FIXED, *NOT_TRAJECTORY)]
+
+    def _options(self, earlier: "Identity") -> dict[str, str]:
+        """What an earlier version did not know is no change."""
+        pairs = {name: (then, self.config.get(name)) for name, then in sorted(earlier.config.items())}
+        return {name: f"{name} (was {then!r}, now {now!r})" for name, (then, now) in pairs.items() if then != now}
+
+    def require_same(self, earlier: "Identity", run_name: str) -> None:
+        if changed := self.changes(earlier):
+            raise ValueError(
+                f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
+                "the change, or choose another run name."
+            )
+
+
+@dataclass
+class State:
+    """Where a run stands: `step` optimizer steps of phase number `phase` are done."""
+
+    phase: int = 0
+    step: int = 0
+    best: float = float("inf")
+    recipe: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+
+
+def save_state(path: Path, state: State, identity: Identity) -> None:
+    """SaveError says why a file could not be written, such as a full disk."""
+    content = {"version": VERSION, "state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
+    atomic_write(path, lambda temporary: write(content, temporary))
+
+
+def write(content: dict[str, Any], path: str) -> None:
+    """OSError if the disk is full, which torch would call an unexpected position in the file."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load_state(path: Path) -> tuple[State, Identity]:
+    """Tensors come back on the CPU; loading runs no code from the file. ValueError if the file is damaged."""
+    try:
+        if not is_zipfile(path):
+            raise EOFError("cut off")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, identity = content["state"], parse(content["identity"], "identity")
+        known = {option.name: state[option.name] for option in fields(State) if option.name in state}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: damaged; delete it to start the run again") from error
+    version = content.get("version", 1)
+    return State(**current("state", known, version)), read(Identity, current("identity", identity, version), "identity")

@@ -1,0 +1,71 @@
+"""A recipe's trained factors as LoRA files."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...lora_io import keys
+from ...lora_io.file import save
+from ...lora_io.metadata import describe
+from ..core.config import TrainConfig
+from ..core.events import Saved
+from ..core.recipe import Phase, Recipe
+from .record import Record
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> Iterator[Saved]:
+    """Write every export that `phase` makes, under the number of steps done, and note them in `record.files`.
+
+    Loaders cache by path, so no path is ever written twice; of the files called best only the last is kept.
+    """
+    spec, config = record.spec, recipe.config
+    for name, export in recipe.exports(config).items():
+        if export.phase != phase.name:
+            continue
+        label = f"{name}-best" if best else name
+        path = Path(spec.outputs[export.folder]) / f"{spec.run_name}-{label}-{record.done:06d}.safetensors"
+        metadata = describe(
+            recipe=spec.recipe,
+            export=name,
+            config=public_config(config),
+            step=record.done,
+            steps=record.total,
+            base_model=spec.source.identity,
+            base_model_name=Path(spec.source.path).name,
+            backbone=type(recipe).backbone,
+            extra=recipe.metadata(name),
+        )
+        tensors = keys.FORMATS[export.keys](recipe.export(name))
+        save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
+        earlier, record.files[label] = record.files.get(label), str(path)
+        if best and earlier:
+            _drop(Path(earlier), path, f"{spec.run_name}-{label}-")
+        yield Saved(name, str(path), record.done, best)
+
+
+def _drop(earlier: Path, path: Path, start: str) -> None:
+    """Delete the file that `path` replaces. Only a run's own file goes, whatever its record names."""
+    if earlier != path and earlier.parent == path.parent and earlier.name.startswith(start):
+        with suppress(OSError):  # gone already, or held open by a loader
+            earlier.unlink()
+
+
+def public_config(config: TrainConfig) -> dict[str, Any]:
+    """The options as they may be shared: of chosen files the name alone."""
+    return {
+        option.name: Path(value).name if option.metadata["file_of"] else value
+        for option in fields(config)
+        for value in [getattr(config, option.name)]
+    }
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices only: a scalar such as alpha stays exact."""
+    return tensor.to(dtype) if tensor.ndim else tensor

@@ -1,0 +1,359 @@
+"""One training run in a background thread."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...lora_io.file import write_text
+from ..core.config import TrainConfig, make
+from ..core.data import PhaseData
+from ..core.events import Event, Failed, Finished, Plan, Step, to_json
+from ..core.loop import Diverged, Session, train
+from ..core.memory import checkpointed_blocks, count_trainable, make_plan
+from ..core.noise import Rng
+from ..core.optim import STATE_BYTES
+from ..core.recipe import Phase, Recipe
+from ..core.sampling import Samples, Sampling
+from ..host import source as host
+from .advice import Finding, advise, look_at, of_failure
+from .checkpoint import Identity, State, load_state, save_state
+from .claim import in_use
+from .continuing import describe, require_reachable
+from .export import export_files
+from .line import Line
+from .log import run_log
+from .record import ENDED, Kept, Spec
+from .shown import Shown
+
+POLL_SECONDS = 0.1
+PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
+WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
+KEPT_BYTES = 10**9  # of the state of a finished run, with keep_state auto
+ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
+
+
+class Job(Shown):
+    """status: "waiting" for its turn, "loading", "running", "paused", then one of record.ENDED.
+
+    `publish(job, event)` is called for every change; `busy(job)` says whether the run should wait because the queue has
+    work; of the jobs that share a `line` one runs at a time, after `make_room()` took other models off the card.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: Spec,
+        recipe: type[Recipe],
+        backbone: Any,
+        publish: Callable[["Job", dict], None],
+        busy: Callable[["Job"], bool],
+        line: Line | None = None,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(folder, spec)
+        self.recipe_class, self.backbone = recipe, backbone
+        self.publish, self.busy, self.line = publish, busy, line or Line()
+        self.make_room = make_room
+        self.config: TrainConfig = make(recipe.Config, spec.config)
+        self.plan: Plan | None = None
+        self.note = ""  # what changed, if the run goes on under other options
+        self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self._resume.set()
+        self.ended.set()
+        self._warm_up: list[float] = []
+        self._advised = 0  # entries of the history
+
+    def start(self, model: Any | None) -> None:
+        """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read.
+
+        ValueError if another ComfyUI has the run, OSError if it cannot be written down.
+        """
+        if not self.claim.take():
+            raise in_use(self.spec.run_name)
+        before, self.status = self.status, "waiting"
+        try:
+            self.write()
+        except OSError:
+            self.status = before
+            self.claim.free()
+            raise
+        self._stop.clear()
+        self._resume.set()
+        self.error, self.ended_at, self.advice, self._advised = "", None, [], 0
+        self._model = model or self.spec.source
+        self.ended.clear()
+        self.line.join(self)
+        threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
+
+    def reconfigure(self, config: TrainConfig, samples: Samples | None, identity: Identity) -> None:
+        """Take over the options of a run that is the same but for them: politeness at once, the rest at the next start.
+
+        ValueError if the run cannot go on with them.
+        """
+        adjusted, name = identity.adjusted(self.spec.identity), self.spec.run_name
+        if adjusted and not self.is_over:
+            raise ValueError(
+                f"run {name!r} is {self.status}: stop it before it can go on with {', '.join(adjusted)}, or choose "
+                "another run name"
+            )
+        self.require_reachable(config)
+        if self.is_over:
+            self.note = describe(adjusted, self.kept_steps, config.lr_schedule)
+        self.spec = replace(self.spec, config=vars(config), samples=samples, identity=identity)
+        self.config = config
+        if self.total:
+            self.total = self.steps_of(config)
+
+    @property
+    def kept_steps(self) -> int:
+        """Steps that the run goes on from, if it does."""
+        return self.done if self.status == "finished" else self.checkpoint
+
+    def restore(self, kept: Kept) -> None:
+        super().restore(kept)
+        self.config = make(self.recipe_class.Config, self.spec.config)
+
+    def steps_of(self, config: TrainConfig) -> int:
+        return sum(phase.steps for phase in self.recipe_class.phases(config))
+
+    def require_reachable(self, config: TrainConfig) -> None:
+        """ValueError if the steps made so far do not fit those of `config`."""
+        before, after = (self.recipe_class.phases(c) for c in (self.config, config))
+        require_reachable(before, after, self.kept_steps, self.spec.run_name)
+
+    def stop(self) -> None:
+        """End after the current step, keeping a usable LoRA and a resumable state."""
+        self._stop.set()
+        self._resume.set()
+
+    def pause(self) -> None:
+        self._resume.clear()
+
+    def resume(self) -> None:
+        self._resume.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens: a run whose status says so may still write its end down, and is waited for."""
+        if self.status in ENDED:
+            self.ended.wait()
+        return self.ended.is_set()
+
+    def _set_status(self, status: str) -> None:
+        if status != self.status:
+            self.status = status
+            self._show_status()
+
+    def _show_status(self) -> None:
+        self.write()
+        self.moved()
+
+    def moved(self) -> None:
+        """Tell those who look at the run of its new state or place in line."""
+        self.publish(self, {"event": "status", "epoch": self.epoch})
+
+    def _emit(self, event: Event) -> None:
+        placed = self._placed(event)
+        self.append(event)
+        if len(self.history) >= self._advised + max(ADVISE_EVERY, self._advised // 20):
+            self._advise()
+        self.publish(self, placed)
+        if isinstance(event, Step):
+            self._time(event)
+
+    def _placed(self, event: Event) -> dict:
+        """As published: with its place in the history, of which it is the next entry."""
+        return {**to_json(event), "index": len(self.history), "epoch": self.epoch}
+
+    def _advise(self, *more: Finding) -> None:
+        history = list(self.history)
+        try:
+            seen = look_at(self.samples_folder, history)
+            found = advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)
+        except Exception:  # no check is worth a run
+            logging.exception("Kinoloom: %s: no advice", self.spec.run_name)
+            found = []
+        self.advice, self._advised = [finding.to_json() for finding in (*more, *found)], len(history)
+
+    def _run(self) -> None:
+        with run_log(self.log_path):
+            self._work()
+
+    def _work(self) -> None:
+        trouble: list[Finding] = []
+        taken = False
+        try:
+            self._show_status()
+            taken = self._take_slot()
+            finished = taken and self._train()
+            status, event = ("finished" if finished else "stopped"), Finished(not finished, self.done)
+            logging.info("Kinoloom: %s: %s after %d of %d steps", self.spec.run_name, status, self.done, self.total)
+        except BaseException as error:  # the thread boundary: what happened belongs on the job, not in a lost traceback
+            logging.exception("Kinoloom: run %s failed", self.spec.run_name)
+            trouble = [finding] if (finding := of_failure(error)) else []
+            self.error = _explain(error, *trouble)
+            status, event = "failed", Failed(self.error)
+        self._model, self.note = None, ""
+        try:
+            if taken:
+                host.release()
+        finally:
+            if taken:
+                self.line.release()
+            self.line.leave(self)
+            self._end(status, event, trouble)
+
+    def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:
+        """Publish last: whoever hears of the end may start the job again at once."""
+        self.status, self.ended_at = status, time.time()
+        placed = self._placed(event)
+        try:
+            self._advise(*trouble)
+            self.append(event)
+            self.write()
+            write_text(self.folder / "report.html", self.report())
+            self.drop_state()
+        except OSError:  # the full disk that ended the run
+            logging.exception("Kinoloom: run %s: its end could not be written down", self.spec.run_name)
+        finally:
+            self.claim.free()
+            self.ended.set()
+            self.publish(self, placed)
+            self.moved()
+
+    def drop_state(self) -> None:
+        """Remove the state of a finished run, unless `keep_state` has it kept."""
+        keep, size = self.config.keep_state, self.state_bytes
+        if self.status == "finished" and (keep == "never" or (keep == "auto" and size > KEPT_BYTES)):
+            self.state_path.unlink(missing_ok=True)
+            logging.info("Kinoloom: %s: state of %d bytes dropped (keep_state %s)", self.spec.run_name, size, keep)
+
+    def _take_slot(self) -> bool:
+        """False if stopped while waiting."""
+        while not self._stop.is_set():
+            if self.line.take(self):
+                return True
+            self._stop.wait(POLL_SECONDS)
+        return False
+
+    def _train(self) -> bool:
+        self._set_status("loading")
+        self.environment = host.environment()
+        self.make_room()
+        device = host.device()
+        parts = host.parts_of(self._model)
+        private = host.load_private(self._model, device)
+        self._model = None  # the MODEL of other workflows may go from memory now
+        dtype = host.compute_dtype(self.config.precision, device)
+        if not any(export.keys == "model" for export in self.recipe_class.exports(self.config).values()):
+            host.narrow(private, dtype)  # else the file would hold the model's own weights rounded
+        backbone = self.backbone.load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
+        checkpointed_blocks(backbone)
+        recipe = self.recipe_class(backbone, self.config)
+        self.total = self.steps_of(self.config)
+        state = self._load_state()
+        self._advise()
+        logging.info("Kinoloom: %s: starts at step %d of %d", self.spec.run_name, self.done, self.total)
+        if self.note:
+            logging.info("Kinoloom: %s: %s", self.spec.run_name, self.note)
+        self._set_status("running")
+
+        def phase_data(phase: Phase) -> PhaseData:
+            c = self.config
+            return PhaseData(self.spec.data, phase.split, recipe.columns, c.batch_size, c.seed, backbone.prepare)
+
+        def plan(phase: Phase, batches: PhaseData) -> None:
+            draws = [Rng(self.config.seed, f"{phase.name}/plan", sample) for sample in range(PLANNED_SAMPLES)]
+
+            def largest_losses(draws: list[Rng]) -> Iterator:
+                return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
+
+            trainable, free = count_trainable(backbone.module), host.free_memory(device)
+            moments = 0 if state.step else STATE_BYTES[self.config.optimizer]  # a resumed run's are loaded by now
+            states = trainable * (4 + moments)  # fp32 gradients
+            made = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
+            self.plan = replace(made, note=self.note)
+            self._warm_up = []
+            self._show(self.plan)
+
+        def save(phase: Phase, state: State, why: str) -> None:
+            if why not in ("best", "diverged"):
+                save_state(self.state_path, state, self.spec.identity)
+                self.checkpoint = self.done
+                self.write()
+            if why != "checkpoint":
+                for saved in export_files(recipe, phase, self, best=why == "best"):
+                    self.write()
+                    logging.info("Kinoloom: %s: saved %s", self.spec.run_name, saved.path)
+                    if to_json(saved) not in self.history:  # a resumed run may make the same file again
+                        self._emit(saved)
+
+        def spare(step: int) -> bool:
+            if backbone.checkpointing:
+                return False
+            backbone.checkpointing = True
+            self._show(replace(self.plan, checkpointing=True, reason=f"step {step} ran out of memory without it"))
+            return True
+
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        session = Session(self._emit, self._should_stop, save, plan, spare)
+        if samples := self.spec.samples:
+            shown = private.latent_format, self.samples_folder, self._emit, self._should_stop
+            sampling = Sampling(samples, recipe, backbone, *shown)
+            session = replace(session, sample=sampling, sample_every=samples.sample_every)
+        return train(recipe, phase_data, self.config, state, session, scaler)
+
+    def _load_state(self) -> State:
+        """The last checkpoint, or the beginning; history that a crash left ahead of the checkpoint is cut off."""
+        state = State()
+        if self.state_path.is_file():
+            state, identity = load_state(self.state_path)
+            self.spec.identity.require_same(identity, self.spec.run_name)
+        self.rewind(state.phase, state.step)
+        return state
+
+    @property
+    def held(self) -> bool:
+        return not self._resume.is_set() or self.busy(self)
+
+    def _should_stop(self) -> bool:
+        if self.held and not self._stop.is_set():
+            self._pause()
+        return self._stop.is_set()
+
+    def _pause(self) -> None:
+        """Let others have the memory that is not in use, and take it back at the end."""
+        host.release()
+        self._set_status("paused")
+        while not self._stop.is_set() and self.held:
+            self._stop.wait(POLL_SECONDS)
+        if not self._stop.is_set():
+            self.make_room()
+            self._set_status("running")
+
+    def _time(self, event: Step) -> None:
+        """After the warm-up steps show the plan again, with what a step takes."""
+        self._warm_up.append(event.seconds)
+        if len(self._warm_up) == WARM_UP_STEPS and self.plan:
+            seconds = sum(self._warm_up[1:]) / (WARM_UP_STEPS - 1)
+            self._show(replace(self.plan, seconds_per_step=seconds, seconds_total=seconds * event.steps))
+
+    def _show(self, plan: Plan) -> None:
+        self.plan = plan
+        logging.info("Kinoloom: %s: %s", self.spec.run_name, plan)
+        self._emit(plan)
+
+
+def _explain(error: BaseException, tip: Finding | None = None) -> str:
+    """The error that matters, and what to try where it is known and not said."""
+    if tip and tip.kind == "out-of-memory":
+        return f"out of memory. {tip.text} ({error})"
+    text = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+    return text if tip is None or isinstance(error, Diverged) else f"{text.rstrip('.')}. {tip.text}"

@@ -1,0 +1,197 @@
+"""A run's folder: what the run is made of, how far it is, what happened."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from ...lora_io.file import write_text
+from ..core.data import TrainingData
+from ..core.events import Event, from_json, to_json
+from ..core.sampling import Samples
+from ..host.source import ModelSource
+from .checkpoint import Identity
+from .claim import claim_of
+from .plain import Plain, load_json, parse, read, require_small_file
+from .tally import Tally
+from .versions import VERSION, current
+
+ENDED = ("finished", "stopped", "failed", "interrupted")
+LATEST = 1e11  # seconds since 1970 that a date is made of
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything a run is made of, as plain values that survive a restart.
+
+    outputs: where its files go, by ComfyUI's name of the model folder they are for. samples: what it shows on the way,
+    which is no part of its identity. asked_as: the name that was asked for, where run_name may have got a number; not
+    known ("") of runs that an earlier version started.
+    """
+
+    id: str
+    run_name: str
+    recipe: str
+    config: dict[str, Plain]
+    data: TrainingData
+    source: ModelSource
+    identity: Identity
+    outputs: dict[str, str]
+    created: float
+    samples: Samples | None = None
+    asked_as: str = ""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What job.json holds. checkpoint: optimizer steps made before the checkpoint."""
+
+    spec: Spec
+    status: str
+    tally: Tally
+    error: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    total: int = 0
+    checkpoint: int = 0
+    ended_at: float | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    advice: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_record(folder: Path) -> Kept:
+    """The job.json of a run's folder. ValueError or OSError says what is wrong with it."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder.name}: expected a folder, not a link to one")
+    content = load_json(folder / "job.json")
+    kept = read(Kept, current("record", content, content.get("version", 1)), "job.json")
+    spec = kept.spec
+    if spec.id != folder.name:
+        raise ValueError(f"job.json.spec.id={spec.id[:60]!r}: expected the name of its folder, {folder.name!r}")
+    if Path(spec.run_name).name != spec.run_name:
+        raise ValueError(f"job.json.spec.run_name={spec.run_name[:60]!r}: expected the name of a folder")
+    if not all(0 <= moment <= LATEST for moment in (spec.created, kept.ended_at or 0)):
+        raise ValueError(f"job.json: created={spec.created}, ended_at={kept.ended_at}: expected seconds since 1970")
+    if (history := folder / "history.jsonl").exists():
+        require_small_file(history)
+    return kept
+
+
+def stamp_of(folder: Path) -> tuple[int, ...]:
+    """Another one whenever job.json was written; empty without one."""
+    try:
+        found = (folder / "job.json").lstat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+class Record:
+    """`folder` holds job.json (spec, status), history.jsonl (one event a line), state.pt (the last checkpoint), log.txt
+    (what the run logged), samples/ and report.html.
+
+    `claim` is held while the run goes on, `elsewhere` says that another ComfyUI holds it, `stamp` is that of the
+    job.json that is known. `epoch` changes whenever the history was cut, so that who holds a part of it knows; `tally`
+    follows the history.
+    """
+
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        self.folder, self.spec = folder, spec
+        self.epoch, self._reading = 0, threading.Lock()
+        self.claim, self.elsewhere, self.stamp = claim_of(folder), False, ()
+        self._take(Kept(spec, "created", Tally()))
+        self._set_history([])
+
+    @property
+    def history(self) -> list[dict]:
+        """Every event so far; that of a run which an earlier server ended is read when first asked for."""
+        with self._reading:
+            if self._history is None:
+                self._history = list(self._read_history())
+            return self._history
+
+    @property
+    def done(self) -> int:
+        return self.tally.done
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of what the run goes on from; 0 if there is nothing."""
+        try:
+            return self.state_path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def resumable(self) -> bool:
+        return self.state_path.is_file() and self.status != "finished"
+
+    def losses(self) -> list[float]:
+        """The total loss of every step so far."""
+        steps = (entry for entry in self.history if entry["event"] == "step")
+        return [sum(loss for loss in entry["losses"].values() if loss is not None) for entry in steps]
+
+    def write(self) -> None:
+        kept = Kept(**{option.name: getattr(self, option.name) for option in fields(Kept)})
+        write_text(self.folder / "job.json", json.dumps({"version": VERSION, **asdict(kept)}))
+        self.stamp = stamp_of(self.folder)
+
+    def restore(self, kept: Kept) -> None:
+        """Take over what `write` left behind; a run that was going on is "interrupted", or goes on elsewhere."""
+        self._take(kept)
+        self.elsewhere = kept.status not in ENDED and self.claim.elsewhere
+        if kept.status in ENDED:
+            self._history = None
+        else:
+            self.status = kept.status if self.elsewhere else "interrupted"
+            self._set_history(list(self._read_history()))
+
+    def _take(self, kept: Kept) -> None:
+        for option in fields(Kept):
+            setattr(self, option.name, getattr(kept, option.name))
+
+    def append(self, event: Event) -> None:
+        """Add an event to the history, in memory and on disk."""
+        entry = to_json(event)
+        self.history.append(entry)
+        self.tally.add(entry)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def rewind(self, phase: int, step: int) -> None:
+        """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
+        kept, begun = ("step", "validation", "sample"), (phase, step) > (0, 0)
+        phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in kept))
+
+        def made(entry: dict) -> bool:
+            return begun and entry["event"] in kept and (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
+
+        done = max((entry["done"] for entry in self.history if entry["event"] == "step" and made(entry)), default=0)
+        saved = [entry for entry in self.history if entry["event"] == "saved" and entry["step"] <= done]
+        self._set_history([entry for entry in self.history if made(entry) or entry in saved])
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def _set_history(self, history: list[dict]) -> None:
+        """The history first: who reads a new one under the old epoch will hear of the new epoch."""
+        tally = Tally()
+        for entry in history:
+            tally.add(entry)
+        self._history: list[dict] | None = history
+        self.tally, self.epoch = tally, max(self.epoch + 1, time.time_ns() // 1_000_000)
+
+    def _read_history(self) -> Iterator[dict]:
+        """Its lines in order, but for those that are not readable, such as a last one that a crash cut off."""
+        path, lost = self.folder / "history.jsonl", 0
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            try:
+                yield to_json(from_json(current("event", parse(line, path.name))))
+            except ValueError:
+                lost += 1
+        if lost:
+            logging.warning("Kinoloom: %s: %d lines are not readable and left out", path, lost)

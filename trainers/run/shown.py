@@ -1,0 +1,108 @@
+"""What lists, pages and nodes show of a run."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..core.config import TrainConfig
+from ..core.events import Plan
+from ..core.recipe import Recipe
+from .export import public_config
+from .line import Line, ordinal
+from .record import Record
+from .report import Report
+
+
+class Shown(Record):
+    """A record with its method, options and place in line. `plan` is that of the phase under way."""
+
+    recipe_class: type[Recipe]
+    config: TrainConfig
+    plan: Plan | None
+    line: Line
+    ended: threading.Event
+    _resume: threading.Event
+
+    @property
+    def parts(self) -> list[str]:
+        """The files of the recipe's exports that exist, the last of which is the whole result so far."""
+        return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
+
+    @property
+    def in_line(self) -> str:
+        """ "2nd in line" of a run that waits, else nothing."""
+        place = self.line.place(self)
+        return f"{ordinal(place)} in line" if place else ""
+
+    @property
+    def headline(self) -> str:
+        """The run's name and what it does."""
+        text = f"waiting, {self.in_line}" if self.in_line else str(self.plan or self.status)
+        return f"{self.spec.run_name}: {text}"
+
+    @property
+    def dead_end(self) -> str:
+        """Why a run that ended early cannot go on; nothing if it can, or need not."""
+        if self.status == "finished" or self.resumable or self.elsewhere or not self.ended.is_set():
+            return ""
+        if self.checkpoint:
+            return "Its state is gone, so it cannot go on. Train anew, or from its LoRA with start_from."
+        return "It ended before its first checkpoint, so it has nothing to go on from. Run its workflow again."
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.folder / "samples"
+
+    def summary(self) -> dict[str, Any]:
+        """What a list shows of the run; made without a look at the history, which may be long."""
+        tally, pace = self.tally, self.tally.seconds_per_step
+        files = {label: path for label, path in self.files.copy().items() if os.path.isfile(path)}
+        going = self.total and (self.elsewhere or not self.ended.is_set())
+        own = ("status", "error", "done", "total", "checkpoint", "resumable", "advice", "state_bytes", "elsewhere")
+        return {
+            **{name: getattr(self.spec, name) for name in ("id", "run_name", "recipe", "created")},
+            **{name: getattr(self, name) for name in own},
+            **{name: getattr(tally, name) for name in ("phase", "losses", "samples")},
+            "plan": tally.plan and {**vars(tally.plan), "text": str(tally.plan)},
+            "title": self.recipe_class.title,
+            "asked_as": self.spec.asked_as or self.spec.run_name,
+            "in_line": self.in_line,
+            "dead_end": self.dead_end,
+            "pause_requested": not self._resume.is_set(),
+            "seconds_per_step": pace,
+            "seconds_left": tally.seconds_for(self.total - tally.done) if going else None,
+            "files": files,
+            "lora_names": {label: loader_name(Path(path)) for label, path in files.items()},
+            "main_file": self._main_file(files),
+            "ended": self.ended_at,
+        }
+
+    def _main_file(self, files: dict[str, str]) -> str | None:
+        """What loaders list the whole result as, or the best so far, or the part that there is; None without files."""
+        labels = (label for name in self.recipe_class.exports(self.config) for label in (f"{name}-best", name))
+        made = [files[label] for label in labels if label in files]
+        return loader_name(Path(made[-1])) if made else None
+
+    def report(self) -> str:
+        """The run as one page of HTML."""
+        files = [Path(path) for path in self.files.copy().values()]
+        return Report(
+            self.summary(),
+            public_config(self.config),
+            list(self.history),
+            self.spec.data.rows,
+            Path(self.spec.source.path).name,
+            {loader_name(path): path.stat().st_size for path in files if os.path.isfile(path)},
+            self.environment,
+            self.samples_folder,
+        ).html()
+
+
+def loader_name(path: Path) -> str:
+    """What ComfyUI's loaders list a run's file as: kinoloom/<run name>/<file>."""
+    return str(Path(*path.parts[-3:]))
