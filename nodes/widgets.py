@@ -9,10 +9,6 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-TrainingDataType = io.Custom("TRAINING_DATA")  # trainers.core.data.TrainingData
-TrainingJobType = io.Custom("TRAINING_JOB")  # the id of a job
-TrainingSamplesType = io.Custom("TRAINING_SAMPLES")  # trainers.core.sampling.Samples
-TrackletsType = io.Custom("TRACKLETS")  # trainers.core.tracklets.Tracklets
 NO_FILE = "none"
 UNCONNECTED = object()  # an input's default in validate_inputs, where what arrives by wire is None
 LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over

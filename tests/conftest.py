@@ -84,7 +84,7 @@ def inputs(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     made: dict[str, tuple[Any, Any]] = {}
 
     def of(name: str) -> tuple[Any, Any]:
-        backbone = recipes()[name].backbone
+        backbone = recipes()[name].backbone_class.name
         if backbone not in made:
             made[backbone] = load_tiny(tiny_models, backbone), write_data(tmp_path_factory.mktemp("data"), backbone)
         return made[backbone]

@@ -80,7 +80,7 @@ def adapter() -> str:
 def train(method: str, model: Any, **options: Any) -> None:
     """Stop after two steps, and go on from the checkpoint to the end."""
     place = folder / method
-    data = runs.write_data(place / "data", runs.recipes()[method].backbone, roles=("train",))
+    data = runs.write_data(place / "data", runs.recipes()[method].backbone_class.name, roles=("train",))
     config = runs.make_config(method, **options)
     stopped = runs.Published().at(2, lambda job: job.stop())
     runs.finish(runs.make_job(place, model, data, config, method, stopped), model, "stopped")

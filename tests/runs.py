@@ -8,16 +8,21 @@ import comfy.sd
 import torch
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.training.registry import OUTPUTS
-from kinoloom.trainers import backbone_modules, recipes
+from kinoloom.trainers import recipes
+from kinoloom.trainers.backbones.animatediff.model import AnimateDiff
+from kinoloom.trainers.backbones.flow.wan import Wan
+from kinoloom.trainers.backbones.svd.model import Svd
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
 from kinoloom.trainers.core.memory import checkpointed_blocks
-from kinoloom.trainers.core.noise import derived_generator
-from kinoloom.trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
-from kinoloom.trainers.host import source as host
-from kinoloom.trainers.host.source import ModelSource
-from kinoloom.trainers.run.checkpoint import Identity, State, load_state
+from kinoloom.trainers.core.rng import derived_generator
+from kinoloom.trainers.core.state import State
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
+from kinoloom.trainers.host.private import load_private
+from kinoloom.trainers.host.source import ModelSource, parts_of
+from kinoloom.trainers.run.checkpoint import Identity, load_state
 from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.previews import FIRST_FRAMES, PROMPTS, Samples
 from kinoloom.trainers.run.record import Spec, read_record
 from torch import Tensor
 from toyworld.pack import unet, video_unet
@@ -220,7 +225,6 @@ def make_job(
         folder / "job",
         spec,
         method,
-        backbone_modules()[method.backbone],
         publish,
         lambda job: False,
         make_room=lambda: None,
@@ -266,11 +270,10 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 
 def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The backbone of a private copy of `model`, as a job makes it, on the CPU."""
-    parts, cpu = host.parts_of(model), torch.device("cpu")
-    private = host.load_private(model, cpu)
-    kind = "animatediff" if parts else "svd" if type(private).__name__ == "SVD_img2vid" else "wan"
-    load = backbone_modules()[kind].load
-    backbone = load(private, parts, cpu, dtype, host.TRANSFORMER_OPTIONS)
+    parts, cpu = parts_of(model), torch.device("cpu")
+    private = load_private(model, cpu)
+    kind = AnimateDiff if parts else Svd if type(private).__name__ == "SVD_img2vid" else Wan
+    backbone = kind(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
 

@@ -21,9 +21,11 @@ from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.trainers.backbones.animatediff import model as animatediff
 from kinoloom.trainers.backbones.animatediff.motion_module import Attached, MotionModules, Positions, read
 from kinoloom.trainers.core.data import Row, TrainingData
-from kinoloom.trainers.core.noise import Ddpm, Rng
-from kinoloom.trainers.host import source as host
-from kinoloom.trainers.host.source import ModelSource
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.core.schedules import Ddpm
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
+from kinoloom.trainers.host.private import load_private, narrow
+from kinoloom.trainers.host.source import ModelSource, carried, parts_of
 from kinoloom.trainers.motion_director import MotionDirector
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ def predict(backbone: Any, x: Tensor = X, t: Tensor = T, context: Tensor = CONTE
 
 def image_model(model: Any) -> nn.Module:
     """A private copy of a MODEL's UNet, with nothing attached."""
-    return host.load_private(model, torch.device("cpu")).diffusion_model
+    return load_private(model, torch.device("cpu")).diffusion_model
 
 
 def fold(clips: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def fold(clips: Tensor) -> Tensor:
 def denoise(unet: nn.Module, x: Tensor = X) -> Tensor:
     """What a UNet says of a clip's frames, folded into the batch."""
     count = x.shape[2]
-    context, options = CONTEXT.repeat_interleave(count, 0), dict(host.TRANSFORMER_OPTIONS)
+    context, options = CONTEXT.repeat_interleave(count, 0), dict(TRANSFORMER_OPTIONS)
     return unet(fold(x), T.repeat_interleave(count), context, transformer_options=options)
 
 
@@ -447,15 +449,15 @@ def test_models_other_than_sd15_are_refused_by_what_they_are(folder: Path, tiny_
 
 def test_data_that_does_not_fit_is_refused_before_a_run(applied: Any) -> None:
     def check(parts: dict[str, nn.Module], *shape: int) -> None:
-        animatediff.check(applied.model, parts, [Row("clip.mp4", "clips", "train", shape, {})])
+        animatediff.AnimateDiff.grid(applied.model, parts).check([Row("clip.mp4", "clips", "train", shape, {})])
 
     with pytest.raises(ValueError, match="model: has no motion module. Put Apply Motion Module before the train node"):
         check({}, 4, 16, 8, 8)
     with pytest.raises(ValueError, match=r"clip.mp4 has 33 frames, but this motion module takes 32 at most"):
-        check(host.carried(applied), 4, 33, 8, 8)
+        check(carried(applied), 4, 33, 8, 8)
     with pytest.raises(ValueError, match="clip.mp4 has latents of 16 channels, expected 4"):
-        check(host.carried(applied), 16, 5, 8, 8)
-    check(host.carried(applied), 4, 32, 8, 8)
+        check(carried(applied), 16, 5, 8, 8)
+    check(carried(applied), 4, 32, 8, 8)
 
 
 # -- training --------------------------------------------------------------------------------------------------------------
@@ -491,9 +493,9 @@ def test_gradients_under_dropout_are_the_same_when_activations_are_recomputed(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_frozen_weights_are_kept_in_half_precision_and_lora_factors_in_fp32(dtype: torch.dtype, applied: Any) -> None:
     cpu, full = torch.device("cpu"), make_backbone(applied)
-    private, parts = host.load_private(applied, cpu), host.parts_of(applied)
-    host.narrow(private, dtype)
-    backbone = animatediff.load(private, parts, cpu, dtype, host.TRANSFORMER_OPTIONS)
+    private, parts = load_private(applied, cpu), parts_of(applied)
+    narrow(private, dtype)
+    backbone = animatediff.AnimateDiff(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
     matrices = {name: p.dtype for name, p in backbone.module.named_parameters() if p.ndim in (2, 4)}
     assert set(matrices.values()) == {dtype}
     assert {name.split(".")[0] for name in matrices} == {"unet", "motion"}

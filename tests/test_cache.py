@@ -24,7 +24,7 @@ from kinoloom.nodes.folders import output_folder
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import routes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
-from kinoloom.trainers.core.sampling import Samples
+from kinoloom.trainers.run.previews import Samples
 
 from .coroutines import result_of
 from .encoders import own_folders

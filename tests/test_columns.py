@@ -19,7 +19,7 @@ from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.framing import resample
 from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
-from kinoloom.trainers.core.noise import derived_generator
+from kinoloom.trainers.core.rng import derived_generator
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import torch
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.memory import checkpointed_blocks
-from kinoloom.trainers.core.noise import Rng, derived_generator
+from kinoloom.trainers.core.rng import Rng, derived_generator
 from torch import Tensor
 
 from .runs import make_backbone, make_batch, make_config

@@ -19,12 +19,12 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import nodes as data_nodes
 from kinoloom.nodes.data.encoding import model_keys
 from kinoloom.nodes.data.encoding.columns import Columns, encode_pixels
-from kinoloom.nodes.data.encoding.text_rows import Options
 from kinoloom.nodes.data.reading import sources
+from kinoloom.nodes.data.reading.cutting import Options
 from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
-from kinoloom.trainers.core.sampling import Samples
 from kinoloom.trainers.run.plain import read
+from kinoloom.trainers.run.previews import Samples
 from PIL import Image
 
 from .encoders import load_wan, own_folders

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core import noise, transfer
+from kinoloom.trainers.core import rng, transfer
 from kinoloom.trainers.core.data import PhaseData
 from kinoloom.trainers.core.loop import PhaseRun, Session
-from kinoloom.trainers.run.checkpoint import State
+from kinoloom.trainers.core.rng import derived_generator
+from kinoloom.trainers.core.state import State
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,8 +61,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Tensor, "pin_memory", lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
     )
-    own = noise.derived_generator
-    monkeypatch.setattr(noise, "derived_generator", lambda *key, device=None: own(*key))
+    own = derived_generator
+    monkeypatch.setattr(rng, "derived_generator", lambda *key, device=None: own(*key))
 
 
 @pytest.mark.parametrize("name", RUNS)

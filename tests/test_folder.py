@@ -11,8 +11,8 @@ from typing import Any
 import comfy.model_management
 import numpy as np
 import pytest
-from kinoloom.nodes.data.encoding.text_rows import ClipPlan, Options
 from kinoloom.nodes.data.reading import captions, folder
+from kinoloom.nodes.data.reading.cutting import ClipPlan, Options
 from kinoloom.nodes.data.reading.folder import Reading, plan_folder
 from PIL import Image
 

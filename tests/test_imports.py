@@ -47,24 +47,44 @@ def imports(path: Path, source: str | None = None) -> Iterator[tuple[str, bool]]
             yield node.module, False
 
 
+# Folders and files of the pack, by their dotted names, and what they may import besides themselves.
+TRAINERS = {
+    "core": ("lora_io",),
+    "conditions": ("trainers.core",),
+    "host": ("trainers.core", "lora_io"),
+    "backbones": ("trainers.core", "trainers.conditions", "trainers.host"),
+    "run": ("trainers.core", "trainers.host", "lora_io"),
+}
+# From the ground up: a room of nodes/ imports rooms of lower floors, all of trainers/ and lora_io/.
+FLOORS = (
+    ("wires", "folders", "lists", "oldest", "packages"),
+    ("widgets", "hooked"),
+    ("data",),
+    ("training",),
+    ("animatediff", "svd", "tracklets"),
+    ("__init__",),
+)
+
+
 def allowed(path: Path, target: str) -> bool:
     """Whether a file may import a module of the pack."""
-    name = relative(path)
-    own = ".".join(path.relative_to(PACK).with_suffix("").parts)
-    if name == "__init__.py":
+    *folders, name = path.relative_to(PACK).with_suffix("").parts
+    if not folders:
         return target.startswith("nodes")
-    if name.startswith("lora_io/"):
+    if folders[0] == "lora_io":
         return target.startswith("lora_io")
-    if name.startswith("nodes/"):
-        return target.startswith(OWN)
-    if name == "trainers/__init__.py":
-        return target.startswith(("trainers.core", "trainers.backbones"))
-    if name.startswith("trainers/core/"):
-        return target.startswith(("trainers.core", "lora_io")) or target == "trainers.backbones.base"
-    if name.startswith("trainers/backbones/"):
-        return target.startswith(("trainers.core", "trainers.backbones"))
-    assert name.startswith("trainers/")
-    return target.startswith(("trainers.core", "trainers.backbones", "lora_io", own))
+    if folders[0] == "nodes":
+        floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+        own, (top, *inside) = [*folders, name][1], target.split(".")
+        other = inside[0] if inside else ""
+        return top in OWN and (top != "nodes" or other == own or floors[other] < floors[own])
+    if len(folders) > 1:
+        return target.startswith((f"trainers.{folders[1]}", *TRAINERS[folders[1]]))
+    if name == "__init__":
+        return target.startswith("trainers.core")
+    return target.startswith(
+        ("trainers.core", "trainers.conditions", "trainers.backbones", "trainers.host", "lora_io", f"trainers.{name}")
+    )
 
 
 def violations(path: Path, source: str | None = None) -> list[str]:
@@ -77,7 +97,7 @@ def violations(path: Path, source: str | None = None) -> list[str]:
         elif top in ("kinoloom", "trainers", "lora_io") or (top == "nodes" and relative(path) == "__init__.py"):
             found.append(f"{relative(path)} imports {target} absolutely")
         elif top in HOST and relative(path).startswith(("trainers/", "lora_io/")):
-            if relative(path) != "trainers/core/host.py":
+            if not relative(path).startswith("trainers/host/"):
                 found.append(f"{relative(path)} imports {target}")
         elif relative(path).startswith("lora_io/") and top not in {*sys.stdlib_module_names, "torch", "safetensors"}:
             found.append(f"{relative(path)} imports {target}")
@@ -94,17 +114,29 @@ def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
     [
         ("trainers/wan_lora.py", "from .set_and_sequence import SET"),
         ("trainers/wan_lora.py", "from . import set_and_sequence"),
+        ("trainers/wan_lora.py", "from .run.job import Job"),
         ("trainers/wan_lora.py", "import comfy.sd"),
-        ("trainers/wan_lora.py", "from ..nodes import train"),
+        ("trainers/wan_lora.py", "from ..nodes import wires"),
         ("trainers/core/loop.py", "from ..wan_lora import WanLora"),
-        ("trainers/core/loop.py", "from ..backbones.wan import Wan"),
+        ("trainers/core/loop.py", "from ..backbones.flow.wan import Wan"),
+        ("trainers/core/loop.py", "from ..host.device import release"),
+        ("trainers/core/loop.py", "from ..run.job import Job"),
+        ("trainers/core/loop.py", "from ..conditions.tracklets import Tracklets"),
         ("trainers/core/loop.py", "def f():\n    import folder_paths"),
-        ("trainers/backbones/wan.py", "from ..wan_lora import WanLora"),
-        ("trainers/backbones/wan.py", "from comfy import ops"),
+        ("trainers/run/job.py", "from ..backbones.flow.wan import Wan"),
+        ("trainers/run/job.py", "import comfy.sd"),
+        ("trainers/conditions/tracklets.py", "from ..host.device import release"),
+        ("trainers/backbones/flow/wan.py", "from ...wan_lora import WanLora"),
+        ("trainers/backbones/flow/wan.py", "from ...run.job import Job"),
+        ("trainers/backbones/flow/wan.py", "from comfy import ops"),
         ("lora_io/keys.py", "from ..trainers.core import lora"),
         ("lora_io/keys.py", "import peft"),
-        ("nodes/train.py", "from trainers.core import lora"),
-        ("nodes/train.py", "from kinoloom.trainers.core import lora"),
+        ("nodes/widgets.py", "from .data import nodes"),
+        ("nodes/data/nodes.py", "from ..training.registry import registry"),
+        ("nodes/training/train.py", "from ..svd import convert"),
+        ("nodes/svd/convert.py", "from ..tracklets import control"),
+        ("nodes/training/train.py", "from trainers.core import lora"),
+        ("nodes/training/train.py", "from kinoloom.trainers.core import lora"),
         ("__init__.py", "from .trainers import recipes"),
     ],
 )
@@ -123,7 +155,7 @@ def test_every_file_directly_in_trainers_ends_with_its_recipe() -> None:
 
 def test_opening_trainers_shows_methods_and_nothing_else() -> None:
     entries = {path.name for path in (PACK / "trainers").iterdir() if path.name != "__pycache__"}
-    assert {name for name in entries if not name.endswith(".py")} == {"core", "backbones"}
+    assert {name for name in entries if not name.endswith(".py")} == {"core", "run", "host", "backbones", "conditions"}
 
 
 def test_no_file_registers_nodes_the_old_way() -> None:

@@ -30,10 +30,11 @@ from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
-from kinoloom.trainers.core.noise import Rng
 from kinoloom.trainers.core.optim import make_optimizer
-from kinoloom.trainers.host import source as host
-from kinoloom.trainers.run.checkpoint import Identity, State, load_state, save_state
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.core.state import State
+from kinoloom.trainers.host.source import ModelSource, parts_of
+from kinoloom.trainers.run.checkpoint import Identity, load_state, save_state
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.line import Line
 from kinoloom.trainers.run.record import ENDED
@@ -64,7 +65,7 @@ from .runs import (
 
 RECIPES = sorted(recipes())
 every_recipe = pytest.mark.parametrize("name", RECIPES)
-every_text_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if recipes()[name].backbone != "svd"])
+every_text_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if recipes()[name].backbone_class.name != "svd"])
 WAN_LORA = "KinoloomTrainWanLora"
 HUGE = 1e30  # its square is infinite
 UNREGULARISED = {
@@ -148,7 +149,7 @@ def test_every_phase_lowers_the_loss_on_a_fixed_batch(name: str, model: Any, tmp
     config = make_config(name, **own_options(name, UNREGULARISED), **steps, gradient_accumulation=1, validate_every=0)
     backbone = make_backbone(model)
     recipe = method(backbone, config)
-    data = write_data(tmp_path, method.backbone, roles=["train"], each=1)
+    data = write_data(tmp_path, method.backbone_class.name, roles=["train"], each=1)
     before, after = {}, {}
 
     def phase_data(phase: Any) -> PhaseData:
@@ -200,7 +201,7 @@ def test_validation_is_repeatable_and_does_not_change_training(
 def test_samples_do_not_change_training(
     name: str, model: Any, data: TrainingData, whole: Callable[[str], Job], tmp_path: Path
 ) -> None:
-    samples = write_samples(tmp_path / "samples", recipes()[name].backbone)
+    samples = write_samples(tmp_path / "samples", recipes()[name].backbone_class.name)
     job = finish(make_job(tmp_path, model, data, make_config(name), name, samples=samples), model)
     assert not events(job, "samplefailed")
     places = [(e["phase"], e["step"]) for e in events(job, "sample")]
@@ -239,7 +240,7 @@ def export_of(path: str) -> str:
 
 
 def count_patches(model: Any) -> int:
-    return len(model.patches) + sum(len(part.patches) for part in host.parts_of(model).values())
+    return len(model.patches) + sum(len(part.patches) for part in parts_of(model).values())
 
 
 def velocity(backbone: Any, batch: dict) -> Tensor:
@@ -361,7 +362,7 @@ from kinoloom.trainers.core.plain import read
 from tests import runs
 from kinoloom.trainers import recipes
 for name, done in job["runs"].items():
-    backbone = recipes()[name].backbone
+    backbone = recipes()[name].backbone_class.name
     model, data = runs.load_tiny(Path(job["models"]), backbone), read(TrainingData, job["data"][backbone], "data")
     reached = threading.Event()
     def hold(job, reached=reached):
@@ -384,7 +385,7 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         "options": [] if torch.cuda.is_available() else ["--cpu"],
         "packages": {"kinoloom": str(Path(__file__).parents[1]), "tests": str(Path(__file__).parent)},
         "models": str(tiny_models),
-        "data": {recipes()[name].backbone: asdict(inputs(name)[1]) for name in RECIPES},
+        "data": {recipes()[name].backbone_class.name: asdict(inputs(name)[1]) for name in RECIPES},
         "runs": kills,
     }
     child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(told)], capture_output=True, text=True, timeout=600)
@@ -413,7 +414,7 @@ def test_a_crash_after_any_step_resumes_to_the_same_bits(
     """
     config = make_config(name, save_every=3, validate_every=1)
     published, last = Published(), steps_of(name)[-1]
-    for done in range(1, last + 1) if recipes()[name].backbone == "wan" else (2, last):
+    for done in range(1, last + 1) if recipes()[name].backbone_class.name == "wan" else (2, last):
         published.at(done, lambda job, done=done: shutil.copytree(job.folder, tmp_path / str(done) / "job"))
     straight = finish(make_job(tmp_path / "straight", model, data, config, name, published), model)
     for done in published.actions:
@@ -506,7 +507,7 @@ def test_resuming_something_else_is_refused_by_name(
     identities = {
         "rank": lambda: replace(own, config={**own.config, "rank": 8}),
         "data": lambda: replace(own, data=write_data(tmp_path / "d", "wan", each=3).digest),
-        "model": lambda: replace(own, base_model=host.ModelSource.of(model).identity),
+        "model": lambda: replace(own, base_model=ModelSource.of(model).identity),
         "file": lambda: replace(own, files={"identity_file": "0" * 64}),
         "method": lambda: replace(own, recipe="KinoloomTrainOther"),
     }
@@ -599,7 +600,7 @@ def test_a_damaged_checkpoint_is_named(model: Any, data: TrainingData, tmp_path:
 def test_a_loss_that_overflows_stops_the_run_with_the_last_good_weights(name: str, model: Any, tmp_path: Path) -> None:
     """The first sample is good, the second is not."""
     phase = recipes()[name].phases(make_config(name))[0]
-    shape = SHAPES[recipes()[name].backbone][phase.split]
+    shape = SHAPES[recipes()[name].backbone_class.name][phase.split]
     bad = {"latents": torch.full(shape, HUGE)}
     painted = boxes("bad", shape[1], height=shape[2], width=shape[3]) if "Tracklets" in name else {}
     others = {"tracklets": {**painted, "painted": torch.full((2, *shape), HUGE)}} if painted else {}
@@ -753,7 +754,7 @@ def one_step(folder: Path, model: Any, data: TrainingData, name: str, **options:
 def test_accumulating_four_batches_is_one_batch_of_four(name: str, model: Any, tmp_path: Path) -> None:
     """Four equal rows, so that the order does not matter; noise and timesteps differ per sample and are the same."""
     split = recipes()[name].phases(make_config(name))[0].split
-    shape = SHAPES[recipes()[name].backbone].get(
+    shape = SHAPES[recipes()[name].backbone_class.name].get(
         "frames", (4, 2, 16, 16)
     )  # no norm over two numbers, which has no slope
     row = write_row(tmp_path / "d", "row", split, shape)
@@ -965,7 +966,7 @@ def largest_block(losses: Callable[[], Iterator], backbone: Any) -> int:
 def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
     name: str, deep: dict[str, tuple[Any, tuple[int, ...]]], tmp_path: Path
 ) -> None:
-    model, shape = deep[recipes()[name].backbone]
+    model, shape = deep[recipes()[name].backbone_class.name]
     backbone = make_backbone(model)
     config = make_config(name)
     recipe = recipes()[name](backbone, config)

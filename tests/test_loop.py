@@ -17,8 +17,8 @@ from kinoloom.lora_io.file import load, save
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core import data as data_module
 from kinoloom.trainers.core.data import PhaseData, TrainingData, column_path
-from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.host.source import not_finite
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.host.weights import not_finite
 from kinoloom.trainers.run.checkpoint import Identity
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
@@ -219,7 +219,7 @@ def spoil(folder: Path, stem: str, column: str, name: str, value: float) -> None
 def test_bad_numbers_in_data_are_named_before_the_first_step(
     name: str, stem: str, column: str, tensor: str, value: float, tiny_models: Path, tmp_path: Path
 ) -> None:
-    backbone = recipes()[name].backbone
+    backbone = recipes()[name].backbone_class.name
     data, model = write_data(tmp_path / "d", backbone), load_tiny(tiny_models, backbone)
     spoil(tmp_path / "d", stem, column, tensor, value)
     job = finish(make_job(tmp_path, model, data, make_config(name), name), model, "failed")

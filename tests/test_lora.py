@@ -11,7 +11,7 @@ from comfy.ops import disable_weight_init
 from kinoloom.lora_io.keys import from_comfy, to_comfy
 from kinoloom.trainers.backbones.flow.wan import Wan
 from kinoloom.trainers.core.lora import LoraGroups
-from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.core.rng import Rng
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from safetensors import safe_open

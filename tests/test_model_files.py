@@ -18,7 +18,8 @@ from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.svd.convert import convert_lora_file, convert_unet_file
 from kinoloom.nodes.tracklets import control
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.host.private import load_private
+from kinoloom.trainers.host.weights import merge, require_finite
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -170,7 +171,7 @@ def test_a_base_model_with_values_that_are_no_numbers_is_named(value: float, dty
     tensors["blocks.1.ffn.2.weight"].view(-1)[5] = value
     save(path, tensors, metadata)
     with pytest.raises(ValueError, match=r"model: broken\.safetensors: weight blocks\.1\.ffn\.2\.weight of the model holds NaN"):
-        host.load_private(load_model(path), torch.device("cpu"))
+        load_private(load_model(path), torch.device("cpu"))
 
 
 def test_extremes_of_a_type_are_numbers() -> None:
@@ -178,11 +179,11 @@ def test_extremes_of_a_type_are_numbers() -> None:
         layer = nn.Linear(2, 1, bias=False)
         limits = torch.finfo(dtype)
         layer.weight = nn.Parameter(torch.tensor([[limits.min, limits.max]]).to(dtype), requires_grad=False)
-        host.require_finite(layer, "file")
+        require_finite(layer, "file")
         if dtype != torch.float8_e4m3fn:  # which has no infinity
             layer.weight.data[0, 1] = float("inf")
             with pytest.raises(ValueError, match="file: weight weight of the model"):
-                host.require_finite(layer, "file")
+                require_finite(layer, "file")
 
 
 def test_a_motion_module_with_values_that_are_no_numbers_is_named(tiny_models: Path, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_merge_writes_into_memory_of_its_own(tmp_path: Path) -> None:
     mapped = torch.from_file(str(tmp_path / "weights"), shared=True, size=12).view(3, 4)
     layer = nn.Linear(4, 3, bias=False)
     layer.weight = nn.Parameter(mapped, requires_grad=False)
-    host.merge(layer, {"weight": [(2.0, ("diff", (torch.ones(3, 4),)), 1.0, None, None)]})
+    merge(layer, {"weight": [(2.0, ("diff", (torch.ones(3, 4),)), 1.0, None, None)]})
     assert torch.equal(layer.weight, torch.full((3, 4), 3.0)) and torch.equal(mapped, torch.ones(3, 4))
 
 

@@ -18,8 +18,8 @@ from kinoloom.lora_io.keys import from_motion_lora
 from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.trainers.backbones.animatediff.motion_module import PART
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.host.source import carried
 from kinoloom.trainers.motion_director import MotionDirector, temporal_loss
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
@@ -439,7 +439,7 @@ def evolved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def layers_of(model: Any, feed_forward: bool = True) -> set[str]:
     endings = [*(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
     endings += ["ff.net.0.proj.weight", "ff.net.2.weight"] * feed_forward
-    return {key for key in host.carried(model)[PART].state_dict() if key.endswith(tuple(endings))}
+    return {key for key in carried(model)[PART].state_dict() if key.endswith(tuple(endings))}
 
 
 @pytest.mark.parametrize(("layers", "count"), [("all", 200), ("attention", 160)])

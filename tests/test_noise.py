@@ -11,15 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.losses import masked_mse, sample_timesteps
-from kinoloom.trainers.core.noise import (
-    STRATA,
-    Ddpm,
-    FlowMatch,
-    Rng,
-    derived_generator,
-    logit_normal,
-    shift_timesteps,
-)
+from kinoloom.trainers.core.rng import STRATA, Rng, derived_generator
+from kinoloom.trainers.core.schedules import Ddpm, FlowMatch, logit_normal, shift_timesteps
 from scipy.special import expit
 from scipy.stats import kstest, norm
 

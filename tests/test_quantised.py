@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.noise import Rng, derived_generator
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.core.rng import Rng, derived_generator
+from kinoloom.trainers.host.weights import merge
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,7 +80,7 @@ def test_what_is_merged_into_quantised_weights_is_quantised_anew(tmp_path: Path,
     before = ours.get_parameter(key)
     stored = before.dequantize()
     for module in (ours, reference):
-        host.merge(module, {key: [(0.5, ("diff", (change,)), 1.0, None, None)]})
+        merge(module, {key: [(0.5, ("diff", (change,)), 1.0, None, None)]})
     after = ours.get_parameter(key)
     assert isinstance(after, QuantizedTensor)
     assert torch.equal(before.dequantize(), stored)

@@ -22,11 +22,14 @@ from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import train
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.noise import Ddpm, Edm, FlowMatch, Rng
-from kinoloom.trainers.core.sampling import Samples, Sampling, sample, write_webp
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.core.sampling import sample
+from kinoloom.trainers.core.schedules import Ddpm, Edm, FlowMatch
+from kinoloom.trainers.host.preview import decode_preview, levels
+from kinoloom.trainers.host.source import carried
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.plain import read
+from kinoloom.trainers.run.previews import Samples, Sampling, write_webp
 from kinoloom.trainers.run.record import Spec
 from PIL import Image
 from safetensors.torch import save_file
@@ -126,7 +129,7 @@ def test_levels_are_those_of_core_s_scheduler(backbone: str, steps: int, tiny_mo
         if backbone == "wan":
             (model,) = ModelSamplingSD3().patch(model, shift)
         theirs = core_levels(model, backbone, steps)
-        torch.testing.assert_close(SCHEDULES[backbone].levels(steps, shift), theirs, rtol=2e-6, atol=0)
+        torch.testing.assert_close(levels(SCHEDULES[backbone], steps, shift), theirs, rtol=2e-6, atol=0)
 
 
 def test_without_guidance_nothing_is_predicted_for_the_negative(tmp_path: Path) -> None:
@@ -137,10 +140,10 @@ def test_without_guidance_nothing_is_predicted_for_the_negative(tmp_path: Path) 
         return torch.zeros_like(x)
 
     schedule = FlowMatch()
-    noise, levels = torch.ones(1, 1, 1, 2, 2), schedule.levels(3, 1.0)
-    assert torch.equal(sample(predict, schedule, noise, levels, ("yes", "no"), torch.ones(1)), noise)
+    noise, sigmas = torch.ones(1, 1, 1, 2, 2), levels(schedule, 3, 1.0)
+    assert torch.equal(sample(predict, schedule, noise, sigmas, ("yes", "no"), torch.ones(1)), noise)
     assert seen == ["yes"] * 3
-    assert sample(predict, schedule, noise, levels, ("yes", "no"), torch.ones(1), lambda: len(seen) == 5) is None
+    assert sample(predict, schedule, noise, sigmas, ("yes", "no"), torch.ones(1), lambda: len(seen) == 5) is None
     assert len(seen) == 5, "a stop is noticed between two steps"
 
 
@@ -150,7 +153,7 @@ def test_without_guidance_nothing_is_predicted_for_the_negative(tmp_path: Path) 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_factors_decode_as_core_s_preview_does(backbone: str) -> None:
     form, latents = BACKBONES[backbone](), random(*SHAPES[backbone]["clips"], name="decode")
-    frames = host.decode_preview(form, latents)
+    frames = decode_preview(form, latents)
     count, height, width = latents.shape[1:]
     assert frames.shape == (count, 8 * height, 8 * width, 3) and 0 <= frames.min() < frames.max() <= 1
     previewer = latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
@@ -187,7 +190,7 @@ def test_a_tiny_decoder_decodes_as_core_s_loader_of_it_does(tiny_decoders: Path)
             made |= {"vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)}
         save_file(made if name.startswith("light") else own, tiny_decoders / name)
         latents = random(form.latent_channels, 3, 4, 4, name="decode")
-        frames = host.decode_preview(form, latents)
+        frames = decode_preview(form, latents)
         with torch.inference_mode():
             raw = form.process_out(latents[None])
             theirs = comfy.sd.VAE(sd=made).decode(raw if name.startswith("light") else raw[0].movedim(1, 0))
@@ -375,9 +378,9 @@ def test_samples_that_do_not_suit_the_model_are_refused(
     name: str, options: dict, message: str, inputs: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model, data = inputs(name)
-    samples = write_samples(tmp_path, recipes()[name].backbone)
+    samples = write_samples(tmp_path, recipes()[name].backbone_class.name)
     save_file({"prompt_embeds": torch.zeros(1, 2, 64)}, tmp_path / "wide.prompt_embeds.safetensors")
-    fitted = train.fit_samples(recipes()[name], host.carried(model), data, replace(samples, shape=()))
+    fitted = train.fit_samples(recipes()[name], carried(model), data, replace(samples, shape=()))
     assert fitted == samples
     with pytest.raises(ValueError, match=message):
-        train.fit_samples(recipes()[name], host.carried(model), data, replace(samples, **options))
+        train.fit_samples(recipes()[name], carried(model), data, replace(samples, **options))

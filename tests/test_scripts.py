@@ -10,7 +10,7 @@ import comfy.utils
 import pytest
 import tiny_svd
 import torch
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.host.private import load_private
 from safetensors import safe_open
 from toyworld.pack import video_unet
 
@@ -62,7 +62,7 @@ def svd(tiny_models: Path) -> Any:
 
 
 def test_every_weight_of_tiny_svd_has_an_effect(svd: Any, tiny_models: Path) -> None:
-    network = host.load_private(svd, torch.device("cpu")).diffusion_model
+    network = load_private(svd, torch.device("cpu")).diffusion_model
     network.requires_grad_(True)
     with safe_open(tiny_models / "diffusion_models" / "tiny_svd.safetensors", "pt") as file:
         assert set(file.keys()) == set(network.state_dict())

@@ -11,7 +11,7 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.trainers.core.data import Batches, TrainingData
 from kinoloom.trainers.core.loop import validation_loss
-from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.set_and_sequence import SetAndSequence, choose_prompts
 from scipy.stats import norm

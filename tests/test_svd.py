@@ -13,10 +13,12 @@ import tiny_svd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
-from kinoloom.trainers.backbones.svd.model import Svd, SvdConfig, check, drawn_conditions, video_loss
+from kinoloom.trainers.backbones.svd.model import Svd
+from kinoloom.trainers.backbones.svd.objective import SvdConfig, drawn_conditions, video_loss
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.lora import LoraGroups
-from kinoloom.trainers.core.noise import Edm, Rng
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.core.schedules import Edm
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.svd_finetune import SvdFinetune
 from kinoloom.trainers.svd_lora import SvdLora
@@ -184,10 +186,10 @@ def test_every_condition_counts(backbone: Svd, name: str) -> None:
 
 def test_other_models_and_other_latents_are_refused(tiny_models: Path, model: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found WAN21.*expected Stable Video Diffusion"):
-        check(load_tiny(tiny_models, "wan").model, {}, [])
+        Svd.grid(load_tiny(tiny_models, "wan").model, {})
     row = write_row(tmp_path, "wan", "clips", (16, 3, 8, 8))
     with pytest.raises(ValueError, match="wan has latents of 16 channels, expected 4"):
-        check(model.model, {}, [row])
+        Svd.grid(model.model, {}).check([row])
 
 
 def test_checkpointing_changes_nothing(backbone: Svd, data: Any) -> None:

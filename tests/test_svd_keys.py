@@ -21,7 +21,7 @@ from kinoloom.lora_io.svd import (
     to_comfy,
     to_diffusers,
 )
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.host.private import load_private
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def diffusers_output(unet: nn.Module) -> Tensor:
 @torch.no_grad()
 def comfy_output(model: Any) -> Tensor:
     """With the LoRAs on the MODEL."""
-    network = host.load_private(model, torch.device("cpu")).diffusion_model
+    network = load_private(model, torch.device("cpu")).diffusion_model
     ids = Timestep(256)(IDS.flatten()).reshape(CLIPS, -1)
     time, context, y = (rows.repeat_interleave(FRAMES, 0) for rows in (TIME, CONTEXT, ids))
     return network(X.flatten(0, 1), time, context, y, num_video_frames=FRAMES).unflatten(0, (CLIPS, FRAMES))
@@ -207,7 +207,7 @@ def test_a_lora_comes_back_with_alpha_in_its_up_factors(model: Any, original: di
         patched, _ = with_lora(model, lora_to_comfy(original, given))
         up, down = (converted[f"{out}.lora_{side}.weight"] for side in "BA")
         weight, plain = (
-            host.load_private(m, torch.device("cpu")).get_parameter(f"{out}.weight") for m in (patched, model)
+            load_private(m, torch.device("cpu")).get_parameter(f"{out}.weight") for m in (patched, model)
         )
         torch.testing.assert_close(weight, plain + alpha / RANK * up @ down, rtol=1e-5, atol=1e-6)
 

@@ -26,7 +26,7 @@ from kinoloom.trainers.conditions.tracklet_control import (
     widths_of,
 )
 from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
-from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_weights, soften
 from torch import Tensor, nn

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.trainers.core.config import TrainConfig
-from kinoloom.trainers.core.data import PhaseData, TrainingData
+from kinoloom.trainers.core.data import Batch, PhaseData, TrainingData
 from kinoloom.trainers.core.events import Event, Step, Validation
 from kinoloom.trainers.core.loop import Session, train
 from kinoloom.trainers.core.losses import concept_and_prior
-from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.core.recipe import Batch, Phase
-from kinoloom.trainers.run.checkpoint import State
+from kinoloom.trainers.core.recipe import Phase
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.core.state import State
 from torch import Tensor, nn
 
 from .runs import write_row

@@ -13,11 +13,12 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training.generation import generation
 from kinoloom.nodes.training.routes import files
-from kinoloom.trainers.core.events import Plan, Step, from_json, to_json
+from kinoloom.trainers.core.events import Plan, Step, to_json
+from kinoloom.trainers.core.state import State
 from kinoloom.trainers.run import plain, versions
-from kinoloom.trainers.run.checkpoint import Identity, State, load_state, save_state
+from kinoloom.trainers.run.checkpoint import Identity, load_state, save_state
 from kinoloom.trainers.run.job import Job
-from kinoloom.trainers.run.record import read_record
+from kinoloom.trainers.run.record import from_json, read_record
 from kinoloom.trainers.run.unreadable import Unreadable
 
 from .runs import finish, make_config, make_job, write_data, write_samples

@@ -11,8 +11,8 @@ import pytest
 import torch
 from comfy_api.latest._input_impl import VideoFromFile
 from kinoloom.nodes.data import nodes as data
-from kinoloom.nodes.data.encoding.text_rows import Clip, Options, plan
 from kinoloom.nodes.data.reading import folder, framing, sources, videos
+from kinoloom.nodes.data.reading.cutting import Clip, Options, plan
 from PIL import Image
 
 from .media import ffmpeg, lit, write_timed, write_video

@@ -24,8 +24,12 @@ from kinoloom.trainers.backbones.flow import wan
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.losses import denoising_loss
-from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.host import source as host
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS, sdpa
+from kinoloom.trainers.host.device import compute_dtype
+from kinoloom.trainers.host.layers import Rope
+from kinoloom.trainers.host.private import load_private, narrow
+from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
 from torch import Tensor
@@ -121,7 +125,7 @@ def test_attention_is_cores_basic_one(layout: dict[str, bool], masked: bool) -> 
         q, k, v = (x.unflatten(-1, (3, 8)).transpose(1, 2) for x in (q, k, v))
     basic = comfy.ldm.modules.attention.attention_basic
     expected = basic(q, k, v, 3, mask=mask, **layout)
-    torch.testing.assert_close(host.sdpa(basic, q, k, v, 3, mask=mask, **layout), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sdpa(basic, q, k, v, 3, mask=mask, **layout), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_weighs_the_squared_error(model: Any, tmp_path: Path) -> None:
@@ -172,20 +176,20 @@ def test_another_architecture_is_refused_by_its_name() -> None:
          "num_heads": 2, "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None}
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"found BaseModel \(UNetModel\), expected Wan 2.1 text-to-video"):
-        wan.check(comfy.model_base.BaseModel(config), {}, [])
+        wan.Wan.grid(comfy.model_base.BaseModel(config), {})
 
 
 def test_a_model_that_cannot_be_loaded_again_is_refused(model: Any) -> None:
     other = model.clone()
     other.cached_patcher_init = None
     with pytest.raises(ValueError, match="ModelPatcher.* that cannot be loaded a second time"):
-        host.ModelSource.of(other)
+        ModelSource.of(other)
 
 
 def test_bypass_loras_are_refused(model: Any) -> None:
     bypassed, _ = comfy.sd.load_bypass_lora_for_models(model, None, lora_file(), 1.0, 0)
     with pytest.raises(ValueError, match="carries a bypass LoRA"):
-        host.ModelSource.of(bypassed)
+        ModelSource.of(bypassed)
 
 
 # -- the private copy ------------------------------------------------------------------------------------------------------
@@ -219,31 +223,31 @@ def test_the_private_copy_shares_no_storage_and_needs_no_gradient(model: Any) ->
 
 
 def test_identity_changes_with_content_storage_and_patches(file: Path, model: Any, tmp_path: Path) -> None:
-    own = host.ModelSource.of(model).identity
-    assert host.ModelSource.of(load_model(file)).identity == own
+    own = ModelSource.of(model).identity
+    assert ModelSource.of(load_model(file)).identity == own
     tiny.write_wan(tmp_path / "copy.safetensors")
-    assert host.ModelSource.of(load_model(tmp_path / "copy.safetensors")).identity == own, "a path is no identity"
+    assert ModelSource.of(load_model(tmp_path / "copy.safetensors")).identity == own, "a path is no identity"
     tiny.write_wan(tmp_path / "other.safetensors", seed=1)
     others = [load_model(tmp_path / "other.safetensors"), load_model(file, dtype=torch.float8_e4m3fn)]
     for strength, file_strength in ((1.0, 1.0), (0.5, 1.0), (1.0, 2.0)):
         others.append(comfy.sd.load_lora_for_models(model, None, lora_file(file_strength), strength, 0)[0])
     again = comfy.sd.load_lora_for_models(load_model(file), None, lora_file(), 1.0, 0)[0]
-    identities = [own, *(host.ModelSource.of(other).identity for other in others)]
+    identities = [own, *(ModelSource.of(other).identity for other in others)]
     assert len(set(identities)) == len(identities)
-    assert host.ModelSource.of(again).identity == identities[3]
+    assert ModelSource.of(again).identity == identities[3]
 
 
 def test_a_source_reloads_the_same_model_or_says_why_not(file: Path, model: Any, tmp_path: Path) -> None:
     for options in ({}, {"dtype": torch.float8_e4m3fn}):
-        source = host.ModelSource.of(load_model(file, **options))
-        assert host.ModelSource.of(source.reload()).identity == source.identity
+        source = ModelSource.of(load_model(file, **options))
+        assert ModelSource.of(source.reload()).identity == source.identity
         assert torch.equal(predict(make_backbone(source)), predict(make_backbone(load_model(file, **options))))
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora_file(), 1.0, 0)
     with pytest.raises(ValueError, match="on a model with LoRAs applied: run its Train node again"):
-        host.ModelSource.of(patched).reload()
+        ModelSource.of(patched).reload()
     path = tmp_path / "moved.safetensors"
     tiny.write_wan(path)
-    source = host.ModelSource.of(load_model(path))
+    source = ModelSource.of(load_model(path))
     tiny.write_wan(path, seed=1)
     with pytest.raises(ValueError, match=r"moved.safetensors: its content changed"):
         source.reload()
@@ -270,7 +274,7 @@ def test_the_interrupt_flag_is_neither_consumed_nor_obeyed(model: Any, data: Tra
 def test_rotary_embedding_is_the_samplers_own_and_has_the_gradient_of_the_formula() -> None:
     freqs = comfy.ldm.flux.math.rope(torch.arange(6.0)[None], 8, 10000).movedim(1, 1).unsqueeze(2)  # B L 1 d/2 2 2
     x = random(2, 6, 3, 8, name="rope").requires_grad_()
-    ours, theirs = host.Rope.apply(x, freqs), comfy.ldm.flux.math._apply_rope1(x, freqs)
+    ours, theirs = Rope.apply(x, freqs), comfy.ldm.flux.math._apply_rope1(x, freqs)
     assert torch.equal(ours, comfy.quant_ops.ck.apply_rope1(x.detach(), freqs))
     weight = random(2, 6, 3, 8, name="weight")
     (mine,), (reference,) = (torch.autograd.grad((out * weight).sum(), x) for out in (ours, theirs))
@@ -337,15 +341,15 @@ def test_every_precision_and_storage_trains_close_to_fp32(
 def test_automatic_precision_is_bf16_on_a_cpu_that_multiplies_it() -> None:
     cpu, has = torch.device("cpu"), torch.cpu.get_capabilities()
     fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-    assert host.compute_dtype("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
-    assert host.compute_dtype("fp32", cpu) == torch.float32
-    assert host.compute_dtype("bf16", cpu) == torch.bfloat16
+    assert compute_dtype("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
+    assert compute_dtype("fp32", cpu) == torch.float32
+    assert compute_dtype("bf16", cpu) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_equals_torch_with_gradients(dtype: torch.dtype) -> None:
     q, k, v = (random(2, tokens, 4 * 16, name=f"attention {tokens}").to(dtype).requires_grad_() for tokens in (7, 5, 5))
-    ours = host.sdpa(None, q, k, v, heads=4)
+    ours = sdpa(None, q, k, v, heads=4)
     split = [x.float().unflatten(-1, (4, 16)).transpose(1, 2) for x in (q, k, v)]
     theirs = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(-2)
     tolerance = {"rtol": 0.03, "atol": 0.02} if dtype == torch.bfloat16 else {}
@@ -386,22 +390,22 @@ def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None
     patched = model.clone()
     patched.add_object_patch("diffusion_model.blocks.1", patched.model.diffusion_model.blocks[0])
     with pytest.raises(ValueError, match=r"the patched part 'diffusion_model\.blocks\.1'"):
-        host.ModelSource.of(patched)
+        ModelSource.of(patched)
     schedule = model.clone()
     schedule.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
-    assert host.ModelSource.of(schedule).identity == host.ModelSource.of(model).identity
+    assert ModelSource.of(schedule).identity == ModelSource.of(model).identity
 
 
 def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: Any, data: TrainingData) -> None:
     gradients = []
     for narrowed in (False, True):
-        private = host.load_private(model, torch.device("cpu"))
+        private = load_private(model, torch.device("cpu"))
         if narrowed:
-            host.narrow(private, torch.bfloat16)
+            narrow(private, torch.bfloat16)
         module = private.diffusion_model
         assert module.blocks[0].ffn[0].weight.dtype == (torch.bfloat16 if narrowed else torch.float32)
         assert module.patch_embedding.weight.dtype == torch.float32, "computed in fp32 by the model"
-        backbone = wan.load(private, {}, torch.device("cpu"), torch.bfloat16, host.TRANSFORMER_OPTIONS)
+        backbone = wan.Wan(private, {}, torch.device("cpu"), torch.bfloat16, TRANSFORMER_OPTIONS)
         recipe = WanLora(backbone, WanLora.Config(rank=4))
         recipe.start(recipe.phases(recipe.config)[0])
         for path, up in recipe.lora.factors("lora", "up").items():

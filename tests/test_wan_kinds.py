@@ -38,7 +38,7 @@ def test_every_other_class_is_named_as_what_it_is(name: str) -> None:
     own, called = VARIANTS[name]
     config = getattr(comfy.supported_models, name)({"image_model": "wan2.1", **SMALL, **own})
     with pytest.raises(ValueError, match=rf"model: found {called}.*, expected Wan 2.1 text-to-video"):
-        wan.check(config.get_model({}, "", torch.device("meta")), {}, [])
+        wan.Wan.grid(config.get_model({}, "", torch.device("meta")), {})
 
 
 @pytest.mark.parametrize(

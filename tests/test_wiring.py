@@ -8,7 +8,7 @@ import torch
 from kinoloom.lora_io.file import fingerprint, load
 from kinoloom.trainers.core.data import column_path
 from kinoloom.trainers.core.lora import LoraGroups
-from kinoloom.trainers.core.noise import Rng
+from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.motion_director import SPATIAL, TEMPORAL, MotionDirector
 from kinoloom.trainers.set_and_sequence import IDENTITY, SetAndSequence

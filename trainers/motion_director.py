@@ -17,14 +17,15 @@ from ..lora_io.animatediff import read_spatial_lora, read_temporal_lora
 from .backbones.animatediff.model import AnimateDiff
 from .backbones.animatediff.motion_module import PART
 from .core.config import LoraConfig, changed, knob, naming
-from .core.data import TrainingData
+from .core.data import Batch, TrainingData
 from .core.lora import LoraGroups
 from .core.losses import masked_mse
-from .core.noise import Rng
-from .core.recipe import Batch, Export, Generation, Phase
+from .core.recipe import Export, Generation, Phase
+from .core.rng import Rng
 from .core.start_from import Start, check_starts
 from .core.transfer import to_device
-from .host.source import carried, lora_patches
+from .host.source import base_identities, carried
+from .host.weights import lora_patches
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
 PHASE = "clips"
@@ -50,7 +51,7 @@ class MotionDirector:
         "Learns the motion of clips as a motion LoRA for AnimateDiff, and their look as a separate LoRA for the image "
         "model."
     )
-    backbone = "animatediff"
+    backbone_class = AnimateDiff
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class MotionDirector:
 
         def check_model(self, model: Any) -> None:
             modules = nn.ModuleDict({"unet": model.model.diffusion_model, "motion": carried(model)[PART]})
-            check_starts(self.starts(), self, modules, model)
+            check_starts(self.starts(), self, modules, base_identities(model))
             if self.domain_adapter:
                 with naming("domain_adapter", self.domain_adapter):
                     lora_patches(model.model, Path(self.domain_adapter))

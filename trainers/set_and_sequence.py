@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
 from .backbones.flow.wan import Wan, WanConfig
 from .core.config import LoraConfig, changed, knob, naming
+from .core.data import Batch
 from .core.lora import LoraGroups, layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
-from .core.noise import Rng
-from .core.recipe import Batch, Export, Generation, Phase
+from .core.recipe import Export, Generation, Phase
+from .core.rng import Rng
 from .core.start_from import Start, check_starts
 from .host.source import base_identities
 
@@ -36,7 +37,7 @@ class SetAndSequence:
     description = (
         "Learns one moving subject from one clip: its look from the frames, then its motion from the sequence."
     )
-    backbone = "wan"
+    backbone_class = Wan
     columns = ("latents", "prompt_embeds")
 
     @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ class SetAndSequence:
 
         def check_model(self, model: Any) -> None:
             super().check_model(model)
-            check_starts(self.starts(), self, model.model.diffusion_model, model)
+            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
             if self.identity_file:
                 read_identity(self, model.model.diffusion_model, base_identities(model))
 

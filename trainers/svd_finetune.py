@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.svd.model import Svd, SvdConfig, video_losses
+from .backbones.svd.model import Svd
+from .backbones.svd.objective import SvdConfig, video_losses
 from .core.config import changed, knob
+from .core.data import Batch
 from .core.lora import copied, fill
-from .core.noise import Rng
-from .core.recipe import Batch, Export, Generation, Phase
+from .core.recipe import Export, Generation, Phase
+from .core.rng import Rng
 
 UNET = "unet"
 LAYERS = {
@@ -28,7 +30,7 @@ class SvdFinetune:
     name = "KinoloomTrainSvdFinetune"
     title = "Train SVD Fine-tune"
     description = "Fine-tunes Stable Video Diffusion (image to video) on clips, and saves a whole model."
-    backbone = "svd"
+    backbone_class = Svd
     columns = ("latents", "image")
 
     @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,14 @@ from torch import Tensor
 from ..lora_io.file import load
 from ..lora_io.fitting import require_base
 from ..lora_io.keys import check_pairs, from_comfy
-from .backbones.svd.model import Svd, SvdConfig, video_losses
+from .backbones.svd.model import Svd
+from .backbones.svd.objective import SvdConfig, video_losses
 from .core.config import LoraConfig, knob
-from .core.noise import Rng
+from .core.data import Batch
 from .core.plain_lora import PlainLora, plain_start
-from .core.recipe import Batch
+from .core.rng import Rng
 from .core.start_from import Start, check_starts
+from .host.source import base_identities
 
 
 class SvdLora(PlainLora):
@@ -24,7 +26,7 @@ class SvdLora(PlainLora):
     name = "KinoloomTrainSvdLora"
     title = "Train SVD LoRA"
     description = "Trains a LoRA for Stable Video Diffusion (image to video) on clips."
-    backbone = "svd"
+    backbone_class = Svd
     columns = ("latents", "image")
     template = "svd_lora_generate"
 
@@ -43,7 +45,7 @@ class SvdLora(PlainLora):
             return plain_start(self, Svd.lora_targets, read_svd_lora)
 
         def check_model(self, model: Any) -> None:
-            check_starts(self.starts(), self, model.model.diffusion_model, model)
+            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return video_losses(self.backbone, batch, rng, self.config)

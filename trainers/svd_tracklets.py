@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..lora_io.file import load
-from .backbones.svd.model import Svd, SvdConfig, video_loss
+from .backbones.svd.model import Svd
+from .backbones.svd.objective import SvdConfig, video_loss
 from .conditions.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
 from .core.config import changed, knob, naming
+from .core.data import Batch
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
-from .core.noise import Rng, derived_generator
-from .core.recipe import Batch, Export, Generation, Phase
+from .core.recipe import Export, Generation, Phase
+from .core.rng import Rng, derived_generator
 from .core.transfer import to_device
-from .host.source import OPERATIONS, make_private, require_finite
+from .host.layers import OPERATIONS, make_private
+from .host.weights import require_finite
 
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"
@@ -36,7 +39,7 @@ class SvdTracklets:
     name = "KinoloomTrainSvdTracklets"
     title = "Train SVD Tracklets"
     description = "Teaches Stable Video Diffusion to move objects along boxes, from clips whose objects are tracked."
-    backbone = "svd"
+    backbone_class = Svd
     columns = ("latents", "image", "tracklets")
 
     @dataclass(frozen=True, kw_only=True)

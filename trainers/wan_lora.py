@@ -9,11 +9,12 @@ from torch import Tensor
 from ..lora_io.wan import read_any_wan_lora
 from .backbones.flow.wan import Wan, WanConfig
 from .core.config import LoraConfig, knob
+from .core.data import Batch
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
-from .core.noise import Rng
 from .core.plain_lora import PlainLora, plain_start
-from .core.recipe import Batch
+from .core.rng import Rng
 from .core.start_from import Start, check_starts
+from .host.source import base_identities
 
 
 class WanLora(PlainLora):
@@ -22,7 +23,7 @@ class WanLora(PlainLora):
     name = "KinoloomTrainWanLora"
     title = "Train Wan LoRA"
     description = "Trains a LoRA for a Wan 2.1 text-to-video model on clips, photos, or both."
-    backbone = "wan"
+    backbone_class = Wan
     columns = ("latents", "prompt_embeds")
     template = "wan_lora_generate"
 
@@ -57,7 +58,7 @@ class WanLora(PlainLora):
 
         def check_model(self, model: Any) -> None:
             super().check_model(model)
-            check_starts(self.starts(), self, model.model.diffusion_model, model)
+            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)

@@ -16,7 +16,7 @@ from ...lora_io.file import free_path, save
 from ...lora_io.keys import from_motion_lora, to_motion_lora
 from ...lora_io.merge import merge
 from ...trainers.backbones.animatediff.motion_module import MID, PART
-from ...trainers.host.source import load_tensors
+from ...trainers.host.weights import load_tensors
 from ..folders import MOTION_LORAS, output_folder
 from ..widgets import NO_FILE, files_state, require_name
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from ...trainers.backbones.animatediff.model import check_model
 from ...trainers.backbones.animatediff.motion_module import PART, Attached, MotionModules, read, sites
-from ...trainers.host.source import load_tensors
+from ...trainers.host.weights import load_tensors
 from ..folders import MOTION_MODELS
 from ..widgets import files_state
+from ..wires import EvolvedModelType, MotionModuleType
 
-MotionModuleType = io.Custom("MOTION_MODULE")  # a ModelPatcher of MotionModules
-EvolvedModelType = io.Custom("MOTION_MODEL_ADE")
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
 LONGEST = 128  # frames of a window
 

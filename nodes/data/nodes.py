@@ -13,11 +13,13 @@ from server import PromptServer
 from ...trainers.core.config import check
 from ...trainers.core.data import Row, TrainingData
 from ..lists import by_place, for_each, listed, only, only_each
-from ..widgets import UNCONNECTED, TrainingDataType, require_one, widget
+from ..widgets import UNCONNECTED, require_one, widget
+from ..wires import TrainingDataType
 from .encoding.columns import frame_step
-from .encoding.text_rows import ROLES, Clip, ClipPlan, Options, check_role, encode, plan
+from .encoding.text_rows import encode
 from .priors import PriorClips
 from .reading import captions, videos
+from .reading.cutting import ROLES, Clip, ClipPlan, Options, check_role, plan
 from .reading.folder import Reading, listing, plan_folder, resolve_folder
 from .reading.framing import check_length
 from .reading.sources import Source, from_tensor

@@ -15,7 +15,8 @@ from ...lora_io.file import load
 from ...trainers.core.config import check, knob
 from ...trainers.core.data import Row, TrainingData, column_path
 from ..lists import joined, listed, only, only_each
-from ..widgets import TrainingDataType, widget
+from ..widgets import widget
+from ..wires import TrainingDataType
 from .encoding import model_keys
 from .encoding.columns import Columns, encode_pixels, frame_step, open_columns
 from .encoding.prompts import tokenize

@@ -11,13 +11,14 @@ from comfy_api.latest import io
 from ...trainers.backbones.svd.model import SIDE
 from ...trainers.conditions.tracklets import Tracklets
 from ..lists import by_place, for_each, only, only_each
-from ..tracklets.nodes import load as load_tracklets
-from ..widgets import UNCONNECTED, TrackletsType, TrainingDataType, require_one, widget
+from ..widgets import UNCONNECTED, require_one, widget
+from ..wires import TrackletsType, TrainingDataType
 from .encoding.svd_rows import LARGEST_BUCKET, SvdOptions, encode
-from .encoding.text_rows import Clip, plan
 from .nodes import ClipsFromFolder, alpha_as_mask, check_folder_options, clip_sources, folder_and_role, output
+from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
 from .reading.sources import Source
+from .reading.tracklet_files import load_tracklets
 
 CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
 

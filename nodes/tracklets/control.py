@@ -20,12 +20,12 @@ from ...trainers.backbones.svd.model import check_model
 from ...trainers.conditions.tracklet_control import NUMBERS, Controlled, TrackletControl, read, widths_of
 from ...trainers.conditions.tracklets import Tracklets, to_tensors
 from ...trainers.core.backbone import PIXELS
-from ...trainers.host.source import load_tensors
+from ...trainers.host.weights import load_tensors
 from ..folders import TRACKLET_CONTROL
 from ..training.registry import trained_file
-from ..widgets import NO_FILE, TrackletsType, files_state, model_file
+from ..widgets import NO_FILE, files_state, model_file
+from ..wires import TrackletControlType, TrackletsType
 
-TrackletControlType = io.Custom("TRACKLET_CONTROL")  # (ModelPatcher of a TrackletControl, layers of the base model)
 
 def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
     """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""

@@ -11,8 +11,9 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...trainers.conditions.tracklets import MAX_FRAMES, MAX_SIDE, Tracklets, from_masks, from_mot, paint, to_tensors
-from ..widgets import TrackletsType
+from ...trainers.conditions.tracklets import MAX_FRAMES, MAX_SIDE, Tracklets, from_masks, paint, to_tensors
+from ..data.reading.tracklet_files import load_tracklets
+from ..wires import TrackletsType
 
 CATEGORY = "Kinoloom/tracklets"
 SUFFIXES = (".json", ".csv")
@@ -144,18 +145,12 @@ class LoadTracklets(io.ComfyNode):
     ) -> io.NodeOutput:
         path = input_file(file)
         try:
-            tracked = load(path, width, height, frames or None)
+            tracked = load_tracklets(path, width, height, frames or None)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         if fps and path.suffix.lower() == ".csv":
             tracked = tracked.retime(round((tracked.frames - 1) * fps / source_fps) + 1)
         return io.NodeOutput(tracked)
-
-
-def load(path: Path, width: int, height: int, frames: int | None = None) -> Tracklets:
-    """A .json file as it is; a .csv of a width x height video, which ends with the last box if not told its frames."""
-    text = path.read_text(encoding="utf-8-sig")
-    return Tracklets.from_json(text) if path.suffix.lower() == ".json" else from_mot(text, width, height, frames)
 
 
 def input_files() -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...trainers.backbones.svd.model import SIDE
 from ...trainers.conditions.tracklets import Tracklets, to_tensors
 from ...trainers.core.config import check, knob
-from ...trainers.core.sampling import FIRST_FRAMES, PROMPTS, Samples
+from ...trainers.run.previews import FIRST_FRAMES, PROMPTS, Samples
 from ..data.encoding import model_keys
 from ..data.encoding.columns import encode_pixels, open_columns
 from ..data.encoding.svd_rows import LARGEST_BUCKET
@@ -18,7 +18,8 @@ from ..data.reading import sources
 from ..data.reading.framing import bucket, fit
 from ..data.svd_nodes import encoders
 from ..lists import joined, listed, only, only_each
-from ..widgets import TrackletsType, TrainingSamplesType, widget
+from ..widgets import widget
+from ..wires import TrackletsType, TrainingSamplesType
 from .train import knobs
 
 MOST = 16  # samples at a time

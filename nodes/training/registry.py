@@ -13,15 +13,16 @@ import folder_paths
 from server import PromptServer
 
 from ...lora_io.file import sweep
-from ...trainers import backbone_modules, recipes
+from ...trainers import recipes
 from ...trainers.core.config import TrainConfig
 from ...trainers.core.data import TrainingData
-from ...trainers.core.sampling import Samples
-from ...trainers.host.source import ModelSource, holds_models
+from ...trainers.host.device import holds_models
+from ...trainers.host.source import ModelSource
 from ...trainers.run.checkpoint import Identity
 from ...trainers.run.claim import in_use
 from ...trainers.run.job import Job
 from ...trainers.run.line import Line
+from ...trainers.run.previews import Samples
 from ...trainers.run.record import Spec
 from ...trainers.run.unreadable import Unreadable
 from ..folders import OUTPUTS, output_folder
@@ -62,8 +63,7 @@ class Registry(Shelf):
         if spec.recipe not in recipes():
             raise ValueError(f"training method {spec.recipe[:60]!r}: unknown")
         recipe = recipes()[spec.recipe]
-        backbone = backbone_modules()[recipe.backbone]
-        return Job(self.folder / spec.id, spec, recipe, backbone, publish, self.busy, self.line, self.make_room)
+        return Job(self.folder / spec.id, spec, recipe, publish, self.busy, self.line, self.make_room)
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:

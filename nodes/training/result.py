@@ -11,9 +11,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
 from ...lora_io.file import load
-from ...trainers.host.source import make_room
+from ...trainers.host.device import make_room
 from ...trainers.run.job import Job
-from ..widgets import TrainingJobType
+from ..wires import TrainingJobType
 from .registry import registry, trained_file
 
 POLL_SECONDS = 0.2

@@ -9,23 +9,17 @@ from comfy_api.latest import io
 from safetensors import safe_open
 
 from ...lora_io.file import sha256
-from ...trainers import backbone_modules, recipes
+from ...trainers import recipes
+from ...trainers.core.backbone import Grid
 from ...trainers.core.config import TrainConfig, check, make
 from ...trainers.core.data import PhaseData, TrainingData, column_path
 from ...trainers.core.recipe import Recipe
-from ...trainers.core.sampling import PROMPTS, Samples
-from ...trainers.host.source import carried, device, require_trainable, resolve_precision
+from ...trainers.host.device import resolve_precision, torch_device
+from ...trainers.host.source import carried, require_trainable
 from ...trainers.run.checkpoint import Identity
-from ..widgets import (
-    NO_FILE,
-    TrainingDataType,
-    TrainingJobType,
-    TrainingSamplesType,
-    files_state,
-    model_file,
-    require_name,
-    widget,
-)
+from ...trainers.run.previews import PROMPTS, Samples
+from ..widgets import NO_FILE, files_state, model_file, require_name, widget
+from ..wires import TrainingDataType, TrainingJobType, TrainingSamplesType
 from .naming import asked_as, same_name
 from .registry import registry
 
@@ -98,11 +92,12 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
             require_trainable(model)
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
-            config = replace(config, precision=resolve_precision(config.precision, device()))
-            backbone_modules()[recipe.backbone].check(model.model, carried(model), data.rows)
+            config = replace(config, precision=resolve_precision(config.precision, torch_device()))
+            grid = recipe.backbone_class.grid(model.model, carried(model))
+            grid.check(data.rows)
             config.check_model(model)
             check_data(recipe, config, data)
-            shaped = samples and fit_samples(recipe, carried(model), data, samples)
+            shaped = samples and fit_samples(recipe, grid, data, samples)
             job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
             text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
             shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
@@ -124,7 +119,7 @@ def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) ->
         logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))
 
 
-def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData, samples: Samples) -> Samples:
+def fit_samples(recipe: type[Recipe], grid: Grid, data: TrainingData, samples: Samples) -> Samples:
     """The samples with their latent shape. ValueError if this method's model cannot make them."""
     found, expected = ("prompts", "first frames") if samples.column == PROMPTS else ("first frames", "prompts")
     if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
@@ -135,7 +130,7 @@ def fit_samples(recipe: type[Recipe], parts: dict[str, Any], data: TrainingData,
         if ours != theirs:
             raise ValueError(f"samples: prompts are {ours} wide, the data's {theirs}: expected the same text encoder")
     try:
-        shape = backbone_modules()[recipe.backbone].latent_shape(parts, samples.width, samples.height, samples.frames)
+        shape = grid.latent_shape(samples.width, samples.height, samples.frames)
     except ValueError as error:
         raise ValueError(f"samples: {error}") from error
     return replace(samples, shape=shape)

@@ -97,7 +97,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, float], Any]:
     """Losses and gradient norms of one step in fp32 with every LoRA factor 0.01, and what they were computed from."""
     recipe = our_recipe(shape, folder, precision="fp32", checkpointing="off", dropout=0.0)
     from kinoloom.trainers import motion_director
-    from kinoloom.trainers.core.noise import Rng
+    from kinoloom.trainers.core.rng import Rng
 
     recipe.start(recipe.phases(recipe.config)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)

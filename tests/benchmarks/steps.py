@@ -55,16 +55,18 @@ def enter_comfyui(folder: Path, *, pytorch_attention: bool = False) -> None:
 
 def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) -> Any:
     """A training node's recipe on a private copy of `model`, as a job makes it."""
-    from kinoloom.trainers import backbone_modules, recipes
+    from kinoloom.trainers import recipes
     from kinoloom.trainers.core import memory
-    from kinoloom.trainers.host import source as host
+    from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
+    from kinoloom.trainers.host.device import compute_dtype, torch_device
+    from kinoloom.trainers.host.private import load_private, narrow
 
     method = recipes()[name]
     config = method.Config(steps=1_000_000, validate_every=0, save_every=100_000, **options)
-    device = host.device()
-    private, dtype = host.load_private(model, device), host.compute_dtype(config.precision, device)
-    host.narrow(private, dtype)
-    backbone = backbone_modules()[method.backbone].load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
+    device = torch_device()
+    private, dtype = load_private(model, device), compute_dtype(config.precision, device)
+    narrow(private, dtype)
+    backbone = method.backbone_class(private, parts, device, dtype, TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.checkpointing = config.checkpointing == "on"
     return method(backbone, config)
@@ -92,7 +94,7 @@ def prompt(prompt_embeds: Tensor) -> dict[str, Tensor]:
 def train(recipe: Any, rows: Any, tick: Tick) -> None:
     """The pack's own loop."""
     from kinoloom.trainers.core import events, loop
-    from kinoloom.trainers.run.checkpoint import State
+    from kinoloom.trainers.core.state import State
 
     def emit(event: events.Event) -> None:
         if isinstance(event, events.Step):

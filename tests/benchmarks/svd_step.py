@@ -187,9 +187,9 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Te
     """The loss and gradients by diffusers' layers of one step in fp32, and what `plain_loss` needs for the same step."""
     recipe = our_recipe(shape, folder, precision="fp32", checkpointing="off")
     from kinoloom.lora_io.svd import to_diffusers
-    from kinoloom.trainers.backbones.svd.model import drawn_conditions
-    from kinoloom.trainers.core.noise import Rng
+    from kinoloom.trainers.backbones.svd.objective import drawn_conditions
     from kinoloom.trainers.core.plain_lora import GROUP
+    from kinoloom.trainers.core.rng import Rng
 
     recipe.start(recipe.phases(recipe.config)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)

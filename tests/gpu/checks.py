@@ -50,7 +50,7 @@ def environment(bench: Bench) -> None:
 
 def kernels(bench: Bench) -> None:
     """Rotary embedding and attention against plain formulas in fp64, forward and backward."""
-    device = host().device()
+    device = host().torch_device()
     for heads in (12, 40):
         for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
             q, k, v = (_normal(i, 1, 300, heads, 128).to(device, dtype).requires_grad_() for i in range(3))
@@ -103,7 +103,7 @@ def losses(bench: Bench) -> None:
 
 
 def _numbers(bench: Bench, name: str, device: str | None, options: dict[str, Any]) -> dict[str, float]:
-    from kinoloom.trainers.core.noise import Rng
+    from kinoloom.trainers.core.rng import Rng
 
     recipe = bench.recipe(name, device, precision="fp32", checkpointing="on", **options)
     _move_up_factors(recipe)
@@ -158,7 +158,7 @@ def _sample(model: Any) -> Tensor:
 
 def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str, **options: Any) -> Any:
     """A Wan LoRA run of one clip, begun."""
-    from kinoloom.trainers import backbone_modules, recipes
+    from kinoloom.trainers import recipes
     from kinoloom.trainers.core.data import Row, TrainingData, write_column
     from kinoloom.trainers.host.source import ModelSource
     from kinoloom.trainers.run.checkpoint import Identity
@@ -177,8 +177,7 @@ def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str,
     identity = Identity.of(name, source.identity, data.digest, config, {})
     outputs = {"loras": str(folder / "out")}
     spec = Spec(run, run, name, vars(config), data, source, identity, outputs, time.time())
-    backbone = backbone_modules()[method.backbone]
-    job = Job(folder / "job", spec, method, backbone, lambda job, event: None, lambda job: False)
+    job = Job(folder / "job", spec, method, lambda job, event: None, lambda job: False)
     job.start(model)
     return job
 
@@ -186,7 +185,7 @@ def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str,
 def memory(bench: Bench) -> None:
     """Each backbone's plan against the peak of a step."""
     from kinoloom.trainers.core import memory
-    from kinoloom.trainers.core.noise import Rng
+    from kinoloom.trainers.core.rng import Rng
 
     sizes = {
         "KinoloomTrainWanLora": (33, 512, 512) if bench.full else SMALL,
@@ -299,7 +298,7 @@ def _timed(bench: Bench, name: str, size: tuple[int, ...], choice: str, rate: fl
 
 def _matmul_rate(bench: Bench) -> float:
     """TFLOP/s of a large bf16 product."""
-    side, device = 8192 if bench.full else 512, host().device()
+    side, device = 8192 if bench.full else 512, host().torch_device()
     a, b = (_normal(i, side, side).to(device, torch.bfloat16) for i in range(2))
     taken = []
     for _ in range(10):

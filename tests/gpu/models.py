@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import tiny_svd
@@ -64,8 +64,8 @@ class Bench:
         """A method on a private copy of its model, as a job makes it, its first phase begun."""
         from kinoloom.trainers import recipes
 
-        kind = options.pop("kind", recipes()[name].backbone)
-        recipe = make_recipe(name, *self.model(kind, dtype), device=torch.device(device or host().device()), **options)
+        kind = options.pop("kind", recipes()[name].backbone_class.name)
+        recipe = make_recipe(name, *self.model(kind, dtype), device=torch.device(device or host().torch_device()), **options)
         recipe.start(recipe.phases(recipe.config)[0])
         return recipe
 
@@ -97,23 +97,25 @@ def _once(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def make_recipe(name: str, model: Any, parts: dict[str, Any], device: torch.device, **options: Any) -> Any:
-    from kinoloom.trainers import backbone_modules, recipes
+    from kinoloom.trainers import recipes
     from kinoloom.trainers.core import memory
 
     method = recipes()[name]
     config = method.Config(validate_every=0, **options)
     private, dtype = host().load_private(model, device), host().compute_dtype(config.precision, device)
     host().narrow(private, dtype)
-    backbone = backbone_modules()[method.backbone].load(private, parts, device, dtype, host().TRANSFORMER_OPTIONS)
+    backbone = method.backbone_class(private, parts, device, dtype, host().TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.checkpointing = config.checkpointing == "on"
     return method(backbone, config)
 
 
-def host() -> ModuleType:
-    from kinoloom.trainers.host import source as host
+def host() -> SimpleNamespace:
+    """The seam to ComfyUI, which only a started ComfyUI lets import."""
+    from kinoloom.trainers.host import attention, device, layers, private, source, weights
 
-    return host
+    modules = (attention, device, layers, private, source, weights)
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
 def text_width(recipe: Any) -> int:

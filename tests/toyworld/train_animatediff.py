@@ -11,8 +11,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.utils import load_torch_file
 from kinoloom.trainers.backbones.animatediff.motion_module import Attached, Layout, MotionModules
-from kinoloom.trainers.core.noise import Ddpm
-from kinoloom.trainers.host.source import TRANSFORMER_OPTIONS
+from kinoloom.trainers.core.schedules import Ddpm
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
 from torch import Tensor, nn
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel
 from comfy.utils import load_torch_file
-from kinoloom.trainers.host.source import TRANSFORMER_OPTIONS
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
 from torch import Tensor, nn
 

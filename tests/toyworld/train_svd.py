@@ -9,9 +9,10 @@ import numpy as np
 import tiny_svd
 import torch
 from comfy.utils import load_torch_file
-from kinoloom.trainers.backbones.svd.model import Svd, SvdConfig, video_loss
-from kinoloom.trainers.core.noise import Rng
-from kinoloom.trainers.host.source import TRANSFORMER_OPTIONS
+from kinoloom.trainers.backbones.svd.model import Svd
+from kinoloom.trainers.backbones.svd.objective import SvdConfig, video_loss
+from kinoloom.trainers.core.rng import Rng
+from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
 from torch import Tensor, nn
 

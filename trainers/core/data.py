@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...lora_io.file import load, save
-from .noise import derived_generator
-from .recipe import Batch
+from .rng import derived_generator
+
+# column name -> Tensor [B, ...]; "row" -> which rows of their role [B]; "role" -> that role; "prior" -> a Batch of its
+# own, when the data holds prior clips
+Batch = dict[str, Any]
 
 CACHE_BYTES = 4 << 30
 

@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from ..run.plain import read
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,14 +109,6 @@ KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 def to_json(event: Event) -> dict:
     """Plain values under the event's lower-case name; numbers that JSON cannot hold become None."""
     return {"event": type(event).__name__.lower(), **_finite(asdict(event))}
-
-
-def from_json(entry: dict[str, Any]) -> Event:
-    """The event that `to_json` made this of. ValueError says what does not fit."""
-    name = entry.get("event")
-    if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(KINDS)}")
-    return read(KINDS[name], entry, name)
 
 
 def _finite(value: Any) -> Any:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from ..host import source as host
-from ..run.checkpoint import State
 from .config import TrainConfig
-from .data import NotFinite, PhaseData
+from .data import Batch, NotFinite, PhaseData
 from .events import Event, Step, Validation
 from .memory import is_out_of_memory
-from .noise import Rng
 from .optim import effective_rate, make_optimizer, make_schedule, take_up
-from .recipe import Batch, Phase, Recipe
+from .recipe import Phase, Recipe
+from .rng import Rng
+from .state import State
 
 QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution; validation averages over them
 VALIDATION_BATCHES = 4
@@ -38,6 +37,7 @@ class Session:
     `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those
     before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step;
     `spare(step)` when a step ran out of memory, True if it needs less now and is to be tried again;
+    `release()` gives back the memory of what is no longer referenced;
     `sample(phase, step, done)` before the run's first step, after every `sample_every` steps of a phase and its last.
     """
 
@@ -46,6 +46,7 @@ class Session:
     save: Callable[[Phase, State, str], None]
     plan: Callable[[Phase, PhaseData], None]
     spare: Callable[[int], bool] = lambda step: False
+    release: Callable[[], None] = lambda: None
     sample: Callable[[Phase, int, int], None] = lambda phase, step, done: None
     sample_every: int = 0
 
@@ -156,7 +157,7 @@ class PhaseRun:
             if not (is_out_of_memory(error) and self.session.spare(self.state.step + 1)):
                 raise
         self.optimizer.zero_grad(set_to_none=True)
-        host.release()  # here, where the traceback and the activations that it held are gone
+        self.session.release()  # here, where the traceback and the activations that it held are gone
         return self._accumulate()
 
     def _accumulate(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .noise import Rng, derived_generator
+from .rng import Rng, derived_generator
 
 
 class LoraGroups:

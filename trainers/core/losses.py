@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from .backbone import Backbone
-from .noise import Rng, logit_normal, shift_timesteps
-from .recipe import Batch
+from .data import Batch
+from .rng import Rng
+from .schedules import logit_normal, shift_timesteps
 from .transfer import to_device
 
 

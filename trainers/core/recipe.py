@@ -6,11 +6,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from .noise import Rng
-
-# column name -> Tensor [B, ...]; "row" -> which rows of their role [B]; "role" -> that role; "prior" -> a Batch of its
-# own, when the data holds prior clips
-Batch = dict[str, Any]
+from .backbone import Backbone
+from .data import Batch
+from .rng import Rng
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Recipe(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     description: ClassVar[str]
-    backbone: ClassVar[str]
+    backbone_class: ClassVar[type[Backbone]]
     columns: ClassVar[tuple[str, ...]]
     config: Any
 

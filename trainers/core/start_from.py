@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ...lora_io.fitting import require_layers
 from ...lora_io.keys import scale_of
-from ..host.source import base_identities
 from .lora import layer_shapes
 
 # (file, paths of the layers, identities of the base model) -> <module>.lora_down/lora_up.weight, <module>.alpha
@@ -48,7 +47,7 @@ class Start:
         return factors
 
 
-def check_starts(starts: Mapping[str, Start], config: Any, module: nn.Module, model: Any) -> None:
-    """ValueError if a file that the run begins from does not fit `module`, or is not for the base model of a MODEL."""
+def check_starts(starts: Mapping[str, Start], config: Any, module: nn.Module, bases: Collection[str]) -> None:
+    """ValueError if a file that the run begins from does not fit `module`, or names none of `bases`."""
     for start in starts.values():
-        start.tensors(config, module, base_identities(model))
+        start.tensors(config, module, bases)

@@ -14,12 +14,12 @@ from statistics import fmean, median, stdev
 import numpy as np
 from PIL import Image, ImageSequence
 
+from ..core.about import project
 from ..core.config import TrainConfig
 from ..core.data import Row
 from ..core.loop import Diverged
 from ..core.memory import is_out_of_memory
 from ..core.recipe import Phase, Recipe
-from .about import project
 
 CERTAIN, LIKELY = 3.0, 1.5  # standard errors
 FEWEST_STEPS = 100  # before which a loss may be as it likes

@@ -11,6 +11,7 @@ import torch
 
 from ...lora_io.file import atomic_write
 from ..core.config import FIXED, NOT_TRAJECTORY, TrainConfig
+from ..core.state import State
 from .plain import Plain, parse, read
 from .versions import VERSION, current
 
@@ -64,20 +65,6 @@ class Identity:
                 f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
                 "the change, or choose another run name."
             )
-
-
-@dataclass
-class State:
-    """Where a run stands: `step` optimizer steps of phase number `phase` are done."""
-
-    phase: int = 0
-    step: int = 0
-    best: float = float("inf")
-    recipe: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    average: dict[str, Any] | None = None
-    schedule: dict[str, Any] | None = None
-    scaler: dict[str, Any] | None = None
 
 
 def save_state(path: Path, state: State, identity: Identity) -> None:

@@ -39,7 +39,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
             steps=record.total,
             base_model=spec.source.identity,
             base_model_name=Path(spec.source.path).name,
-            backbone=type(recipe).backbone,
+            backbone=type(recipe).backbone_class.name,
             extra=recipe.metadata(name),
         )
         tensors = keys.FORMATS[export.keys](recipe.export(name))

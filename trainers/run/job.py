@@ -17,18 +17,22 @@ from ..core.data import PhaseData
 from ..core.events import Event, Failed, Finished, Plan, Step, to_json
 from ..core.loop import Diverged, Session, train
 from ..core.memory import checkpointed_blocks, count_trainable, make_plan
-from ..core.noise import Rng
 from ..core.optim import STATE_BYTES
 from ..core.recipe import Phase, Recipe
-from ..core.sampling import Samples, Sampling
-from ..host import source as host
+from ..core.rng import Rng
+from ..core.state import State
+from ..host.attention import TRANSFORMER_OPTIONS
+from ..host.device import compute_dtype, environment, free_memory, release, torch_device
+from ..host.private import load_private, narrow
+from ..host.source import parts_of
 from .advice import Finding, advise, look_at, of_failure
-from .checkpoint import Identity, State, load_state, save_state
+from .checkpoint import Identity, load_state, save_state
 from .claim import in_use
 from .continuing import describe, require_reachable
 from .export import export_files
 from .line import Line
 from .log import run_log
+from .previews import Samples, Sampling
 from .record import ENDED, Kept, Spec
 from .shown import Shown
 
@@ -51,14 +55,13 @@ class Job(Shown):
         folder: Path,
         spec: Spec,
         recipe: type[Recipe],
-        backbone: Any,
         publish: Callable[["Job", dict], None],
         busy: Callable[["Job"], bool],
         line: Line | None = None,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(folder, spec)
-        self.recipe_class, self.backbone = recipe, backbone
+        self.recipe_class = recipe
         self.publish, self.busy, self.line = publish, busy, line or Line()
         self.make_room = make_room
         self.config: TrainConfig = make(recipe.Config, spec.config)
@@ -203,7 +206,7 @@ class Job(Shown):
         self._model, self.note = None, ""
         try:
             if taken:
-                host.release()
+                release()
         finally:
             if taken:
                 self.line.release()
@@ -245,16 +248,16 @@ class Job(Shown):
 
     def _train(self) -> bool:
         self._set_status("loading")
-        self.environment = host.environment()
+        self.environment = environment()
         self.make_room()
-        device = host.device()
-        parts = host.parts_of(self._model)
-        private = host.load_private(self._model, device)
+        device = torch_device()
+        carried = parts_of(self._model)
+        private = load_private(self._model, device)
         self._model = None  # the MODEL of other workflows may go from memory now
-        dtype = host.compute_dtype(self.config.precision, device)
+        dtype = compute_dtype(self.config.precision, device)
         if not any(export.keys == "model" for export in self.recipe_class.exports(self.config).values()):
-            host.narrow(private, dtype)  # else the file would hold the model's own weights rounded
-        backbone = self.backbone.load(private, parts, device, dtype, host.TRANSFORMER_OPTIONS)
+            narrow(private, dtype)  # else the file would hold the model's own weights rounded
+        backbone = self.recipe_class.backbone_class(private, carried, device, dtype, TRANSFORMER_OPTIONS)
         checkpointed_blocks(backbone)
         recipe = self.recipe_class(backbone, self.config)
         self.total = self.steps_of(self.config)
@@ -275,7 +278,7 @@ class Job(Shown):
             def largest_losses(draws: list[Rng]) -> Iterator:
                 return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
 
-            trainable, free = count_trainable(backbone.module), host.free_memory(device)
+            trainable, free = count_trainable(backbone.module), free_memory(device)
             moments = 0 if state.step else STATE_BYTES[self.config.optimizer]  # a resumed run's are loaded by now
             states = trainable * (4 + moments)  # fp32 gradients
             made = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
@@ -303,7 +306,7 @@ class Job(Shown):
             return True
 
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        session = Session(self._emit, self._should_stop, save, plan, spare)
+        session = Session(self._emit, self._should_stop, save, plan, spare, release)
         if samples := self.spec.samples:
             shown = private.latent_format, self.samples_folder, self._emit, self._should_stop
             sampling = Sampling(samples, recipe, backbone, *shown)
@@ -330,7 +333,7 @@ class Job(Shown):
 
     def _pause(self) -> None:
         """Let others have the memory that is not in use, and take it back at the end."""
-        host.release()
+        release()
         self._set_status("paused")
         while not self._stop.is_set() and self.held:
             self._stop.wait(POLL_SECONDS)

@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ...lora_io.file import write_text
 from ..core.data import TrainingData
-from ..core.events import Event, from_json, to_json
-from ..core.sampling import Samples
+from ..core.events import KINDS, Event, to_json
 from ..host.source import ModelSource
 from .checkpoint import Identity
 from .claim import claim_of
 from .plain import Plain, load_json, parse, read, require_small_file
+from .previews import Samples
 from .tally import Tally
 from .versions import VERSION, current
 
@@ -195,3 +196,11 @@ class Record:
                 lost += 1
         if lost:
             logging.warning("Kinoloom: %s: %d lines are not readable and left out", path, lost)
+
+
+def from_json(entry: dict[str, Any]) -> Event:
+    """The event that `to_json` made this of. ValueError says what does not fit."""
+    name = entry.get("event")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(KINDS)}")
+    return read(KINDS[name], entry, name)

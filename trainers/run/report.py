@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..core.about import project
 from ..core.data import Row
-from .about import project
 
 COLUMNS = 6  # samples over time, of which the first and the last are always shown
 POINTS = 1000  # of a curve

@@ -9,7 +9,7 @@ import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
-from ....trainers.core.noise import derived_generator
+from ....trainers.core.rng import derived_generator
 
 TOKEN_MASK_PROB = 0.1
 LONGEST_TEXT, MOST_TOKENS = 10_000, 1024  # characters; Wan was trained with 512 tokens

@@ -13,12 +13,12 @@ from ....lora_io.file import load
 from ....trainers.conditions.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
 from ....trainers.core.config import knob
 from ....trainers.core.data import Row, TrainingData, column_path
-from ....trainers.core.noise import derived_generator
+from ....trainers.core.rng import derived_generator
+from ..reading.cutting import ClipPlan, Options, assign_roles, log_sizes, row_name
 from ..reading.framing import fit
 from ..reading.sources import Source
 from . import model_keys
 from .columns import encode_pixels, open_columns
-from .text_rows import ClipPlan, Options, assign_roles, log_sizes, row_name
 
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws

@@ -8,9 +8,9 @@ from pathlib import Path
 import comfy.utils
 from torch import Tensor
 
-from ..encoding.text_rows import Clip, ClipPlan, Options, plan
 from .captions import read_captions
 from .contents import Contents, read_contents, stem, unused
+from .cutting import Clip, ClipPlan, Options, plan
 from .framing import SIDE
 from .images import read_alpha, read_image
 from .metadata import read_metadata

@@ -1,37 +1,20 @@
 """Stable Diffusion 1.5 with AnimateDiff's motion modules: ComfyUI's UNet, and the modules hooked into it."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.backbone import PIXELS, check_channels, latent_size, prepare_latents, prompts
-from ...core.data import Row
-from ...core.noise import Ddpm
-from ...host.source import merge_lora, require_finite
+from ...core.backbone import Grid, prepare_latents, prompts
+from ...core.schedules import Ddpm
+from ...host.weights import merge_lora, require_finite
 from .motion_module import PART, Attached, MotionModule, MotionModules, read, require_layout
 
 LATENT_CHANNELS = 4
 CHECKPOINTED = ("ResBlock", "SpatialTransformer")
 ATTENTION = r"transformer_blocks\.0\.attention_blocks\.\d\.to_(q|k|v|out\.0)"
 FEED_FORWARD = r"transformer_blocks\.0\.ff\.net\.(0\.proj|2)"
-
-
-def check(model: Any, parts: dict[str, nn.Module], rows: Iterable[Row]) -> None:
-    """ValueError unless `model` (a comfy BaseModel) is SD1.5, carries a motion module, and the data's rows fit both."""
-    check_model(model)
-    if PART not in parts:
-        raise ValueError("model: has no motion module. Put Apply Motion Module before the train node")
-    longest, rows = parts[PART].layout.positions, list(rows)
-    check_channels(rows, LATENT_CHANNELS)
-    for row in rows:
-        if row.shape[1] > longest:
-            raise ValueError(
-                f"data: {row.name} has {row.shape[1]} frames, but this motion module takes {longest} at most: lower "
-                "frames_per_clip where the clips are encoded"
-            )
 
 
 def check_model(model: Any) -> None:
@@ -47,11 +30,8 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model: {error}") from error
 
 
-def latent_shape(parts: dict[str, nn.Module], width: int, height: int, frames: int) -> tuple[int, ...]:
-    """(C, F, h, w) of a video to sample. ValueError names the number that the model cannot have."""
-    if frames > (longest := parts[PART].layout.positions):
-        raise ValueError(f"frames={frames}: expected at most {longest} for this motion module")
-    return (LATENT_CHANNELS, frames, *latent_size(width, height, PIXELS))
+def text_width(model: Any) -> int:
+    return model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_k.weight.shape[1]
 
 
 class AnimateDiff:
@@ -61,6 +41,7 @@ class AnimateDiff:
     motion modules by.
     """
 
+    name = "animatediff"
     schedule = Ddpm()
     lora_targets = {
         "spatial": r"unet\.\w+\.\d+(\.\d+)?\.(proj_in|proj_out|transformer_blocks\.0\.(attn[12]\.to_(q|k|v|out\.0)"
@@ -71,25 +52,32 @@ class AnimateDiff:
     }
 
     def __init__(
-        self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
         """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
         check_model(model)
         self.model, unet = model, model.diffusion_model
-        self.layout, tensors = read(parts[PART].state())
+        self.layout, tensors = read(carried[PART].state())
         motion = MotionModules(self.layout, device="meta").load(tensors)
-        parts[PART].patch(motion)
+        carried[PART].patch(motion)
         motion.to(device, dtype).requires_grad_(False)
-        require_finite(motion, f"motion_module: {Path(parts[PART].path).name}")
+        require_finite(motion, f"motion_module: {Path(carried[PART].path).name}")
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)
         ]
         self.attached = Attached(unet, motion).__enter__()  # for good: the copy is the run's own
         self.device, self.dtype = device, dtype
-        self.width = unet.middle_block[1].transformer_blocks[0].attn2.to_k.weight.shape[1]
+        self.width = text_width(model)
         self.transformer_options = transformer_options
         self.checkpointing = False
+
+    @staticmethod
+    def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:
+        check_model(model)
+        if PART not in carried:
+            raise ValueError("model: has no motion module. Put Apply Motion Module before the train node")
+        return Grid(LATENT_CHANNELS, side=8, text_width=text_width(model), longest=carried[PART].layout.positions)
 
     def merge(self, lora_file: Any) -> None:
         """Add a LoRA for SD1.5, such as AnimateDiff's domain adapter, to the frozen UNet."""
@@ -110,5 +98,5 @@ class AnimateDiff:
         )
         return noise.unflatten(0, (-1, frames)).transpose(1, 2)
 
-
-load = AnimateDiff
+    def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch

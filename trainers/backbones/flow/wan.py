@@ -1,31 +1,22 @@
 """Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.backbone import check_channels, latent_size, prepare_latents, prompts
+from ...core.backbone import Grid, prepare_latents, prompts
 from ...core.config import TrainConfig, knob
-from ...core.data import Row
-from ...core.noise import FlowMatch
+from ...core.schedules import FlowMatch
 from ...host.source import file_of
 from .wan_kinds import kind_of, require_wan21
 
 LATENT_CHANNELS = 16
-SIDE = 16  # pixels of a token's side
-FRAMES = 4  # in a latent but the first, which has one
-
-
-def check(model: Any, parts: dict[str, Any], rows: Iterable[Row]) -> None:
-    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model, and the data is for it."""
-    _check_model(model)
-    check_channels(rows, LATENT_CHANNELS)
 
 
 def _check_model(model: Any) -> None:
+    """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model."""
     module = getattr(model, "diffusion_model", None)
     plain = type(model).__name__ == "WAN21" and module.model_type == "t2v" and module.in_dim == LATENT_CHANNELS
     if not plain:
@@ -52,17 +43,10 @@ class WanConfig(TrainConfig):
         require_wan21(*file_of(model), model.model.diffusion_model.dim, self.wan_version)
 
 
-def latent_shape(parts: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, ...]:
-    """(C, T, h, w) of a video to sample. ValueError names the number that the model cannot have."""
-    if (frames - 1) % FRAMES:
-        below = (frames - 1) // FRAMES * FRAMES + 1
-        raise ValueError(f"frames={frames}: expected 4n+1 for this model; the nearest are {below} and {below + FRAMES}")
-    return (LATENT_CHANNELS, 1 + (frames - 1) // FRAMES, *latent_size(width, height, SIDE))
-
-
 class Wan:
     """Velocity predictor v(x_t, t, prompt_embeds): x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
 
+    name = "wan"
     schedule = FlowMatch()
     lora_targets = {
         "all": r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])",
@@ -70,7 +54,7 @@ class Wan:
     }
 
     def __init__(
-        self, model: Any, parts: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
         """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
         _check_model(model)
@@ -80,6 +64,11 @@ class Wan:
         self.process_latent_in = model.process_latent_in
         self.transformer_options = transformer_options
         self.checkpointing = False
+
+    @staticmethod
+    def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:
+        _check_model(model)
+        return Grid(LATENT_CHANNELS, side=16, text_width=model.diffusion_model.text_dim, frame_step=4)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         return prepare_latents(batch, self.device, self.process_latent_in)
@@ -93,5 +82,5 @@ class Wan:
             transformer_options=dict(self.transformer_options),
         )
 
-
-load = Wan
+    def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch

@@ -1,70 +1,11 @@
-"""Randomness that depends only on (seed, phase, sample), and the noise schedules of the backbones."""
+"""The noise schedules of the backbones."""
 
-import hashlib
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..host import source as host
 from .transfer import to_device
-
-STRATA = 16
-
-
-@dataclass(frozen=True)
-class Rng:
-    """Random draws for one micro-batch, whose first sample is number `sample` of the phase.
-
-    Every draw has its own generator derived from what is named here, so a resumed run draws what the uninterrupted one
-    would have drawn, and the process-wide generators, which samplers use, are never touched.
-    With `quantile` set the draw is an evaluation: every timestep sits at that quantile and regularisers stay off.
-    """
-
-    seed: int
-    phase: str
-    sample: int
-    quantile: float | None = None
-
-    @property
-    def evaluating(self) -> bool:
-        return self.quantile is not None
-
-    def fork(self, name: str) -> "Rng":
-        """The same place in the run, with independent draws."""
-        return Rng(self.seed, f"{self.phase}/{name}", self.sample, self.quantile)
-
-    def generator(self, purpose: str, sample: int | None = None, device: torch.device | None = None) -> torch.Generator:
-        key = (self.seed, self.phase, self.sample if sample is None else sample, purpose)
-        return derived_generator(*key, device=device)
-
-    def noise_like(self, x: Tensor) -> Tensor:
-        """N(0, 1) in the shape, dtype and device of `x` [B, ...]; drawn on the CPU, so equal on every device."""
-        noise = torch.stack(
-            [torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))]
-        )
-        return to_device(noise, x.device, x.dtype)
-
-    def uniform(self, count: int, stratified: bool = True) -> Tensor:
-        """`count` numbers in (0, 1) [count]; stratified: 16 consecutive samples fall in 16 different sixteenths."""
-        if self.quantile is not None:
-            return torch.full((count,), self.quantile)
-        return torch.stack([self._uniform(self.sample + i, stratified) for i in range(count)])
-
-    def _uniform(self, sample: int, stratified: bool) -> Tensor:
-        u = torch.rand((), generator=self.generator("timestep", sample))
-        if stratified:
-            window, place = divmod(sample, STRATA)
-            order = torch.randperm(STRATA, generator=self.generator("strata", window))
-            u = (order[place] + u) / STRATA
-        return u.clamp(1e-4, 1 - 1e-4)
-
-
-def derived_generator(*key: object, device: torch.device | None = None) -> torch.Generator:
-    """A generator (on the CPU unless told) whose seed is a hash of `key`."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def logit_normal(u: Tensor) -> Tensor:
@@ -83,7 +24,7 @@ class Ddpm:
     The betas rise linearly from 0.00085 to 0.012, as AnimateDiff's do: diffusers' "linear", ComfyUI's "sqrt_linear".
     """
 
-    steps = 1000
+    steps, scheduler = 1000, "simple"
 
     def __init__(self, start: float = 0.00085, end: float = 0.012) -> None:
         betas = torch.linspace(start, end, self.steps, dtype=torch.float64)
@@ -101,9 +42,9 @@ class Ddpm:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
-    def levels(self, steps: int, shift: float) -> Tensor:
-        """sigma = sqrt((1 - a_t) / a_t) at evenly spaced t, from 999 down, and 0 at the end [steps + 1]."""
-        return host.levels("simple", steps, ((1 - self.alphas_bar) / self.alphas_bar).sqrt())
+    def sigmas(self, shift: float) -> Tensor:
+        """sigma = sqrt((1 - a_t) / a_t) for t = 0..999."""
+        return ((1 - self.alphas_bar) / self.alphas_bar).sqrt()
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
         """As if all of x_t were noise, at the spread of x_0 + sigma noise."""
@@ -126,6 +67,8 @@ class Edm:
     overflow where sigma nears 0.
     """
 
+    scheduler = "karras"
+
     def timesteps(self, u: Tensor, mean: float, std: float) -> Tensor:
         """Quantiles in (0, 1) to noise levels, normal in ln(sigma)."""
         return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1))
@@ -142,9 +85,9 @@ class Edm:
         """v = (noise - sigma x_0) / sqrt(1 + sigma^2)"""
         return self.scale(noise - _spread(t, latents) * latents, t)
 
-    def levels(self, steps: int, shift: float) -> Tensor:
-        """sigma from 700 to 0.002, evenly spaced in its seventh root (Karras et al., eq. 5), and 0 [steps + 1]."""
-        return host.levels("karras", steps, torch.tensor([0.002, 700.0]))
+    def sigmas(self, shift: float) -> Tensor:
+        """The ends alone: "karras" spaces levels evenly in the seventh root of sigma (Karras et al., eq. 5)."""
+        return torch.tensor([0.002, 700.0])
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
         return noise * math.sqrt(1 + sigma**2)
@@ -164,7 +107,7 @@ def _spread(t: Tensor, like: Tensor) -> Tensor:
 class FlowMatch:
     """Rectified flow: t = 1 is pure noise, the model predicts the velocity noise - data (arXiv 2403.03206)."""
 
-    multiplier = 1000.0
+    multiplier, scheduler = 1000.0, "simple"
     steps = 1000  # of the table that ComfyUI's schedulers choose from
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -175,9 +118,9 @@ class FlowMatch:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - latents
 
-    def levels(self, steps: int, shift: float) -> Tensor:
-        """t from 1 to 0 [steps + 1]."""
-        return host.levels("simple", steps, shift_timesteps(torch.arange(1, self.steps + 1) / self.steps, shift))
+    def sigmas(self, shift: float) -> Tensor:
+        """t in (0, 1]."""
+        return shift_timesteps(torch.arange(1, self.steps + 1) / self.steps, shift)
 
     def begin(self, noise: Tensor, t: float) -> Tensor:
         return noise

@@ -1,0 +1,18 @@
+"""Where a run stands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class State:
+    """Where a run stands: `step` optimizer steps of phase number `phase` are done."""
+
+    phase: int = 0
+    step: int = 0
+    best: float = float("inf")
+    recipe: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
