@@ -148,7 +148,7 @@ def test_a_gap_in_the_socket_and_a_rewind_leave_no_gap_in_the_history(panel: Pag
     page, name = panel, "gap"
     load(page, client, name, save_every=10)
     page.evaluate("app.queuePrompt(0)")
-    page.evaluate(f"async () => {{ {JOBS} = (await import('/extensions/kinoloom/training.js')).jobs; }}")
+    page.evaluate(f"async () => {{ {JOBS} = (await import('/extensions/kinoloom/training/training.js')).jobs; }}")
     known = f"{JOBS}.list.find((job) => job.run_name === '{name}')"
     page.wait_for_function(f"{known}?.done > 2", timeout=LATER)
     for _ in range(2):
@@ -258,7 +258,7 @@ def test_generate_puts_each_file_into_its_loader_and_bypasses_the_others(page: P
     def opened(template: str, loaders: dict[str, str | None]) -> dict[str, tuple[str, int]]:
         page.evaluate(
             """async (answer) => {
-                const { openGeneration } = await import("/extensions/kinoloom/generate.mjs");
+                const { openGeneration } = await import("/extensions/kinoloom/training/generate.mjs");
                 await openGeneration({ ask: async () => answer }, { id: "1", run_name: "run" });
             }""",
             {"template": template, "loaders": loaders},
@@ -283,7 +283,7 @@ def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
         if value is not None:
             mean, count = mean * weight + value * (1 - weight), count + 1
         expected.append(None if value is None else mean / (1 - weight**count))
-    module = "(await import('/extensions/kinoloom/series.mjs'))"
+    module = "(await import('/extensions/kinoloom/training/series.mjs'))"
     smoothed = page.evaluate(f"async ([values, weight]) => {module}.smooth(values, weight)", [values, weight])
     assert smoothed == pytest.approx(expected)
 

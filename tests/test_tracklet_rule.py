@@ -11,7 +11,7 @@ from kinoloom.trainers.conditions import tracklets as core
 from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets
 from playwright.sync_api import Browser, Page, Route
 
-WEB = Path(__file__).resolve().parent.parent / "web"
+WEB = Path(__file__).resolve().parent.parent / "web" / "tracklets"
 CASES = json.loads((Path(__file__).parent / "tracklet_cases.json").read_text())
 
 
@@ -27,7 +27,7 @@ def editor(browser: Browser) -> Iterator[Page]:
     page = browser.new_page()
     page.route("**/*", serve)
     page.goto("http://editor.test/")
-    page.evaluate("async () => { window.data = await import('/tracklet_data.js'); }")
+    page.evaluate("async () => { window.data = await import('/data.mjs'); }")
     yield page
     page.close()
 

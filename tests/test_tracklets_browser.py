@@ -264,5 +264,5 @@ def test_another_size_and_length_show_what_the_node_will_give(editor: Page) -> N
 
 
 def test_the_editor_has_the_same_palette(page: Page) -> None:
-    module = "import('/extensions/kinoloom/tracklet_data.js')"
+    module = "import('/extensions/kinoloom/tracklets/data.mjs')"
     assert page.evaluate(f"async () => (await {module}).PALETTE") == core.PALETTE

@@ -1,6 +1,6 @@
 // Elements, and what nodes need around them.
 
-import { app } from "../../scripts/app.js";
+import { app } from "../../../scripts/app.js";
 
 /** An element with properties, a `style` object and children. Strings become text, never HTML. */
 export function el(tag, props = {}, ...children) {
@@ -19,8 +19,7 @@ export function fill(element, shown, make) {
     element.replaceChildren(...make());
 }
 
-export function addStyle(name) {
-    const href = new URL(name, import.meta.url).href;
+export function addStyle({ href }) {
     if (!document.querySelector(`link[href="${href}"]`)) document.head.append(el("link", { rel: "stylesheet", href }));
 }
 

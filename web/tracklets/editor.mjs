@@ -1,8 +1,8 @@
 // An editor of tracklets: boxes on a frame, key frames on a timeline. It reads and writes JSON text, nothing else.
 
-import { addStyle, el } from "./dom.mjs";
-import { MAX_ID, MAX_OBJECTS, MIN_SIDE, PALETTE, boxAt, format, inReach, parse, toVideo } from "./tracklet_data.js";
-import { HANDLES, paintFrame } from "./tracklet_picture.js";
+import { addStyle, el } from "../shared/dom.mjs";
+import { MAX_ID, MAX_OBJECTS, MIN_SIDE, PALETTE, boxAt, format, inReach, parse, toVideo } from "./data.mjs";
+import { HANDLES, paintFrame } from "./picture.mjs";
 
 const MARGIN = 18; // pixels around the frame, where boxes that leave it can be caught
 const GRIP = 8;
@@ -56,7 +56,7 @@ export class TrackletEditor {
         this.observer = new ResizeObserver(() => this.draw());
         this.observer.observe(this.stage);
         this.load();
-        addStyle("./tracklets.css");
+        addStyle(new URL("./tracklets.css", import.meta.url));
     }
 
     remove() {

@@ -1,8 +1,8 @@
 // What Train nodes and Training Result show of their job.
 
-import { api } from "../../scripts/api.js";
+import { api } from "../../../scripts/api.js";
 import { Chart } from "./chart.mjs";
-import { after, el, fill, forwardPanAndZoom } from "./dom.mjs";
+import { after, el, fill, forwardPanAndZoom } from "../shared/dom.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
 import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";

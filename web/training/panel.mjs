@@ -1,8 +1,8 @@
 // The training tab: the list of jobs, or one of them.
 
-import { app } from "../../scripts/app.js";
+import { app } from "../../../scripts/app.js";
 import { Cache } from "./cache.mjs";
-import { el, fill } from "./dom.mjs";
+import { el, fill } from "../shared/dom.mjs";
 import { JobView } from "./job_view.mjs";
 import { bar, button, duration, size, stateOf, steps, timeLeft } from "./words.mjs";
 

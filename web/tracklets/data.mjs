@@ -1,8 +1,8 @@
-// What the JSON of tracklets means, as trainers/core/tracklets.py says it.
+// What the JSON of tracklets means, as trainers/conditions/tracklets.py says it.
 
-import { check } from "./tracklet_rule.mjs";
+import { check } from "./rule.mjs";
 
-export * from "./tracklet_rule.mjs";
+export * from "./rule.mjs";
 
 /** Text that people can read: one line per key frame. It is exact where rounding would make a box flat. */
 export function format(value) {

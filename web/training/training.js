@@ -1,8 +1,8 @@
 // The training panel: a sidebar tab, a live chart on the nodes, a toast when a run ends.
 
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
-import { addStyle } from "./dom.mjs";
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { addStyle } from "../shared/dom.mjs";
 import { jobWidgets } from "./job_nodes.mjs";
 import { Jobs } from "./jobs.mjs";
 import { Panel } from "./panel.mjs";
@@ -47,7 +47,7 @@ app.registerExtension({
     ],
     commands: [{ id: "Kinoloom.OpenTraining", label: "Open the training panel", icon: ICON, function: () => open() }],
     setup() {
-        addStyle("./training.css");
+        addStyle(new URL("./training.css", import.meta.url));
         app.extensionManager.registerSidebarTab({
             id: TAB,
             icon: ICON,

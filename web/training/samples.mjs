@@ -1,6 +1,6 @@
 // A run's samples: for each prompt the first and a chosen one side by side, and all of them over time.
 
-import { el, fill } from "./dom.mjs";
+import { el, fill } from "../shared/dom.mjs";
 
 export class Samples {
     /** `url(name)` gives a sample's address. `strip`: also show all of them, to choose from. */

@@ -1,9 +1,9 @@
 // Full-quality samples through the queue: the shipped workflow that generates, with a run's files in its loaders.
 
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
 
-const PACK = decodeURIComponent(new URL(".", import.meta.url).pathname.split("/").at(-2));
+const PACK = decodeURIComponent(new URL("..", import.meta.url).pathname.split("/").at(-2));
 const BYPASSED = 4; // LiteGraph's mode
 
 /** Open it in a tab of its own. Throws if the server knows none. */

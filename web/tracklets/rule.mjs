@@ -1,4 +1,4 @@
-// Which JSON is valid tracklets: the rule of trainers/core/tracklets.py.
+// Which JSON is valid tracklets: the rule of trainers/conditions/tracklets.py.
 
 export const MAX_OBJECTS = 20;
 export const MIN_SIDE = 0.01;
@@ -15,7 +15,7 @@ export function parse(text) {
     return check(JSON.parse(text));
 }
 
-/** The value with its defaults, if it is what Draw Tracklets accepts: the rule of trainers/core/tracklets.py. */
+/** The value with its defaults, if it is what Draw Tracklets accepts: the rule of trainers/conditions/tracklets.py. */
 export function check(value) {
     known("", value, ["width", "height", "frames", "tracklets"], ["interpolated"]);
     whole("width", value.width, 1, MAX_SIDE);

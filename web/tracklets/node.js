@@ -1,9 +1,9 @@
 // Puts the editor on Draw Tracklets. All of its state is the node's JSON text, so workflows and prompts carry it.
 
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
-import { after, forwardPanAndZoom } from "./dom.mjs";
-import { TrackletEditor } from "./tracklets.js";
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { after, forwardPanAndZoom } from "../shared/dom.mjs";
+import { TrackletEditor } from "./editor.mjs";
 
 const editors = new Map(); // node -> its editor
 

@@ -1,6 +1,6 @@
 // How a job's state and numbers read.
 
-import { el } from "./dom.mjs";
+import { el } from "../shared/dom.mjs";
 import { hasEnded } from "./jobs.mjs";
 
 const ICONS = {

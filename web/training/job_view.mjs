@@ -1,7 +1,7 @@
 // One job in the training tab.
 
 import { Chart } from "./chart.mjs";
-import { el, fill } from "./dom.mjs";
+import { el, fill } from "../shared/dom.mjs";
 import { openGeneration } from "./generate.mjs";
 import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";

@@ -1,6 +1,6 @@
 // How tracklets look on the editor's canvas.
 
-import { boxAt } from "./tracklet_data.js";
+import { boxAt } from "./data.mjs";
 
 export const HANDLES = [[0, 0], [0.5, 0], [1, 0], [1, 0.5], [1, 1], [0.5, 1], [0, 1], [0, 0.5]];
 

@@ -1,7 +1,7 @@
 // A line chart that follows its data and its width.
 
-import { addStyle, el } from "./dom.mjs";
-import uPlot from "./vendor/uplot.mjs";
+import { addStyle, el } from "../shared/dom.mjs";
+import uPlot from "../vendor/uplot.mjs";
 
 const number = (value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))));
 
@@ -12,7 +12,7 @@ export class Chart {
      */
     constructor({ height, sync } = {}) {
         Object.assign(this, { height, sync });
-        addStyle("./vendor/uplot.css");
+        addStyle(new URL("../vendor/uplot.css", import.meta.url));
         this.root = el("div", { className: "kl-chart", style: { minHeight: `${height ?? 0}px` } });
         this.observer = new ResizeObserver(() => this.resize());
         this.observer.observe(this.root);
