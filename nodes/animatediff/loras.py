@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.model_management
-import comfy.model_patcher
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 from torch import Tensor

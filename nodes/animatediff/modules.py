@@ -1,26 +1,22 @@
 """AnimateDiff in ComfyUI: motion modules on a MODEL, in any sampler."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.context_windows
-import comfy.lora
-import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.ops
-import comfy.utils
 import folder_paths
-from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
-from torch import Tensor
 
 from ...trainers.backbones.animatediff.model import check_model
-from ...trainers.backbones.animatediff.motion_module import PART, Attached, MotionModules, read, sites
+from ...trainers.backbones.animatediff.motion_module import PART, Attached, MotionModules, read
 from ...trainers.host.weights import load_tensors
 from ..folders import MOTION_MODELS
+from ..hooked import Forward, as_loaded, hooked, patcher_of
 from ..widgets import files_state
 from ..wires import EvolvedModelType, MotionModuleType
 
@@ -35,12 +31,9 @@ def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
         layout, tensors = read(loaded)
     except ValueError as error:
         raise ValueError(f"motion_module={Path(path).name!r}: found {error}") from error
-    size = sum(tensor.numel() for tensor in tensors.values())
-    dtype = comfy.model_management.unet_dtype(model_params=size, weight_dtype=comfy.utils.weight_dtype(tensors))
-    offload = comfy.model_management.unet_offload_device()
-    module = MotionModules(layout, operations=comfy.ops.manual_cast, dtype=dtype, device=offload).load(tensors)
+    module = MotionModules(layout, **as_loaded(tensors)).load(tensors)
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(module, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    patcher = patcher_of(module, kind)
     patcher.cached_patcher_init = (load_motion_module, (path,))
     return patcher
 
@@ -136,26 +129,24 @@ class ApplyMotionModule(io.ComfyNode):
         cls, model: Any, motion_module: Any, context_length: int, context_overlap: int, beta_schedule: str
     ) -> io.NodeOutput:
         motion = motion_module if isinstance(motion_module.model, MotionModules) else from_evolved(motion_module)
-        require_fit(model, motion.model, context_length, context_overlap)
-        applied = model.clone()
-        applied.set_additional_models(PART, [motion.clone()])
-        applied.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, PART)
-        applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PART, sampling_with(motion.model))
+        check_model(model.model)
+        require_frames(motion.model, context_length, context_overlap)
+
+        @contextmanager
+        def at_work(forward: Forward) -> Iterator[dict[str, Any]]:
+            with Attached(forward.unet, motion.model, forward.frames):
+                yield {}
+
+        applied = hooked(model, PART, motion, "motion_module", at_work)
         if beta_schedule == LINEAR:
             applied.add_object_patch("model_sampling", linear_betas())
         set_windows(applied, context_length, context_overlap)
         return io.NodeOutput(applied)
 
 
-def require_fit(model: Any, motion: MotionModules, length: int, overlap: int) -> None:
-    check_model(model.model)
-    unet, layout = model.model.diffusion_model, motion.layout
-    for path, site in sites(unet, layout).items():
-        width = getattr(site, "out_channels", None) or site.in_channels
-        if width != layout.modules()[path]:
-            raise ValueError(
-                f"motion_module: made for {layout.modules()[path]} channels at {path}, this model has {width}"
-            )
+def require_frames(motion: MotionModules, length: int, overlap: int) -> None:
+    """ValueError unless the modules take windows of so many frames."""
+    layout = motion.layout
     if length > layout.positions:
         raise ValueError(
             f"context_length={length}: this motion module ({layout.version}) takes {layout.positions} frames at most"
@@ -168,22 +159,6 @@ def require_windows(length: int, overlap: int) -> None:
         raise ValueError(f"context_length={length}: expected 2..{LONGEST}")
     if not 0 <= overlap < length:
         raise ValueError(f"context_overlap={overlap}: expected less than context_length={length}, from 0 on")
-
-
-def sampling_with(motion: MotionModules) -> Callable:
-    """A wrapper of the UNet's forward that has the modules at work in it, and only in it."""
-
-    def run(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
-        clips = len(options.get("cond_or_uncond", [0]))
-        if len(x) % clips:
-            raise ValueError(f"a batch of {len(x)} images for {clips} prompts cannot be parted into clips")
-        frames = len(x) // clips
-        with Attached(executor.class_obj, motion) as attached:
-            attached.frames = frames
-            return executor(x, *args, **kwargs)
-
-    return run
 
 
 def linear_betas() -> Any:

@@ -129,6 +129,16 @@ class TrackletControl(nn.Module):
         self.load_state_dict(own, assign=next(self.parameters()).is_meta)
         return self
 
+    def require_fit(self, unet: nn.Module) -> None:
+        """ValueError unless there is a fuser for each transformer of the UNet, of its width."""
+        here = widths_of(unet)
+        made_for = {path.replace("/", "."): fuser.norm1.weight.shape[0] for path, fuser in self.fusers.items()}
+        if made_for != here:
+            raise ValueError(
+                f"made for a model of {len(made_for)} transformers of {sorted(set(made_for.values()))} channels, this "
+                f"one has {len(here)} of {sorted(set(here.values()))}"
+            )
+
 
 def _file_name(key: str) -> str:
     """fusers.<a/b>.<rest> to <a.b>.transformer_blocks.0.fuser.<rest>"""

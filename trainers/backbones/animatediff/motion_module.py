@@ -106,6 +106,14 @@ class MotionModules(nn.Module):
         self.load_state_dict({**tables, **tensors}, assign=next(self.parameters()).is_meta)
         return self
 
+    def require_fit(self, unet: nn.Module) -> None:
+        """ValueError unless every module is as wide as the layer that it follows."""
+        widths = self.layout.modules()
+        for path, site in sites(unet, self.layout).items():
+            width = getattr(site, "out_channels", None) or site.in_channels
+            if width != widths[path]:
+                raise ValueError(f"made for {widths[path]} channels at {path}, this model has {width}")
+
 
 class MotionModule(nn.Module):
     """Attention over the frames of every pixel; one frame alone passes unchanged, as an image model needs it."""
@@ -202,14 +210,14 @@ class FeedForward(nn.Module):
 
 
 class Attached:
-    """Motion modules at work in a UNet while entered; set `frames`, of each clip on the batch axis, before a forward.
+    """Motion modules at work in a UNet while entered; `frames` is the length of each clip on the batch axis.
 
     Every module follows the last SpatialTransformer, or where there is none the ResBlock, of its place, by a hook: the
     UNet's own keys do not change, as they would if modules were inserted.
     """
 
-    def __init__(self, unet: nn.Module, motion: MotionModules) -> None:
-        self.unet, self.motion, self.frames = unet, motion, 1
+    def __init__(self, unet: nn.Module, motion: MotionModules, frames: int = 1) -> None:
+        self.unet, self.motion, self.frames = unet, motion, frames
         self.handles: list[Any] = []
 
     def __enter__(self) -> "Attached":
