@@ -3,42 +3,32 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...lora_io.file import write_text
 from ..core.config import TrainConfig, make
-from ..core.data import PhaseData
-from ..core.events import Event, Failed, Finished, Plan, Step, to_json
-from ..core.loop import Diverged, Session, train
-from ..core.memory import checkpointed_blocks, count_trainable, make_plan
-from ..core.optim import STATE_BYTES
-from ..core.recipe import Phase, Recipe
-from ..core.rng import Rng
+from ..core.events import Event, Failed, Finished, Plan, to_json
+from ..core.loop import Diverged
+from ..core.recipe import Recipe
 from ..core.state import State
-from ..host.attention import TRANSFORMER_OPTIONS
-from ..host.device import compute_dtype, environment, free_memory, release, torch_device
-from ..host.private import load_private, narrow
+from ..host.device import environment, release, torch_device
+from ..host.private import load_private
 from ..host.source import parts_of
 from .advice import Finding, advise, look_at, of_failure
-from .checkpoint import Identity, load_state, save_state
+from .checkpoint import Identity, load_state
 from .claim import in_use
 from .continuing import describe, require_reachable
-from .export import export_files
 from .line import Line
 from .log import run_log
-from .previews import Samples, Sampling
+from .previews import Samples
 from .record import ENDED, Kept, Spec
 from .shown import Shown
+from .training import Training
 
 POLL_SECONDS = 0.1
-PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
-WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
 KEPT_BYTES = 10**9  # of the state of a finished run, with keep_state auto
 ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
 
@@ -70,7 +60,6 @@ class Job(Shown):
         self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._resume.set()
         self.ended.set()
-        self._warm_up: list[float] = []
         self._advised = 0  # entries of the history
 
     def start(self, model: Any | None) -> None:
@@ -168,8 +157,6 @@ class Job(Shown):
         if len(self.history) >= self._advised + max(ADVISE_EVERY, self._advised // 20):
             self._advise()
         self.publish(self, placed)
-        if isinstance(event, Step):
-            self._time(event)
 
     def _placed(self, event: Event) -> dict:
         """As published: with its place in the history, of which it is the next entry."""
@@ -251,15 +238,9 @@ class Job(Shown):
         self.environment = environment()
         self.make_room()
         device = torch_device()
-        carried = parts_of(self._model)
-        private = load_private(self._model, device)
+        carried, private = parts_of(self._model), load_private(self._model, device)
         self._model = None  # the MODEL of other workflows may go from memory now
-        dtype = compute_dtype(self.config.precision, device)
-        if not any(export.keys == "model" for export in self.recipe_class.exports(self.config).values()):
-            narrow(private, dtype)  # else the file would hold the model's own weights rounded
-        backbone = self.recipe_class.backbone_class(private, carried, device, dtype, TRANSFORMER_OPTIONS)
-        checkpointed_blocks(backbone)
-        recipe = self.recipe_class(backbone, self.config)
+        training = Training(self, private, carried, device, self._emit, self._should_stop)
         self.total = self.steps_of(self.config)
         state = self._load_state()
         self._advise()
@@ -267,51 +248,7 @@ class Job(Shown):
         if self.note:
             logging.info("Kinoloom: %s: %s", self.spec.run_name, self.note)
         self._set_status("running")
-
-        def phase_data(phase: Phase) -> PhaseData:
-            c = self.config
-            return PhaseData(self.spec.data, phase.split, recipe.columns, c.batch_size, c.seed, backbone.prepare)
-
-        def plan(phase: Phase, batches: PhaseData) -> None:
-            draws = [Rng(self.config.seed, f"{phase.name}/plan", sample) for sample in range(PLANNED_SAMPLES)]
-
-            def largest_losses(draws: list[Rng]) -> Iterator:
-                return chain.from_iterable(recipe.losses(batches.largest(), rng) for rng in draws)
-
-            trainable, free = count_trainable(backbone.module), free_memory(device)
-            moments = 0 if state.step else STATE_BYTES[self.config.optimizer]  # a resumed run's are loaded by now
-            states = trainable * (4 + moments)  # fp32 gradients
-            made = make_plan(backbone, self.config.checkpointing, lambda: largest_losses(draws), states, free)
-            self.plan = replace(made, note=self.note)
-            self._warm_up = []
-            self._show(self.plan)
-
-        def save(phase: Phase, state: State, why: str) -> None:
-            if why not in ("best", "diverged"):
-                save_state(self.state_path, state, self.spec.identity)
-                self.checkpoint = self.done
-                self.write()
-            if why != "checkpoint":
-                for saved in export_files(recipe, phase, self, best=why == "best"):
-                    self.write()
-                    logging.info("Kinoloom: %s: saved %s", self.spec.run_name, saved.path)
-                    if to_json(saved) not in self.history:  # a resumed run may make the same file again
-                        self._emit(saved)
-
-        def spare(step: int) -> bool:
-            if backbone.checkpointing:
-                return False
-            backbone.checkpointing = True
-            self._show(replace(self.plan, checkpointing=True, reason=f"step {step} ran out of memory without it"))
-            return True
-
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        session = Session(self._emit, self._should_stop, save, plan, spare, release)
-        if samples := self.spec.samples:
-            shown = private.latent_format, self.samples_folder, self._emit, self._should_stop
-            sampling = Sampling(samples, recipe, backbone, *shown)
-            session = replace(session, sample=sampling, sample_every=samples.sample_every)
-        return train(recipe, phase_data, self.config, state, session, scaler)
+        return training.go(state)
 
     def _load_state(self) -> State:
         """The last checkpoint, or the beginning; history that a crash left ahead of the checkpoint is cut off."""
@@ -340,18 +277,6 @@ class Job(Shown):
         if not self._stop.is_set():
             self.make_room()
             self._set_status("running")
-
-    def _time(self, event: Step) -> None:
-        """After the warm-up steps show the plan again, with what a step takes."""
-        self._warm_up.append(event.seconds)
-        if len(self._warm_up) == WARM_UP_STEPS and self.plan:
-            seconds = sum(self._warm_up[1:]) / (WARM_UP_STEPS - 1)
-            self._show(replace(self.plan, seconds_per_step=seconds, seconds_total=seconds * event.steps))
-
-    def _show(self, plan: Plan) -> None:
-        self.plan = plan
-        logging.info("Kinoloom: %s: %s", self.spec.run_name, plan)
-        self._emit(plan)
 
 
 def _explain(error: BaseException, tip: Finding | None = None) -> str:

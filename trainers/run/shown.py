@@ -15,11 +15,15 @@ from .report import Report
 
 
 class Shown(Record):
-    """A record with its method, options and place in line. `plan` is that of the phase under way."""
+    """A record with its method, options and place in line.
+
+    plan: that of the phase under way. note: what changed, if the run goes on under other options.
+    """
 
     recipe_class: type[Recipe]
     config: TrainConfig
     plan: Plan | None
+    note: str
     line: Line
     ended: threading.Event
     _resume: threading.Event

@@ -1,0 +1,125 @@
+"""A recipe at work on a run's private model."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ..core.data import PhaseData
+from ..core.events import Event, Plan, Step, to_json
+from ..core.loop import Session, train
+from ..core.memory import checkpointed_blocks, count_trainable, make_plan
+from ..core.optim import STATE_BYTES
+from ..core.recipe import Phase, Recipe
+from ..core.rng import Rng
+from ..core.state import State
+from ..host.attention import TRANSFORMER_OPTIONS
+from ..host.device import compute_dtype, free_memory, release
+from ..host.private import narrow
+from .checkpoint import save_state
+from .export import export_files
+from .previews import Sampling
+from .shown import Shown
+
+PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
+WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
+
+
+class Training:
+    """What the loop needs of the run around it, from the loaded model to the end of `go`.
+
+    `private` is a private comfy BaseModel on `device`, `carried` the modules that ride on it.
+    """
+
+    def __init__(
+        self,
+        run: Shown,
+        private: Any,
+        carried: dict[str, Any],
+        device: torch.device,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.run, self.device, self.should_stop = run, device, should_stop
+        self._emit = emit
+        self._warm_up: list[float] = []
+        self.dtype = compute_dtype(run.config.precision, device)
+        method = run.recipe_class
+        if not any(export.keys == "model" for export in method.exports(run.config).values()):
+            narrow(private, self.dtype)  # else the file would hold the model's own weights rounded
+        self.latent_format = private.latent_format
+        self.backbone = method.backbone_class(private, carried, device, self.dtype, TRANSFORMER_OPTIONS)
+        checkpointed_blocks(self.backbone)
+        self.recipe: Recipe = method(self.backbone, run.config)
+
+    def go(self, state: State) -> bool:
+        """Train from `state` on; False if stopped before the end."""
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        session = Session(self.emit, self.should_stop, self.save, partial(self.plan, state), self.spare, release)
+        if samples := self.run.spec.samples:
+            shown = self.latent_format, self.run.samples_folder, self.emit, self.should_stop
+            sampling = Sampling(samples, self.recipe, self.backbone, *shown)
+            session = replace(session, sample=sampling, sample_every=samples.sample_every)
+        return train(self.recipe, self.data, self.run.config, state, session, scaler)
+
+    def emit(self, event: Event) -> None:
+        self._emit(event)
+        if isinstance(event, Step):
+            self._time(event)
+
+    def data(self, phase: Phase) -> PhaseData:
+        c, columns = self.run.config, self.recipe.columns
+        return PhaseData(self.run.spec.data, phase.split, columns, c.batch_size, c.seed, self.backbone.prepare)
+
+    def plan(self, state: State, phase: Phase, batches: PhaseData) -> None:
+        """Choose and show how `phase` runs on from `state`, whose optimizer is in memory by now."""
+        c = self.run.config
+        draws = [Rng(c.seed, f"{phase.name}/plan", sample) for sample in range(PLANNED_SAMPLES)]
+
+        def losses() -> Iterator:
+            return chain.from_iterable(self.recipe.losses(batches.largest(), rng) for rng in draws)
+
+        trainable, free = count_trainable(self.backbone.module), free_memory(self.device)
+        states = trainable * (4 + (0 if state.step else STATE_BYTES[c.optimizer]))  # fp32 gradients and moments
+        made = make_plan(self.backbone, c.checkpointing, losses, states, free)
+        self._warm_up = []
+        self._show(replace(made, note=self.run.note))
+
+    def save(self, phase: Phase, state: State, why: str) -> None:
+        run = self.run
+        if why not in ("best", "diverged"):
+            save_state(run.state_path, state, run.spec.identity)
+            run.checkpoint = run.done
+            run.write()
+        if why == "checkpoint":
+            return
+        for saved in export_files(self.recipe, phase, run, best=why == "best"):
+            run.write()
+            logging.info("Kinoloom: %s: saved %s", run.spec.run_name, saved.path)
+            if to_json(saved) not in run.history:  # a resumed run may make the same file again
+                self.emit(saved)
+
+    def spare(self, step: int) -> bool:
+        """Whether a step that ran out of memory needs less now."""
+        if self.backbone.checkpointing:
+            return False
+        self.backbone.checkpointing = True
+        reason = f"step {step} ran out of memory without it"
+        self._show(replace(self.run.plan, checkpointing=True, reason=reason))
+        return True
+
+    def _time(self, event: Step) -> None:
+        """After the warm-up steps show the plan again, with what a step takes."""
+        self._warm_up.append(event.seconds)
+        if len(self._warm_up) == WARM_UP_STEPS and self.run.plan:
+            seconds = sum(self._warm_up[1:]) / (WARM_UP_STEPS - 1)
+            self._show(replace(self.run.plan, seconds_per_step=seconds, seconds_total=seconds * event.steps))
+
+    def _show(self, plan: Plan) -> None:
+        self.run.plan = plan
+        logging.info("Kinoloom: %s: %s", self.run.spec.run_name, plan)
+        self.emit(plan)
