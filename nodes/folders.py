@@ -1,18 +1,36 @@
-"""The model folders that runs write into, and loaders look in: one table, registered once."""
+"""The model folders that the pack reads from and writes into: one table, registered once."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
+LORAS, DIFFUSION_MODELS, DIFFUSERS = "loras", "diffusion_models", "diffusers"
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 TRACKLET_CONTROL = "tracklet_control"
-LORAS = ("loras", MOTION_LORAS)  # whose loaders take a LoRA by its name
-OUTPUTS = (*LORAS, "diffusion_models", TRACKLET_CONTROL)  # an export's folder is one of these
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """added: by the pack, to those of ComfyUI. has_loras: its loaders take a LoRA by its name."""
+
+    added: bool = False
+    has_loras: bool = False
+
+
+FOLDERS = {
+    LORAS: ModelFolder(has_loras=True),
+    DIFFUSION_MODELS: ModelFolder(),
+    DIFFUSERS: ModelFolder(),
+    MOTION_MODELS: ModelFolder(added=True),
+    MOTION_LORAS: ModelFolder(added=True, has_loras=True),
+    TRACKLET_CONTROL: ModelFolder(added=True),
+}
 
 
 def register() -> None:
-    for name in (MOTION_MODELS, MOTION_LORAS, TRACKLET_CONTROL):
+    for name in (name for name, folder in FOLDERS.items() if folder.added):
         folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (paths, extensions | folder_paths.supported_pt_extensions)
@@ -21,7 +39,7 @@ def register() -> None:
 register()
 
 
-def output_folder(kind: str) -> Path:
-    """kinoloom/ in ComfyUI's first folder of that kind, but for models/unet, the old name of diffusion_models."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+def output_folder(name: str) -> Path:
+    """kinoloom/ in the first place of this model folder, but for models/unet, the old name of diffusion_models."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(name)]
     return next((folder for folder in folders if folder.name != "unet"), folders[0]) / "kinoloom"

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.sd
 import torch
 from kinoloom.nodes.animatediff import modules as motion
-from kinoloom.nodes.training.registry import OUTPUTS
+from kinoloom.nodes.folders import FOLDERS
 from kinoloom.trainers import recipes
 from kinoloom.trainers.backbones.animatediff.model import AnimateDiff
 from kinoloom.trainers.backbones.flow.wan import Wan
@@ -215,7 +215,7 @@ def make_job(
             data=data,
             source=source,
             identity=Identity.of(recipe, source.identity, data.digest, config, {}),
-            outputs=dict.fromkeys(OUTPUTS, str(folder / "out")),
+            outputs=dict.fromkeys(FOLDERS, str(folder / "out")),
             created=0.0,
             samples=samples,
         )

@@ -63,7 +63,7 @@ def test_a_run_in_a_folder_that_cannot_be_written_says_which(model: Any, data: T
 def test_the_newest_run_is_the_last_one_though_the_clock_went_back(
     model: Any, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+    monkeypatch.setattr(jobs, "output_folder", lambda folder: tmp_path / "out")
     monkeypatch.setattr(jobs, "publish", Published())
     monkeypatch.setattr(jobs.Registry, "busy", lambda self, job: False)
     monkeypatch.setattr(jobs.Registry, "make_room", lambda self: None)

@@ -34,7 +34,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Published:
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published) -> jobs.Registry:
     """The job registry on folders of its own, without a server that has a queue."""
-    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+    monkeypatch.setattr(jobs, "output_folder", lambda folder: tmp_path / "out")
     monkeypatch.setattr(jobs.Registry, "busy", lambda self, job: False)
     monkeypatch.setattr(jobs.Registry, "make_room", lambda self: None)
     return jobs.Registry(tmp_path / "jobs")

@@ -335,7 +335,7 @@ def test_other_samples_are_the_same_run(
     inputs: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = inputs(WAN_LORA)
-    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+    monkeypatch.setattr(jobs, "output_folder", lambda folder: tmp_path / "out")
     monkeypatch.setattr(jobs, "publish", Published().at(2, Job.stop))
     monkeypatch.setattr(jobs.Registry, "busy", lambda self, job: False)
     monkeypatch.setattr(jobs.Registry, "make_room", lambda self: None)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
     told = SimpleNamespace(prompt_queue=queue, send_sync=lambda *message: None)
     monkeypatch.setattr(jobs.PromptServer, "instance", told, raising=False)
-    monkeypatch.setattr(jobs, "output_folders", lambda name: dict.fromkeys(jobs.OUTPUTS, str(tmp_path / "out" / name)))
+    monkeypatch.setattr(jobs, "output_folder", lambda folder: tmp_path / "out")
 
 
 class Held:
@@ -325,13 +326,17 @@ def test_a_clock_that_goes_back_leaves_the_newest_run_the_newest(
 
 def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
     """Of all choices of its options; a folder that nobody registers would fail when the run saves."""
+    written = set()
     for recipe in recipes().values():
         choices = [(name, choice) for name, f in recipe.Config.__dataclass_fields__.items() for choice in f.metadata["choices"]]
         for options in ({}, *({name: choice} for name, choice in choices)):
             with suppress(ValueError):  # a choice that needs another option too
                 exports = recipe.exports(recipe.Config(**options))
-                assert {export.folder for export in exports.values()} <= {*folders.OUTPUTS}, (recipe.name, options)
-    for folder in folders.OUTPUTS:
+                written |= {export.folder for export in exports.values()}
+    chosen = {option.metadata["file_of"] for recipe in recipes().values() for option in fields(recipe.Config)} - {""}
+    assert written | chosen <= folders.FOLDERS.keys()
+    assert all(folder_paths.get_folder_paths(folder) for folder in folders.FOLDERS)
+    for folder in written:
         assert ".safetensors" in folder_paths.folder_names_and_paths[folder][1], folder
         assert folders.output_folder(folder).name == "kinoloom"
 
@@ -342,6 +347,7 @@ def test_a_finished_run_whose_file_was_deleted_says_so(start: Start, tmp_path: P
     monkeypatch.setattr(jobs, "_registry", registry)
     job = start(registry)
     assert job.ended.wait(100)
+    assert job.spec.outputs == {"loras": str(tmp_path / "out" / job.spec.run_name)}, "as its exports say"
     kept, (path,) = dict(job.files), job.parts
     assert jobs.trained_file(path) == path
     Path(path).unlink()

@@ -9,9 +9,8 @@ from ...lora_io.file import copy_renamed, free_path, load, load_names, save
 from ...lora_io.keys import PREFIX, UNET
 from ...lora_io.peft import METADATA, alpha_of, config_of
 from ...lora_io.svd import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
-from ..folders import output_folder
+from ..folders import DIFFUSERS, DIFFUSION_MODELS, LORAS, output_folder
 
-MODELS, DIFFUSERS, LORAS = "diffusion_models", "diffusers", "loras"
 FILES = (".safetensors", ".sft")
 NAMELESS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # what every such file is called
 OTHER = {"comfyui": "diffusers", "diffusers": "comfyui"}
@@ -19,7 +18,7 @@ OTHER = {"comfyui": "diffusers", "diffusers": "comfyui"}
 
 def choices() -> list[str]:
     """The files that may be converted, each as <model folder>/<path>."""
-    files = [(folder, name) for folder in (MODELS, LORAS) for name in folder_paths.get_filename_list(folder)]
+    files = [(folder, name) for folder in (DIFFUSION_MODELS, LORAS) for name in folder_paths.get_filename_list(folder)]
     for root in folder_paths.get_folder_paths(DIFFUSERS):
         found = sorted(folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0])
         files += [(DIFFUSERS, name) for name in found if _is_unet(PurePath(name))]
@@ -95,10 +94,10 @@ class ConvertSvd(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         folder, _, name = file.partition("/")
-        if folder not in (MODELS, DIFFUSERS, LORAS):  # may arrive by wire
-            raise ValueError(f"file={file!r}: expected a file in {MODELS}/, {DIFFUSERS}/ or {LORAS}/")
+        if folder not in (DIFFUSION_MODELS, DIFFUSERS, LORAS):  # may arrive by wire
+            raise ValueError(f"file={file!r}: expected a file in {DIFFUSION_MODELS}/, {DIFFUSERS}/ or {LORAS}/")
         source = Path(folder_paths.get_full_path_or_raise(folder, name))
-        convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, MODELS)
+        convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, DIFFUSION_MODELS)
         try:
             path = convert(source, _title(PurePath(name)), output_folder(kind))
         except ValueError as error:

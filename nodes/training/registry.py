@@ -16,6 +16,7 @@ from ...lora_io.file import sweep
 from ...trainers import recipes
 from ...trainers.core.config import TrainConfig
 from ...trainers.core.data import TrainingData
+from ...trainers.core.recipe import Export
 from ...trainers.host.device import holds_models
 from ...trainers.host.source import ModelSource
 from ...trainers.run.checkpoint import Identity
@@ -25,7 +26,7 @@ from ...trainers.run.line import Line
 from ...trainers.run.previews import Samples
 from ...trainers.run.record import Spec
 from ...trainers.run.unreadable import Unreadable
-from ..folders import OUTPUTS, output_folder
+from ..folders import FOLDERS, output_folder
 from ..widgets import require_name
 from .ending import before_the_end
 from .naming import asked_as, goes_on, may_be_meant, same_name
@@ -37,9 +38,9 @@ ROOM_SECONDS = 10
 MADE_AGAIN = "Put it back, or train it anew: delete the run on the Training tab, or choose another run name"
 
 
-def output_folders(run_name: str) -> dict[str, str]:
-    """Where a run's files go, by the model folder that their loaders look in."""
-    return {folder: str(output_folder(folder) / run_name) for folder in OUTPUTS}
+def output_folders(run_name: str, exports: dict[str, Export]) -> dict[str, str]:
+    """Where a run writes these files, by the model folder that their loaders look in."""
+    return {export.folder: str(output_folder(export.folder) / run_name) for export in exports.values()}
 
 
 class Registry(Shelf):
@@ -123,7 +124,7 @@ class Registry(Shelf):
                         data=data,
                         source=source,
                         identity=identity,
-                        outputs=output_folders(name),
+                        outputs=output_folders(name, recipes()[recipe].exports(config)),
                         created=self._now(),
                         samples=samples,
                         asked_as=run_name,
@@ -139,7 +140,7 @@ class Registry(Shelf):
         while True:
             earlier = self.called(name)
             if earlier is None:
-                if not any(Path(folder).exists() for folder in output_folders(name).values()):
+                if not any((output_folder(folder) / name).exists() for folder in FOLDERS):
                     return name, None
             elif not may_be_meant(earlier, run_name, identity):
                 pass
@@ -270,7 +271,7 @@ def registry() -> Registry:
 def start_registry() -> None:
     global _registry
     own = Path(folder_paths.get_system_user_directory("kinoloom"))
-    for folder in (own, *map(output_folder, OUTPUTS)):
+    for folder in (own, *map(output_folder, FOLDERS)):
         sweep(folder)
     _registry = Registry(own / "jobs")
     before_the_end(_registry.shutdown)

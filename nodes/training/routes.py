@@ -18,7 +18,7 @@ from ...trainers.run.shown import loader_name
 from ...trainers.run.unreadable import Unreadable
 from ..data.encoding import cache
 from ..data.encoding.columns import data_folder
-from ..folders import LORAS
+from ..folders import FOLDERS
 from .generation import generation
 from .registry import registry
 
@@ -163,9 +163,10 @@ def files(job: Job) -> dict[str, Any]:
     """What lies in the run's output folders, whole files only."""
     found = []
     for kind, folder in job.spec.outputs.items():
+        has_loras = kind in FOLDERS and FOLDERS[kind].has_loras
         for path in sorted(Path(folder).glob("[!.]*.safetensors")) if os.path.isdir(folder) else ():
             with suppress(FileNotFoundError):  # the best one so far, just replaced
-                stat, name = path.stat(), loader_name(path) if kind in LORAS else None
+                stat, name = path.stat(), loader_name(path) if has_loras else None
                 found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})
     return {"folder": f"kinoloom/{job.spec.run_name}", "files": found}
 
