@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: every write goes to a temporary name and is renamed into place."""
+"""Atomic file writes: each file is written under a temporary name and then renamed, so it is complete or absent."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.part")
-ABANDONED = 3600  # seconds; a living save writes on, or is flushed
+ABANDONED = 3600  # seconds without a write: a save that is still running writes more often
 
 
 class SaveError(OSError):
@@ -47,7 +47,7 @@ def atomic_write(path: Path, write: Callable[[str], None]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed saves left in a folder and below: temporary files that nothing has written to for an hour."""
+    """Delete the temporary files of killed saves in a folder and its subfolders: those not written to for an hour."""
     for path in folder.rglob(".*.part"):
         with suppress(OSError):
             stat = path.lstat()
@@ -90,7 +90,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def copy_renamed(source: Path, path: Path, names: dict[str, str], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically: that of `source`, byte for byte, tensor `name` as `names[name]`.
+    """Copy the safetensors file `source` atomically, each tensor `name` renamed to `names[name]`, bytes unchanged.
 
     Only the header is read into memory. https://huggingface.co/docs/safetensors/index#format
     """
@@ -109,13 +109,13 @@ def copy_renamed(source: Path, path: Path, names: dict[str, str], metadata: dict
 
 
 def free_path(folder: Path, name: str) -> Path:
-    """folder/name.safetensors, with a number after the name if there is one already."""
+    """folder/name.safetensors, or name-2, name-3, ... if that file exists."""
     names = (f"{name}.safetensors", *(f"{name}-{number}.safetensors" for number in range(2, 1000)))
     return next(folder / file for file in names if not (folder / file).exists())
 
 
 def sha256(path: Path, each_block: Callable[[], None] = lambda: None) -> str:
-    """The file's hash; `each_block` is called often, and may raise to stop."""
+    """The file's SHA-256. `each_block` is called before each 4 MiB and may raise to stop."""
     digest = hashlib.sha256()
     with open(path, "rb") as opened:
         while block := opened.read(1 << 22):
@@ -125,7 +125,7 @@ def sha256(path: Path, each_block: Callable[[], None] = lambda: None) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Identity of a large model file without reading it all: its size and 64 evenly spread MiB, ends included."""
+    """A hash of a large model file's size and of 64 evenly spaced MiB, the first and last included."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as opened:

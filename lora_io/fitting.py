@@ -1,4 +1,4 @@
-"""Whether a LoRA fits the layers that are trained, and the base model it was trained on."""
+"""Checks that a LoRA file fits a run: its base model, its layers and its rank."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,18 +6,20 @@ from torch import Tensor
 
 
 def require_base(metadata: Mapping[str, str], bases: Collection[str]) -> None:
-    """ValueError if a file of this pack was trained on a base model that is none of `bases`; any will do for none."""
+    """ValueError if the metadata names a base model that is not in `bases`. Empty `bases` allow any."""
     base = metadata.get("kinoloom.base_model")
     if base and bases and base not in bases:
         name = metadata.get("ss_sd_model_name", "another model")
         raise ValueError(
-            f"trained on another base model than the one that is connected ({name}, by the hash in its metadata)"
+            f"trained on another base model ({name}, by the hash in its metadata) than the one connected"
         )
 
 
 def require_layers(named: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], rank: int) -> None:
-    """ValueError unless `<module>.lora_down/lora_up.weight` are for exactly `layers` (module path to weight shape), of
-    this rank. What is in the file instead is said."""
+    """ValueError unless the factors `<module>.lora_down/lora_up.weight` cover exactly `layers`, with this rank.
+
+    `layers` maps a module path to its weight's shape. The error says what the file holds instead.
+    """
     found = {key.partition(".lora_")[0] for key in named if ".lora_" in key}
     if different := layers.keys() ^ found:
         what = "has layers that this model does not train" if different - layers.keys() else "leaves out layers"

@@ -14,13 +14,13 @@ PREFIX = "diffusion_model."
 
 
 def to_comfy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The form core's LoRA loaders match for Wan: `diffusion_model.<module>.lora_A/lora_B.weight`, plus `.alpha`."""
+    """Keys for ComfyUI's LoRA loaders: `diffusion_model.<module>.lora_A/lora_B.weight`, plus `.alpha`."""
     rename = {".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight", ".alpha": ".alpha"}
     return {PREFIX + _renamed(key, rename): tensor for key, tensor in tensors.items()}
 
 
 def from_comfy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Back to module paths; ValueError names a key of another format."""
+    """The inverse of `to_comfy`. ValueError names a key of another format."""
     rename = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight", ".alpha": ".alpha"}
     for key in tensors:
         if not key.startswith(PREFIX):
@@ -35,14 +35,14 @@ def _renamed(key: str, rename: dict[str, str]) -> str:
     raise ValueError(f"LoRA key {key!r}: expected it to end with one of {', '.join(rename)}")
 
 
-LEVEL = 3  # of SD1.5's UNet: two blocks and a change of size
+LEVEL = 3  # blocks in one level of SD1.5's UNet: two residual blocks and one down- or upsampling
 UNET, MOTION = "unet.", "motion."
 
 
 def to_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SD1.5's UNet in kohya's form with diffusers' names: `lora_unet_<module>.lora_down/lora_up.weight` and `.alpha`.
+    """Kohya's keys for SD1.5's UNet: `lora_unet_<diffusers module>.lora_down/lora_up.weight` and `.alpha`.
 
-    The factors of a 1x1 convolution become kernels [out, in, 1, 1]. Alpha is the rank where there is none.
+    The factors of a 1x1 convolution become kernels [out, in, 1, 1]. A layer without an alpha gets its rank as alpha.
     """
     named = {}
     for key, tensor in tensors.items():
@@ -57,12 +57,12 @@ def to_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_kohya(tensors: dict[str, Tensor], paths: Iterable[str]) -> dict[str, Tensor]:
-    """Back to module paths, which are some of `paths`; ValueError names a key of another layer or form."""
+    """The inverse of `to_kohya`, for layers in `paths`. ValueError names a key of another layer or format."""
     names, named = {_kohya_name(path): path for path in paths}, {}
     for key, tensor in tensors.items():
         name, _, rest = key.partition(".")
         if name not in names or rest not in ("lora_down.weight", "lora_up.weight", "alpha"):
-            raise ValueError(f"LoRA key {key!r}: expected a factor of lora_unet_<a layer that is trained>")
+            raise ValueError(f"LoRA key {key!r}: expected a factor of lora_unet_<a trained layer>")
         named[f"{names[name]}.{rest}"] = matrix(tensor)
     check_pairs(named, "LoRA")
     return named
@@ -73,7 +73,7 @@ def _kohya_name(path: str) -> str:
 
 
 def _diffusers_path(path: str) -> str:
-    """input_blocks.4.1.x to down_blocks.1.attentions.0.x, and the like; only transformers have LoRA layers."""
+    """Such as input_blocks.4.1.x to down_blocks.1.attentions.0.x. Only transformer blocks have LoRA layers."""
     side, _, rest = path.partition(".")
     if side == "middle_block":
         return f"mid_block.attentions.0.{rest.removeprefix('1.')}"
@@ -83,9 +83,10 @@ def _diffusers_path(path: str) -> str:
 
 
 def to_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """AnimateDiff's motion LoRAs: `<module>.processor.<layer>_lora.down/up.weight`, alpha / rank inside the up factor.
+    """AnimateDiff's motion LoRA keys: `<module>.processor.<layer>_lora.down/up.weight`.
 
-    These files hold no alpha: a loader that meets one fails, for it takes every entry that is no up factor for a down.
+    The scale alpha / rank is multiplied into the up factor. The file must hold no alpha key, because AnimateDiff's
+    loaders treat every key that is not an up factor as a down factor.
     """
     named = {}
     for key, tensor in tensors.items():
@@ -102,7 +103,7 @@ FACTOR = re.compile(r"(.+?)(?:[._]lora\.(down|up)|\.lora_linear_layer\.(down|up)
 
 
 def split_factor(key: str) -> tuple[str, str] | None:
-    """The path in a key of a LoRA's factor in any spelling in use, and "down" or "up"; None for other keys."""
+    """A LoRA factor's module path and side ("down" or "up"), from a key in any known format. None for other keys."""
     match = FACTOR.fullmatch(key)
     if match is None:
         return None
@@ -111,7 +112,7 @@ def split_factor(key: str) -> tuple[str, str] | None:
 
 
 def check_pairs(tensors: dict[str, Tensor], what: str) -> None:
-    """ValueError unless the factors in `<module>.lora_down/lora_up.weight` come in pairs of matrices of one rank."""
+    """ValueError unless each `<module>` has a down and an up factor: finite matrices of the same rank."""
     for key, tensor in tensors.items():
         path, _, side = key.partition(".lora_")
         if not side:
@@ -120,9 +121,9 @@ def check_pairs(tensors: dict[str, Tensor], what: str) -> None:
         if other not in tensors:
             raise ValueError(f"{what}: {key} has no {other}")
         if tensor.ndim != 2 or not tensor.is_floating_point():
-            raise ValueError(f"{what}: {key} is no matrix, but {tensor.dtype} of shape {(*tensor.shape,)}")
+            raise ValueError(f"{what}: {key} is not a matrix but {tensor.dtype} of shape {(*tensor.shape,)}")
         if not tensor.float().isfinite().all():
-            raise ValueError(f"{what}: {key} holds values that are no numbers (NaN or infinite)")
+            raise ValueError(f"{what}: {key} holds NaN or infinite values")
     for key, down in tensors.items():
         if key.endswith(".lora_down.weight"):
             up = tensors[key.replace(".lora_down.", ".lora_up.")]
@@ -131,7 +132,7 @@ def check_pairs(tensors: dict[str, Tensor], what: str) -> None:
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """A factor, also one that is stored as the kernel of a convolution, as a matrix."""
+    """A factor as a matrix, from a matrix or the kernel of a 1x1 convolution."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
@@ -141,16 +142,16 @@ def scale_of(key: str, tensor: Tensor) -> float:
     return float(tensor)
 
 
-# Layers of diffusers' motion modules to those of AnimateDiff's files.
+# Layer names of motion modules: diffusers' to AnimateDiff's.
 MOTION_LAYERS = {"attn1": "attention_blocks.0", "attn2": "attention_blocks.1"}
 
 
 def from_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A motion LoRA in any spelling in use to `<module path>.lora_down/lora_up.weight`; ValueError for other files.
+    """A motion LoRA in any known format to `<module path>.lora_down/lora_up.weight`. ValueError for other files.
 
-    Known: AnimateDiff's (`processor.to_q_lora.down`), MotionDirector's (`to_out.processor.0_lora.down`), diffusers' and
-    PEFT's (`transformer_blocks.0.attn1.to_q.lora_A`), with or without `processor` and a leading `unet.`, and plain
-    `to_q.lora_down`. An alpha is multiplied into the up factor.
+    Known formats: AnimateDiff (`processor.to_q_lora.down`), MotionDirector (`to_out.processor.0_lora.down`), diffusers
+    and PEFT (`transformer_blocks.0.attn1.to_q.lora_A`), each with or without `processor` and a leading `unet.`, and
+    plain `to_q.lora_down`. The scale alpha / rank is multiplied into the up factor.
     """
     pairs, alphas = {}, {}
     for key, tensor in tensors.items():
@@ -175,7 +176,7 @@ def from_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _motion_path(name: str) -> str:
-    """A layer's path in AnimateDiff's own files."""
+    """A layer's module path in AnimateDiff's motion module files."""
     for root in ("base_model.model.", UNET, "module."):
         name = name.removeprefix(root)
     if ".temporal_transformer." not in name:

@@ -1,13 +1,13 @@
-"""Several LoRAs as one."""
+"""Merges several LoRAs into one."""
 
 import torch
 from torch import Tensor
 
 
 def merge(loras: list[tuple[dict[str, Tensor], float]], rank: int = 0) -> dict[str, Tensor]:
-    """sum of strength * up down, as `<module path>.lora_down/lora_up.weight`, fp32.
+    """The sum of strength * up @ down per layer, as `<module path>.lora_down/lora_up.weight` in fp32.
 
-    Without a rank nothing is lost: the factors stand side by side. With one, the best approximation of that rank.
+    rank=0 concatenates the factors, which is exact. Any other rank gives the best approximation of that rank.
     """
     paths = dict.fromkeys(key.partition(".lora_")[0] for tensors, _ in loras for key in tensors)
     merged = {}
@@ -23,7 +23,7 @@ def merge(loras: list[tuple[dict[str, Tensor], float]], rank: int = 0) -> dict[s
 
 
 def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The product's largest singular values, found between the two factors, without the full matrix."""
+    """The best approximation of up @ down with `rank`, by SVD of the small factors: the full matrix is never made."""
     outer, inner = torch.linalg.qr(up), torch.linalg.qr(down.T)
     u, s, v = torch.linalg.svd(outer.R @ inner.R.T)
     root = s[:rank].sqrt()

@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: plain strings in the safetensors header."""
+"""The metadata of exported files: plain strings in the safetensors header."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ def describe(
     backbone: str,
     extra: dict[str, str],
 ) -> dict[str, str]:
-    """`kinoloom.*` for this pack, `modelspec.*` and `ss_*` for other tools; `step` counts the whole run."""
+    """Metadata: `kinoloom.*` for this pack, `modelspec.*` and `ss_*` for other tools. `step` counts all phases."""
     words = [word.strip() for word in config["trigger_words"].split(",")]
     return {
         "format": "pt",
@@ -41,7 +41,7 @@ def describe(
 
 
 def _network(config: dict[str, Any]) -> dict[str, str]:
-    """Rank and alpha, of which a fine-tune has none."""
+    """Rank and alpha of a LoRA; empty for a fine-tune, which has neither."""
     if "rank" not in config:
         return {}
     return {"ss_network_dim": str(config["rank"]), "ss_network_alpha": str(config["alpha"] or config["rank"])}

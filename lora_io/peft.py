@@ -1,4 +1,4 @@
-"""The scale of a LoRA as PEFT and diffusers keep it: in a file beside the tensors, or in their metadata."""
+"""A LoRA's scale from PEFT's adapter_config.json or from diffusers' metadata."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,11 @@ METADATA = "lora_adapter_metadata"
 
 
 def config_of(source: Path, metadata: dict[str, str], root: str) -> dict[str, Any]:
-    """The LoraConfig of a file: PEFT writes adapter_config.json beside it, diffusers metadata under the names of a
-    pipeline's part (`root`), older programs nothing."""
+    """The LoraConfig of a LoRA file, or {} if it has none.
+
+    PEFT writes it to adapter_config.json beside the file; diffusers into metadata keys that start with `root`, the
+    name of a pipeline component.
+    """
     beside = source.with_name("adapter_config.json")
     try:
         if source.stem == "adapter_model" and beside.is_file():
@@ -20,7 +23,7 @@ def config_of(source: Path, metadata: dict[str, str], root: str) -> dict[str, An
 
 
 def alpha_of(config: dict[str, Any]) -> float | None:
-    """The alpha of a PEFT LoraConfig, None without one; ValueError if layers are scaled in another way."""
+    """The alpha in a PEFT LoraConfig, or None. ValueError if the config scales layers in another way."""
     other = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if config.get(name)]
     if other:
         raise ValueError(f"LoRA with {', '.join(other)}: expected one alpha for all layers, divided by the rank")

@@ -1,6 +1,6 @@
-"""Stable Video Diffusion's two layouts: ComfyUI's (Stability's) names and diffusers', of models and of LoRA files.
+"""Converts key names of Stable Video Diffusion between ComfyUI's (Stability's) layout and diffusers'.
 
-The modules are the same and so are their shapes; only names differ.
+It converts models and LoRA files. Modules and shapes are the same in both layouts.
 """
 
 import re
@@ -21,11 +21,11 @@ ENDS = {
     "up": ".lora_B.weight",
     "alpha": ".alpha",
 }
-OPTIONAL = (".conv_shortcut", ".skip_connection")  # where a block keeps its width
+OPTIONAL = (".conv_shortcut", ".skip_connection")  # absent where a block's input and output width are equal
 
 
 def _modules() -> dict[str, str]:
-    """Module paths, diffusers' to ComfyUI's; what is below them has the same name in both."""
+    """Module paths, diffusers' to ComfyUI's. Names below these paths are equal in both."""
     table = {
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
@@ -85,12 +85,12 @@ LAYOUTS = {"diffusers": TO_COMFY, "comfyui": {comfy: diffusers for diffusers, co
 
 
 def to_comfy(key: str) -> str:
-    """A module path or key of diffusers' UNetSpatioTemporalConditionModel in ComfyUI's UNetModel."""
+    """A module path or key of diffusers' UNetSpatioTemporalConditionModel, renamed for ComfyUI's UNetModel."""
     return _swapped(key, "diffusers")
 
 
 def to_diffusers(key: str) -> str:
-    """A module path or key of ComfyUI's UNetModel in diffusers' UNetSpatioTemporalConditionModel."""
+    """A module path or key of ComfyUI's UNetModel, renamed for diffusers' UNetSpatioTemporalConditionModel."""
     return _swapped(key, "comfyui")
 
 
@@ -108,7 +108,7 @@ def _module(key: str, layout: str) -> str | None:
 
 
 def layout_of(keys: Iterable[str]) -> str:
-    """Which of LAYOUTS the keys of a UNet are in; ValueError names one that is in neither."""
+    """The layout of a UNet's keys, "diffusers" or "comfyui". ValueError names a key that fits neither."""
     key = min(keys, default="")
     for layout in LAYOUTS:
         if _module(key.removeprefix(CHECKPOINT), layout):
@@ -117,9 +117,9 @@ def layout_of(keys: Iterable[str]) -> str:
 
 
 def unet_names(keys: Collection[str], to: str) -> dict[str, str]:
-    """Each key of a UNet, bare or from a checkpoint, to its bare name in the layout `to`.
+    """Maps each key of a UNet to its name in the layout `to`, without the prefix that keys have in a checkpoint.
 
-    ValueError names a key that is no layer of SVD, or a layer of SVD that is missing.
+    ValueError names a key that is not a layer of SVD, or a layer of SVD that is missing.
     """
     layout = layout_of(keys)
     bare = {key: key.removeprefix(CHECKPOINT) for key in keys}
@@ -127,22 +127,22 @@ def unet_names(keys: Collection[str], to: str) -> dict[str, str]:
     having = {_module(name, layout) for name in bare.values()}
     missing = [path for path in LAYOUTS[layout] if path not in having and not path.endswith(OPTIONAL)]
     if missing:
-        raise ValueError(f"no {missing[0]} in it, expected the whole of Stable Video Diffusion's UNet")
+        raise ValueError(f"{missing[0]} is missing, expected all layers of Stable Video Diffusion's UNet")
     return bare if to == layout else swapped
 
 
 def convert_unet(tensors: dict[str, Tensor], to: str) -> dict[str, Tensor]:
-    """A UNet in either of LAYOUTS, bare or from a checkpoint, in the layout `to`. ValueError as in `unet_names`."""
+    """A UNet's tensors renamed to the layout `to`. Input keys and ValueError as in `unet_names`."""
     names = unet_names(tensors, to)
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
 def lora_to_comfy(tensors: dict[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
-    """A LoRA by diffusers' names, which core's loaders pass over, in the form that they match whole.
+    """Rename a diffusers LoRA's keys, which ComfyUI's loaders skip, to the keys they load completely.
 
-    Known: `[base_model.model.][unet.]<module>` and `.lora.down.weight`, `_lora.down.weight` or `.lora_A.weight`, as
-    SVD_Xtend, diffusers and PEFT save it, with or without `processor`. `alpha` is that of layers with none in the file,
-    by default their rank. ValueError names a key of another form, or half a layer.
+    Known keys: `[base_model.model.][unet.]<module>` plus `.lora.down.weight`, `_lora.down.weight` or `.lora_A.weight`,
+    with or without `processor`, as SVD_Xtend, diffusers and PEFT write them. Layers without an alpha get `alpha`; with
+    None the loader uses the rank. ValueError names an unknown key, or a layer with only one factor.
     """
     named = {}
     for key, tensor in tensors.items():
@@ -160,7 +160,7 @@ def lora_to_comfy(tensors: dict[str, Tensor], alpha: float | None = None) -> dic
 
 
 def lora_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Back to `unet.<module>.lora.down/up.weight`, with alpha / rank in the up factor: these files hold no alpha."""
+    """The inverse: `unet.<module>.lora.down/up.weight`. alpha / rank is multiplied into the up factor."""
     native, named = from_comfy(tensors), {}
     _check_pairs(tensors)
     for key, tensor in native.items():
@@ -174,7 +174,7 @@ def lora_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_pairs(tensors: dict[str, Tensor]) -> None:
     if not any(key.endswith(ENDS["A"]) for key in tensors):
-        raise ValueError("no layers in it, expected a LoRA for Stable Video Diffusion")
+        raise ValueError("holds no LoRA layers, expected a LoRA for Stable Video Diffusion")
     for key in tensors:
         for one, other in ((ENDS["A"], ENDS["B"]), (ENDS["B"], ENDS["A"])):
             if key.endswith(one) and (missing := key.removesuffix(one) + other) not in tensors:

@@ -1,4 +1,4 @@
-"""LoRA files for Wan: every spelling in use to the model's own module paths, and what a file says it was made for."""
+"""Reads Wan LoRA files: converts every known key format to Wan's module paths, and checks which model a file is for."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,7 +14,7 @@ from .peft import alpha_of, config_of
 
 ROOT = r"(base_model\.model\.)?(model\.)?(diffusion_model\.|transformer\.|pipe\.dit\.|dit\.|lora_unet__?|lycoris_)?"
 OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude_vector": "DoRA", "oft_": "OFT"}
-# Layers of a block by their path with underscores: Wan's own names, and diffusers'.
+# Wan's names of a block's LoRA layers, and diffusers' names (dots as underscores) mapped to them.
 NATIVE = [f"{part}.{layer}" for part in ("self_attn", "cross_attn") for layer in "qkvo"] + ["ffn.0", "ffn.2"]
 DIFFUSERS = {
     **{
@@ -29,11 +29,11 @@ LAYERS = {path.replace(".", "_"): path for path in NATIVE} | DIFFUSERS
 
 
 def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
-    """A LoRA for Wan in any spelling to `<module>.lora_down/lora_up.weight` and, where it has one, `<module>.alpha`.
+    """A Wan LoRA in any known key format to `<module>.lora_down/lora_up.weight` and, where present, `<module>.alpha`.
 
-    Known: ComfyUI's (`diffusion_model.`), musubi's and kohya's (`lora_unet_`), diffusers' (`transformer.`), PEFT's and
-    bare paths, with Wan's own names of layers or diffusers'. `alpha` is that of layers with none in the file.
-    ValueError names a key of another form or layer, and half a layer.
+    Known formats: ComfyUI (`diffusion_model.`), musubi and kohya (`lora_unet_`), diffusers (`transformer.`), PEFT and
+    bare paths, each with Wan's or diffusers' layer names. Layers without an alpha get `alpha` unless it is None.
+    ValueError names an unknown key or layer, or a layer with only one factor.
     """
     named = {}
     for key, tensor in tensors.items():
@@ -43,9 +43,9 @@ def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> d
             named[f"{_module(key, key.removesuffix('.alpha'))}.alpha"] = torch.tensor(scale_of(key, tensor))
         else:
             kind = next((kind for part, kind in OTHER_KINDS.items() if part in key), "none")
-            raise ValueError(f"LoRA key {key!r}: expected a down or up factor of a LoRA, found {kind}")
+            raise ValueError(f"LoRA key {key!r}: expected a LoRA's down or up factor, found {kind}")
     if not any(key.endswith(".weight") for key in named):
-        raise ValueError("no layers in it, expected a LoRA for Wan")
+        raise ValueError("holds no LoRA layers, expected a LoRA for Wan")
     check_pairs(named, "LoRA")
     if alpha is not None:
         paths = [key.removesuffix(".lora_down.weight") for key in named if key.endswith(".lora_down.weight")]
@@ -54,7 +54,7 @@ def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> d
 
 
 def _module(key: str, path: str) -> str:
-    """blocks.<n>.<layer> of a path in any spelling."""
+    """`blocks.<n>.<layer>` from a path in any known format."""
     match = re.fullmatch(rf"{ROOT}blocks[._](\d+)[._](.+)", path)
     layer = LAYERS.get(match[5].replace(".", "_")) if match else None
     if layer is None:
@@ -62,16 +62,18 @@ def _module(key: str, path: str) -> str:
     return f"blocks.{int(match[4])}.{layer}"
 
 
-# What files of this pack hold that is no whole LoRA, by their `sns.stage`.
+# Exports of Set-and-Sequence that another run cannot start from, by their metadata entry `sns.stage`.
 MOTION_STAGES = {
-    "motion": "the motion alone, which works only on top of its identity",
+    "motion": "motion alone, which works only together with its identity file",
     "combined": "look and motion in one",
 }
 
 
 def require_made_for(metadata: Mapping[str, str], refused: Collection[str] = (), bases: Collection[str] = ()) -> None:
-    """ValueError if a file's metadata says that it is for another model than Wan 2.1 text-to-video, or holds a stage of
-    Set-and-Sequence that is `refused`, or (files of this pack) was trained on a base model that is none of `bases`."""
+    """ValueError if the metadata names another model than Wan 2.1 text-to-video, or a base model not in `bases`.
+
+    `refused` lists stages of Set-and-Sequence that are an error too.
+    """
     for name in ("ss_base_model_version", "modelspec.architecture"):
         plain = re.sub(r"[^a-z0-9]", "", metadata.get(name, "wan").lower())
         if "wan" not in plain or any(word in plain for word in ("i2v", "wan22", "vace")):
@@ -87,9 +89,9 @@ def require_made_for(metadata: Mapping[str, str], refused: Collection[str] = (),
 def read_wan_lora(
     path: Path, layers: Mapping[str, tuple[int, ...]], rank: int, refused: Collection[str], bases: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The LoRA of a file as in `from_any_wan`, for exactly `layers` (module path to weight shape), of this rank.
+    """A LoRA file as `from_any_wan` returns it. ValueError unless it has exactly `layers` and this rank.
 
-    ValueError says what is in the file instead; `refused` and `bases` as in `require_made_for`.
+    `layers` maps a module path to its weight's shape. `refused` and `bases` as in `require_made_for`.
     """
     named = read_any_wan_lora(path, refused, bases)
     require_layers(named, layers, rank)
@@ -97,7 +99,7 @@ def read_wan_lora(
 
 
 def read_any_wan_lora(path: Path, refused: Collection[str], bases: Collection[str]) -> dict[str, Tensor]:
-    """The same of whatever layers and rank."""
+    """The same with any layers and rank."""
     tensors, metadata = load(path)
     require_made_for(metadata, refused, bases)
     return from_any_wan(tensors, alpha_of(config_of(path, metadata, "transformer.")))

@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_at_another_rate_on_a_new_schedule(start: Start, p
     assert rates == pytest.approx([1e-2, 7.5e-3, *(4e-3 * (8 - step) / 8 for step in range(2, 8))])
     note = [e["note"] for e in job.history if e["event"] == "plan"][0]
     assert "steps (was 4, now 8)" in note and "learning_rate (was 0.01, now 0.004)" in note
-    assert "linear course of the learning rate is planned anew" in note and note in job.summary()["plan"]["text"]
+    assert "linear learning rate schedule is computed again" in note and note in job.summary()["plan"]["text"]
 
 
 @pytest.mark.parametrize("recipe", sorted(recipes()))

@@ -201,7 +201,7 @@ def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, name: str, content
 def test_two_tables_are_refused(tmp_path: Path) -> None:
     photo(tmp_path / "set" / "a.jpg")
     write(tmp_path / "set" / "metadata.csv"), write(tmp_path / "set" / "metadata.jsonl")
-    with pytest.raises(ValueError, match="both there: keep one"):
+    with pytest.raises(ValueError, match="holds both metadata.jsonl and metadata.csv: keep one"):
         read(tmp_path)
 
 

@@ -137,9 +137,9 @@ def test_a_file_that_does_not_fit_is_refused_by_name_before_the_run(
     ("case", "message"),
     [
         ("half", "up.weight has no .*down.weight"),
-        ("nan", "holds values that are no numbers"),
+        ("nan", "holds NaN or infinite values"),
         ("vector", "is no matrix"),
-        ("whole numbers", "is no matrix, but torch.int32"),
+        ("whole numbers", "is not a matrix but torch.int32"),
         ("alpha", "alpha': expected one finite number, found .nan"),
     ],
 )

@@ -168,13 +168,13 @@ def test_a_lora_keeps_the_scale_that_peft_or_diffusers_notes_beside_it(models: P
             LORA,
             "key 'unet.mid_block.*': expected Stable Video Diffusion's UNet in",
         ),
-        ("diffusers/part/" + UNET, {"conv_in.weight": torch.zeros(1)}, "no conv_norm_out in it, expected the whole of"),
+        ("diffusers/part/" + UNET, {"conv_in.weight": torch.zeros(1)}, "conv_norm_out is missing, expected all layers of"),
         (
             "loras/model.safetensors",
             {"conv_in.weight": torch.zeros(1)},
             "LoRA key 'conv_in.weight': expected the down or up",
         ),
-        ("loras/empty.safetensors", {}, "no layers in it, expected a LoRA for Stable Video"),
+        ("loras/empty.safetensors", {}, "holds no LoRA layers, expected a LoRA for Stable Video"),
         (
             "loras/wan.safetensors",
             {f"diffusion_model.blocks.0.q.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"},

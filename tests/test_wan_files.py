@@ -104,7 +104,7 @@ def test_alphas_of_the_file_go_before_those_of_its_settings() -> None:
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "expected a layer of a Wan block"),
         ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "expected a layer of a Wan block"),
         ("diffusion_model.vace_blocks.0.ffn.0.lora_A.weight", "expected a layer of a Wan block"),
-        ("diffusion_model.blocks.0.ffn.0.diff_b", "expected a down or up factor of a LoRA, found none"),
+        ("diffusion_model.blocks.0.ffn.0.diff_b", "expected a LoRA's down or up factor, found none"),
         ("lora_unet_blocks_0_ffn_0.lokr_w1", "found LoKr"),
         ("lora_unet_blocks_0_ffn_0.hada_w1_a", "found LoHa"),
         ("diffusion_model.blocks.0.ffn.0.dora_scale", "found DoRA"),

@@ -69,12 +69,12 @@ class SetAndSequence:
             LoraConfig,
             "trigger_words",
             "[v], [u]",
-            "Words that call the concept, written into the file for other tools to show.",
+            "Trigger words, saved in the file's metadata for other tools to show.",
         )
         gradient_accumulation: int = changed(
             LoraConfig, "gradient_accumulation", 8, "Samples per step are batch_size times this; the paper uses 8."
         )
-        beta2: float = changed(LoraConfig, "beta2", 0.99, "Memory of the optimizer's second moment.")
+        beta2: float = changed(LoraConfig, "beta2", 0.99, "Decay of the optimizer's second moment.")
         max_grad_norm: float = changed(LoraConfig, "max_grad_norm", 0.05)
         set_dropout: float = knob(
             0.8,

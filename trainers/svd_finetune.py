@@ -59,7 +59,7 @@ class SvdFinetune:
             SvdConfig,
             "save_every",
             500,
-            "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 12 bytes per weight.",
+            "Steps between checkpoints. A crash loses at most these. With AdamW each takes 12 bytes per weight.",
         )
         save_minutes: float = changed(SvdConfig, "save_minutes", 60.0)
 

@@ -104,7 +104,7 @@ class SvdTracklets:
             SvdConfig,
             "save_every",
             1000,
-            "Steps between checkpoints: what a crash can lose at most. With AdamW one holds 2.5 GB.",
+            "Steps between checkpoints. A crash loses at most these. With AdamW each takes 2.5 GB.",
         )
 
         def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Options: one frozen dataclass per recipe is the widget, the default, the check and the saved metadata."""
+"""Options: one frozen dataclass per recipe defines widgets, defaults, checks and saved metadata."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_RATE = 10.0
-SMALLEST_OF_PRODIGY = 0.01  # rates that make sense for it are around 1
+SMALLEST_OF_PRODIGY = 0.01  # lower learning rates are meant for other optimizers; Prodigy's are around 1
 
 
 def knob(
@@ -25,9 +25,9 @@ def knob(
 ) -> Any:
     """A dataclass field that is also a widget; the tooltip says when to change it.
 
-    `file_of` marks a path, which the node offers as a choice of the files in the model folders of that name.
-    `added` numbers the batch of options that a knob came with. Later ones are the last widgets of a node, because
-    ComfyUI saves the values of a node's widgets by their position.
+    `file_of` marks a path: the node offers the files of that model folder as choices.
+    `added` is the number of the batch of options in which a knob was added. Later batches are a node's last widgets,
+    because ComfyUI saves widget values by their position.
     """
     extra = {
         "tooltip": tooltip,
@@ -44,11 +44,11 @@ def knob(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What every recipe can be told. ValueError names the field, the value and what was expected."""
+    """Options of every recipe. ValueError names the option, its value and the values that are allowed."""
 
     learning_rate: float = knob(
         1e-4,
-        "Lower it if the loss jumps or the result is over-cooked; raise it if nothing is learned. Prodigy wants 1.0.",
+        "Lower it if the loss jumps or the result is over-cooked. Raise it if nothing is learned. Use 1.0 for Prodigy.",
         min=0.0,
         max=LARGEST_RATE,
         step=1e-6,
@@ -67,7 +67,7 @@ class TrainConfig:
         advanced=True,
     )
     gradient_accumulation: int = knob(
-        1, "Batches per step, for a larger effective batch without more memory.", min=1, max=256, advanced=True
+        1, "Batches summed for one step: a larger effective batch without more memory.", min=1, max=256, advanced=True
     )
     optimizer: str = knob(
         "AdamW",
@@ -78,8 +78,7 @@ class TrainConfig:
     )
     beta2: float = knob(
         0.999,
-        "Memory of the optimizer's second moment. Lower it to 0.99 for very short runs. "
-        "Adafactor has none and ignores it.",
+        "Decay of the optimizer's second moment. Lower it to 0.99 for very short runs. Adafactor ignores it.",
         min=0.5,
         max=0.99999,
         step=1e-3,
@@ -119,21 +118,21 @@ class TrainConfig:
     )
     precision: str = knob(
         "auto",
-        "Arithmetic of the frozen model. Auto is bf16 where the device has it, else fp16 on a GPU "
-        "and fp32 on a CPU. What is trained is always fp32.",
+        "Number format of the frozen model. Auto is bf16 where the device supports it, else fp16 on a GPU "
+        "and fp32 on a CPU. Trained weights are always fp32.",
         choices=("auto", "bf16", "fp16", "fp32"),
         advanced=True,
     )
     checkpointing: str = knob(
         "auto",
-        "Recompute activations to save memory, about a third more time. Auto turns it on only "
-        "when the run would not fit.",
+        "Gradient checkpointing: recompute activations, which saves memory and takes about a third more time. Auto "
+        "turns it on only if the run would not fit.",
         choices=("auto", "on", "off"),
         advanced=True,
     )
     prior_weight: float = knob(
         1.0,
-        "Weight of the prior clips' loss, where the data has any. Raise it if other subjects start to look alike.",
+        "Weight of the prior clips' loss, if the data has any. Raise it if other subjects start to look alike.",
         min=0.0,
         max=100.0,
         step=0.05,
@@ -147,11 +146,11 @@ class TrainConfig:
         advanced=True,
     )
     save_every: int = knob(
-        100, "Steps between checkpoints: what a crash can lose at most.", min=1, max=100_000, advanced=True
+        100, "Steps between checkpoints. A crash loses at most these.", min=1, max=100_000, advanced=True
     )
     save_precision: str = knob("fp16", "Number format of the saved file.", choices=("fp16", "fp32"), advanced=True)
     trigger_words: str = knob(
-        "", "Words that call the concept, written into the file for other tools to show, such as [v].", advanced=True
+        "", "Trigger words, such as [v], saved in the file's metadata for other tools to show.", advanced=True
     )
     pause_when_busy: bool = knob(
         True,
@@ -162,8 +161,8 @@ class TrainConfig:
 
     ema_decay: float = knob(
         0.0,
-        "Above 0 the result is a moving average of the weights, at 0.99 over some hundred steps: calmer, but later. 0 "
-        "takes the last weights.",
+        "Decay of an exponential moving average of the weights, which becomes the result. 0.99 averages some hundred "
+        "steps: smoother, but slower to learn. 0 saves the last weights.",
         min=0.0,
         max=0.99999,
         step=1e-3,
@@ -171,8 +170,8 @@ class TrainConfig:
     )
     keep_state: str = knob(
         "auto",
-        "Whether a finished run keeps its state, from which more steps can go on. Auto keeps up to 1 GB, so that of a "
-        "LoRA. The training tab frees it at any time.",
+        "Whether a finished run keeps its state, so that it can go on with more steps. Auto keeps at most 1 GB, enough "
+        "for a LoRA. The training tab can delete it at any time.",
         choices=("auto", "always", "never"),
         advanced=True,
         added=1,
@@ -180,7 +179,7 @@ class TrainConfig:
 
     save_minutes: float = knob(
         10.0,
-        "Minutes after which a checkpoint is made at the latest, for runs of slow steps. 0 counts steps alone.",
+        "Longest time between checkpoints, in minutes, for runs with slow steps. 0 counts only steps.",
         min=0.0,
         max=1440.0,
         step=0.5,
@@ -195,7 +194,7 @@ class TrainConfig:
             self._set_rates_of_prodigy()
 
     def _set_rates_of_prodigy(self) -> None:
-        """Rates for other optimizers, at which Prodigy learns nothing, become 1; others keep their ratio to it."""
+        """Set a learning rate that is too low for Prodigy to 1, and scale the other rates with it."""
         names = (option.name for option in fields(self) if option.name.endswith("learning_rate"))
         small = {name: getattr(self, name) for name in names if 0 < getattr(self, name) < SMALLEST_OF_PRODIGY}
         for name, rate in small.items():
@@ -210,14 +209,14 @@ class TrainConfig:
 
 
 def changed(config: type[TrainConfig], name: str, default: Any, tooltip: str = "") -> Any:
-    """That Config's knob with another default, and another tooltip if one is given."""
+    """A copy of a Config's knob with another default and, if given, another tooltip."""
     extra = config.__dataclass_fields__[name].metadata
     return field(default=default, metadata={**extra, "tooltip": tooltip or extra["tooltip"]})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TrainConfig):
-    """What every recipe that trains LoRAs can be told besides."""
+    """Further options of every recipe that trains a LoRA."""
 
     rank: int = knob(
         16, "Size of the LoRA. Raise it if detail is missing, lower it if the clip is memorised.", min=1, max=256
@@ -240,7 +239,7 @@ class LoraConfig(TrainConfig):
     )
     start_from: str = knob(
         "",
-        "A LoRA to begin from instead of from nothing: of the same base model, rank and layers.",
+        "A LoRA file to start from. It must have the same base model, rank and layers.",
         file_of="loras",
         advanced=True,
         added=1,
@@ -249,7 +248,7 @@ class LoraConfig(TrainConfig):
 
 @contextmanager
 def naming(option: str, file: str) -> Iterator[None]:
-    """A ValueError within names the option and its file."""
+    """Put the option and its file in front of the text of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -270,13 +269,13 @@ def check(option: Field, value: Any) -> None:
         raise ValueError(f"{name}={value}: expected {low}..{high}")
 
 
-# What only says when to look at the run or how to share the machine: the weights are the same at any value.
+# Options that do not affect the trained weights, such as how often to save and how to share the GPU.
 NOT_TRAJECTORY = (
     *("save_every", "save_minutes", "keep_state", "pause_when_busy", "checkpointing", "validate_every"),
     "trigger_words",
     "wan_version",
 )
-# What the trained weights are and begin from: another value makes another run. All others may change on the way.
+# Options that cannot change when a run goes on: they define the trained weights and their start.
 FIXED = (
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),
     *("train", "spatial_layers", "temporal_layers", "spatial_loras"),

@@ -1,4 +1,4 @@
-"""The layer that carries groups of LoRA factors; imported with a run's first group, as PEFT takes seconds to import."""
+"""The layer with LoRA groups. It is imported with a run's first group, because importing PEFT takes seconds."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class GroupLinear(PeftLinear):
-    """y = W x + sum over active groups of scale * (up * mask) down x; groups that share `down` compute it once.
+    """y = W x + sum over active groups of scale * (up * mask) down x. Groups that share `down` compute it once.
 
-    The base is a Linear, or a 1x1 convolution, which is one over channels. Unlike PEFT's own forward this casts the
-    small factors instead of the activations and adds the update in one matmul.
+    The base layer is a Linear or a 1x1 convolution, which is a Linear over channels. Unlike PEFT's forward, this casts
+    the small factors instead of the activations and adds the update in one matmul.
     """
 
     active: set[str]  # shared by all layers of one LoraGroups
@@ -24,11 +24,11 @@ class GroupLinear(PeftLinear):
         if self.base_layer.weight.ndim == 4:
             y = self.base_layer(x)
             return y + self._update(x.movedim(1, -1), torch.zeros_like(y).movedim(1, -1)).movedim(-1, 1)
-        flat = x.flatten(0, -2)  # once for base and update, whose gradients then add up in place
+        flat = x.flatten(0, -2)  # base and update share it, so their gradients are summed in place
         return self._update(flat, self.base_layer(flat)).view(*x.shape[:-1], -1)
 
     def _update(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` [..., out] plus what the active groups make of x [..., in]; `y` may be changed in place."""
+        """`y` [..., out] plus the active groups' update for x [..., in]. May change `y` in place."""
         flat, out = x.flatten(0, -2), y.flatten(0, -2)
         for down, up in self._active_factors().items():
             h = nn.functional.linear(flat, down.weight.to(x.dtype))
@@ -37,11 +37,11 @@ class GroupLinear(PeftLinear):
                 update = nn.functional.linear(h, (up / (1 - probability)).to(x.dtype))
                 out.add_(update.mul_(_kept(out, probability, seed)))
             else:
-                out.addmm_(h, up.to(x.dtype).t())  # in place: no linear layer keeps its output for backward
+                out.addmm_(h, up.to(x.dtype).t())  # in place: a linear layer's backward does not need its output
         return out.view(y.shape)
 
     def _active_factors(self) -> dict[nn.Module, Tensor]:
-        """Down factor to the sum of the up factors on it."""
+        """Each down factor with the sum of the up factors that share it."""
         factors: dict[nn.Module, Tensor] = {}
         for group, down in self.lora_A.items():
             if group in self.active:
@@ -55,9 +55,9 @@ class GroupLinear(PeftLinear):
 
 
 def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
-    """1 where an entry is kept, else 0, as bytes; the same again when a checkpoint computes the layer anew.
+    """The dropout mask as bytes: 1 keeps an entry, 0 drops it. `seed` makes the recompute of checkpointing equal.
 
-    16 random bits decide about each entry: on a CPU bernoulli_ takes four times as long.
+    Each entry compares 16 random bits, which on a CPU is four times faster than bernoulli_.
     """
     generator = torch.Generator(like.device).manual_seed(seed)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
@@ -66,9 +66,9 @@ def _kept(like: Tensor, probability: float, seed: int) -> Tensor:
 
 
 def inject(module: nn.Module, name: str, targets: str, rank: int, alpha: float) -> dict[str, GroupLinear]:
-    """Put a group on every layer of `module` whose path matches; path to layer of all that carry groups now."""
+    """Add a group to every layer of `module` whose path matches `targets`. Returns all layers with groups, by path."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", init_lora_weights=False)
-    config._register_custom_module({nn.Module: GroupLinear})  # ComfyUI's quantised Linear is no nn.Linear
-    vars(module).pop("peft_config", None)  # PEFT warns about a second adapter, which is meant here
+    config._register_custom_module({nn.Module: GroupLinear})  # ComfyUI's quantised Linear is not an nn.Linear
+    vars(module).pop("peft_config", None)  # so that PEFT does not warn about a second adapter
     inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True)
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, GroupLinear)}

@@ -1,6 +1,6 @@
-"""Groups of LoRA layers on one module: PEFT injects them, this adds switching, sharing and masking of groups.
+"""Groups of LoRA layers on one module. PEFT injects the layers; this file switches, shares and masks whole groups.
 
-A group is a PEFT adapter name. Factors are fp32 and cast to the activation's dtype when used.
+A group is a PEFT adapter. Its factors are fp32 and are cast to the activation's dtype when used.
 """
 
 import math
@@ -15,7 +15,7 @@ from .rng import Rng, derived_generator
 
 
 class LoraGroups:
-    """LoRA layers on `module`, in named groups. Module paths are those of `module` before injection."""
+    """LoRA layers on `module`, in named groups. Paths are those of `module` before injection."""
 
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.module, self.seed = module, seed
@@ -31,11 +31,11 @@ class LoraGroups:
         share_down: str | None = None,
         down_std: float | None = None,
     ) -> None:
-        """A new trainable group on every Linear and 1x1 convolution whose path matches the expression `targets`.
+        """Add a trainable group on every Linear and 1x1 convolution whose path matches the regex `targets`.
 
-        down is Kaiming-uniform, or normal of spread `down_std`, and up zero, so the module's output is unchanged. With
-        `share_down` the group has no down factor of its own but uses (and freezes) that group's. ValueError if nothing
-        matches.
+        down starts Kaiming-uniform, or normal with standard deviation `down_std`. up starts at zero, so the module's
+        output is unchanged. With `share_down` the group uses (and freezes) the down factors of that other group.
+        ValueError if no layer matches.
         """
         from .group_linear import inject  # takes seconds to import, which ComfyUI's start need not
 
@@ -52,7 +52,7 @@ class LoraGroups:
     def _initialise(
         self, layer: nn.Module, path: str, name: str, share_down: str | None, down_std: float | None
     ) -> None:
-        """Own generators: the process-wide one belongs to the samplers, which run at the same time."""
+        """Set a layer's first values from own generators: samplers use the process-wide one at the same time."""
         device = layer.base_layer.weight.device
         layer.lora_B[name].weight = nn.Parameter(torch.zeros(layer.lora_B[name].weight.shape, device=device))
         if share_down:
@@ -67,7 +67,7 @@ class LoraGroups:
         layer.lora_A[name].weight = nn.Parameter(down.to(device))
 
     def train_only(self, factors: dict[str, tuple[str, ...]]) -> None:
-        """Exactly these factors ("down", "up") of these groups get gradients; everything else is frozen."""
+        """Train exactly these factors ("down", "up") of these groups and freeze everything else."""
         self.module.requires_grad_(False)
         for group, names in factors.items():
             for name in names:
@@ -75,7 +75,7 @@ class LoraGroups:
                     parameter.requires_grad_(True)
 
     def factors(self, group: str, name: str) -> dict[str, nn.Parameter]:
-        """Module path -> `down` [rank, in] or `up` [out, rank] of one group."""
+        """A group's `down` [rank, in] or `up` [out, rank] factors, by module path."""
         return {
             path: (layer.lora_A if name == "down" else layer.lora_B)[group].weight
             for path, layer in self.layers.items()
@@ -83,7 +83,7 @@ class LoraGroups:
         }
 
     def param_groups(self, group: str, learning_rate: float, up_ratio: float = 1.0) -> list[dict]:
-        """Optimizer groups of the trainable factors; up learns `up_ratio` times faster (LoRA+, arXiv 2402.12354)."""
+        """The optimizer's parameter groups. up's learning rate is `up_ratio` times down's (LoRA+, arXiv 2402.12354)."""
         rates = {"down": learning_rate, "up": learning_rate * up_ratio}
         groups = [
             {"params": [p for p in self.factors(group, name).values() if p.requires_grad], "lr": rate}
@@ -93,7 +93,7 @@ class LoraGroups:
 
     @contextmanager
     def without(self, *groups: str) -> Iterator[None]:
-        """These groups do not act. Forward, backward and recompute must all happen inside."""
+        """Turn these groups off. Forward, backward and the recompute of checkpointing must all happen inside."""
         switched_off = self.active & set(groups)
         self.active -= switched_off
         try:
@@ -103,7 +103,7 @@ class LoraGroups:
 
     @contextmanager
     def frozen(self, *groups: str) -> Iterator[None]:
-        """These groups act but get no gradient."""
+        """Keep these groups on but give them no gradient."""
         parameters = [
             p for g in groups for name in ("down", "up") for p in self.factors(g, name).values() if p.requires_grad
         ]
@@ -116,9 +116,9 @@ class LoraGroups:
                 parameter.requires_grad_(True)
 
     def set_masks(self, group: str, make: Callable[[Tensor], Tensor] | None) -> None:
-        """Multiply each up factor by `make(up)`, in layer order, until the next call; None removes the masks.
+        """Multiply each up factor by `make(up)`, in layer order, until the next call. None removes the masks.
 
-        Drawn before the forward and kept, so a checkpointed recompute sees the same mask.
+        Masks are drawn before the forward and kept, so the recompute of checkpointing sees the same mask.
         """
         for layer in self.layers.values():
             if make is None:
@@ -127,13 +127,13 @@ class LoraGroups:
                 layer.masks[group] = make(layer.lora_B[group].weight.detach())
 
     def set_dropout(self, probability: float, rng: Rng) -> None:
-        """Drop entries of what each layer's up factor gives, as drawn by `rng`, until the next call; 0 drops none."""
+        """Dropout on the output of each layer's LoRA, drawn by `rng`, until the next call. 0 turns it off."""
         seed = rng.generator("dropout").initial_seed()
         for place, layer in enumerate(self.layers.values()):
             layer.dropout = (probability, seed + place) if probability else None
 
     def named(self, group: str) -> dict[str, nn.Parameter]:
-        """`<module path>.lora_down.weight` and `.lora_up.weight` of one group."""
+        """A group's factors by their names in a file: `<module path>.lora_down.weight` and `.lora_up.weight`."""
         return {
             f"{path}.lora_{name}.weight": parameter
             for name in ("down", "up")
@@ -141,11 +141,11 @@ class LoraGroups:
         }
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """The group's factors under those names, fp32 copies on the CPU."""
+        """Copies of a group's factors by these names, in fp32 on the CPU."""
         return copied(self.named(group))
 
     def export(self, group: str) -> dict[str, Tensor]:
-        """The group as a file: its tensors, and `<module path>.alpha` where the scale alpha / rank is not 1."""
+        """A group's tensors for an export, with `<module path>.alpha` if the scale alpha / rank is not 1."""
         scaled = {
             path: layer for path, layer in self.layers.items() if group in layer.scaling and layer.scaling[group] != 1
         }
@@ -153,9 +153,9 @@ class LoraGroups:
         return {**self.tensors(group), **alphas}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every group, frozen ones included, so that a checkpoint stands alone: `<group>/<module path>.<factor>`.
+        """All factors of all groups, frozen ones too, for a checkpoint: `<group>/<module path>.<factor>`.
 
-        A down factor that groups share is in the first of them.
+        A shared down factor is stored once, with the first group that has it.
         """
         return copied(self._state())
 
@@ -167,27 +167,27 @@ class LoraGroups:
         return {key: parameter for parameter, key in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """ValueError names keys that are missing or do not belong."""
+        """Load a checkpoint's factors. ValueError names missing and unexpected keys."""
         fill(self._state(), state, "LoRA state: keys do not match")
 
     def load_group(self, group: str, tensors: dict[str, Tensor]) -> None:
-        """Fill a group from `<module path>.lora_down/up.weight`; ValueError names a missing, extra or misshapen key."""
+        """Load a group from `<module path>.lora_down/up.weight`. ValueError names keys that do not match."""
         fill(self.named(group), tensors, "LoRA file: layers do not match this model")
 
 
 def layer_shapes(module: nn.Module, targets: str) -> dict[str, tuple[int, ...]]:
-    """Path to weight shape of the layers whose paths match `targets`, with LoRA groups on them or not."""
+    """Weight shapes, by path, of the layers that match `targets`, with or without LoRA groups on them."""
     return {path: tuple(m.weight.shape) for path, m in module.named_modules() if re.fullmatch(targets, path)}
 
 
 def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Their values, as copies on the CPU."""
+    """Copies of the parameters' values on the CPU."""
     return {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items()}
 
 
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], mismatch: str) -> None:
-    """Give parameters the values of that name; ValueError names what is missing, extra or of another shape."""
+    """Copy each tensor into the parameter of its name. ValueError names missing, extra or wrongly shaped ones."""
     if different := parameters.keys() ^ tensors.keys():
         raise ValueError(f"{mismatch}, for example {sorted(different)[:3]}")
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Training objectives as pure functions."""
+"""Training losses as pure functions."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,19 +12,19 @@ from .transfer import to_device
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error in fp32 over all elements; `mask` weighs the squared error before the mean, unnormalised."""
+    """Mean squared error in fp32. `mask` multiplies the squared errors; the mean includes masked elements."""
     error = (pred.float() - target.float()).square()
     return (error if mask is None else error * mask).mean()
 
 
 def sample_timesteps(rng: Rng, count: int, sampling: str, shift: float, stratified: bool) -> Tensor:
-    """t in (0, 1) [count] from "logit_normal" or "uniform", then shifted."""
+    """Timesteps t in (0, 1) [count], drawn "logit_normal" or "uniform" and then shifted."""
     u = rng.uniform(count, stratified)
     return shift_timesteps(logit_normal(u) if sampling == "logit_normal" else u, shift)
 
 
 def denoising_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Tensor:
-    """MSE of what the backbone predicts for one micro-batch at noise levels t [B], in its schedule's own terms."""
+    """MSE between the backbone's prediction and its schedule's target, for one micro-batch at timesteps t [B]."""
     latents = batch["latents"]
     noise = rng.noise_like(latents)
     t = to_device(t, latents.device)
@@ -36,7 +36,7 @@ def denoising_loss(backbone: Backbone, batch: Batch, rng: Rng, t: Tensor) -> Ten
 def concept_and_prior(
     loss: Callable[[Batch, Rng], Tensor], batch: Batch, rng: Rng, prior_weight: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """L_concept, then prior_weight * L_prior where the batch holds a prior one (DreamBooth, arXiv 2208.12242)."""
+    """L_concept, then prior_weight * L_prior if the batch has prior clips (DreamBooth, arXiv 2208.12242)."""
     yield "concept", loss(batch, rng)
     if "prior" in batch and prior_weight:
         yield "prior", prior_weight * loss(batch["prior"], rng.fork("prior"))

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from kept libraries, by the names of the config."""
+"""Optimizers and learning-rate schedules, made by libraries from the names in the config."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from .config import TrainConfig
 
 BETA1 = 0.9
-OPTIONS = ("initial_lr", "betas", "weight_decay")  # of a parameter group; the rest of it is the optimizer's memory
-STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 8}  # per trained value, at most
+OPTIONS = ("initial_lr", "betas", "weight_decay")  # entries of a parameter group set by the config; the rest is state
+STATE_BYTES = {"AdamW": 8, "AdamW8bit": 2, "Lion": 4, "Prodigy": 16, "Adafactor": 8}  # upper limit per trained value
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
-    """ValueError if the optimizer needs a package that is not installed, naming it."""
+    """The optimizer that the config names. ValueError names a package that it needs and that is not installed."""
     betas, decay, rate = (BETA1, config.beta2), config.weight_decay, config.learning_rate
     if config.optimizer == "AdamW":
         return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay)
     if config.optimizer == "AdamW8bit":
         return _bitsandbytes().AdamW8bit(groups, lr=rate, betas=betas, weight_decay=decay)
-    import pytorch_optimizer  # takes a second to import and most runs do not need it
+    import pytorch_optimizer  # imported here because it takes a second and most runs do not need it
 
     if config.optimizer == "Lion":
         return pytorch_optimizer.Lion(groups, lr=rate, betas=betas, weight_decay=decay)
@@ -35,7 +35,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> Optimiz
 
 
 def take_up(optimizer: Optimizer, schedule: LambdaLR, memory: dict[str, Any], place: dict[str, Any]) -> None:
-    """Go on from what an earlier optimizer remembers and from its schedule's place, at the rates and options of now."""
+    """Restore an optimizer's and a schedule's state from a checkpoint, but keep the current options and rates."""
     own = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(memory)
     schedule.load_state_dict(place)
@@ -58,14 +58,14 @@ def _bitsandbytes() -> Any:
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    from diffusers.optimization import get_scheduler  # takes a second to import, which ComfyUI's start need not
+    from diffusers.optimization import get_scheduler  # imported here to keep ComfyUI's start fast
 
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
 
 
 def effective_rate(optimizer: Optimizer) -> float:
-    """Of the next step, for the first group that moves; Prodigy multiplies the rate by d, its estimate."""
+    """The next step's learning rate of the first group that trains. Prodigy's rate is multiplied by its estimate d."""
     groups = optimizer.param_groups
     group = next((group for group in groups if group["lr"]), groups[0])
     return float(group["lr"]) * float(group.get("d", 1.0))

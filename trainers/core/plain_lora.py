@@ -1,4 +1,4 @@
-"""What recipes share that train one LoRA on one objective in one phase."""
+"""The shared part of recipes that train one LoRA with one loss in one phase."""
 
 from typing import Any, ClassVar
 
@@ -12,9 +12,9 @@ GROUP = "lora"
 
 
 class PlainLora:
-    """A recipe but for its name, options and `losses`; its Config is a LoraConfig with `steps` and `target_layers`."""
+    """A recipe without its name, options and `losses`. Its Config is a LoraConfig with `steps` and `target_layers`."""
 
-    template: ClassVar[str]  # the workflow that generates
+    template: ClassVar[str]  # the workflow that generates videos with the LoRA
 
     def __init__(self, backbone: Any, config: Any) -> None:
         self.backbone, self.config = backbone, config
@@ -51,7 +51,7 @@ class PlainLora:
 
 
 def plain_start(config: Any, targets: dict[str, str], read: Reader) -> dict[str, Start]:
-    """What the one group begins from, if from anything."""
+    """The tensors that the group starts from, if `start_from` is set."""
     if not config.start_from:
         return {}
     return {GROUP: Start("start_from", config.start_from, targets[config.target_layers], read)}

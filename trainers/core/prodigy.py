@@ -1,4 +1,4 @@
-"""Prodigy whose parameter groups keep rates of their own."""
+"""Prodigy with a separate learning rate for each parameter group."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch
 
 
 class Prodigy(pytorch_optimizer.Prodigy):
-    """Every group moves at d times its own rate, where the library moves all of them at that of the first.
+    """Each group steps with d times its own rate. The library uses the first group's rate for all groups.
 
-    The estimate d stays a lower bound of the distance to the optimum whatever the steps are (Mishchenko and Defazio
-    2023, arXiv 2306.06101). Groups at rate 0 do not move, and have no part in it.
+    The estimate d stays a lower bound of the distance to the optimum for any step sizes (Mishchenko and Defazio 2023,
+    arXiv 2306.06101). Groups with rate 0 do not move and do not count in the estimate.
     """
 
     @torch.no_grad()

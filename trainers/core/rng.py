@@ -1,4 +1,4 @@
-"""Randomness that depends only on (seed, phase, sample)."""
+"""Random draws that depend only on (seed, phase, sample)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ STRATA = 16
 class Rng:
     """Random draws for one micro-batch, whose first sample is number `sample` of the phase.
 
-    Every draw has its own generator derived from what is named here, so a resumed run draws what the uninterrupted one
-    would have drawn, and the process-wide generators, which samplers use, are never touched.
-    With `quantile` set the draw is an evaluation: every timestep sits at that quantile and regularisers stay off.
+    Every draw has its own generator, seeded from these fields. So a resumed run makes the same draws as an
+    uninterrupted one, and the process-wide generators, which samplers use, are not touched.
+    `quantile` marks an evaluation: every timestep is at that quantile, and regularisers are off.
     """
 
     seed: int
@@ -30,7 +30,7 @@ class Rng:
         return self.quantile is not None
 
     def fork(self, name: str) -> "Rng":
-        """The same place in the run, with independent draws."""
+        """Independent draws for the same micro-batch."""
         return Rng(self.seed, f"{self.phase}/{name}", self.sample, self.quantile)
 
     def generator(self, purpose: str, sample: int | None = None, device: torch.device | None = None) -> torch.Generator:
@@ -38,14 +38,14 @@ class Rng:
         return derived_generator(*key, device=device)
 
     def noise_like(self, x: Tensor) -> Tensor:
-        """N(0, 1) in the shape, dtype and device of `x` [B, ...]; drawn on the CPU, so equal on every device."""
+        """N(0, 1) noise like `x` [B, ...]. It is drawn on the CPU, so it is equal on every device."""
         noise = torch.stack(
             [torch.randn(x.shape[1:], generator=self.generator("noise", self.sample + i)) for i in range(len(x))]
         )
         return to_device(noise, x.device, x.dtype)
 
     def uniform(self, count: int, stratified: bool = True) -> Tensor:
-        """`count` numbers in (0, 1) [count]; stratified: 16 consecutive samples fall in 16 different sixteenths."""
+        """Uniform numbers in (0, 1) [count]. Stratified: 16 consecutive samples fall in 16 different sixteenths."""
         if self.quantile is not None:
             return torch.full((count,), self.quantile)
         return torch.stack([self._uniform(self.sample + i, stratified) for i in range(count)])
@@ -60,6 +60,6 @@ class Rng:
 
 
 def derived_generator(*key: object, device: torch.device | None = None) -> torch.Generator:
-    """A generator (on the CPU unless told) whose seed is a hash of `key`."""
+    """A generator whose seed is a hash of `key`, by default on the CPU."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

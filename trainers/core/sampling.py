@@ -1,4 +1,4 @@
-"""A few steps of Euler's method with a model in training."""
+"""Samples with the model in training, by Euler's method."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,10 +20,9 @@ def sample(
     guidance: Tensor,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Latents [B, C, T, h, w] in the model's own space, by Euler's method from `noise`, N(0, 1) of that shape.
+    """Latents [B, C, T, h, w] in the model's latent space, from N(0, 1) noise of that shape. None if stopped.
 
-    The prediction is negative + guidance * (positive - negative) (Ho and Salimans 2022, arXiv 2207.12598). None if
-    stopped between two steps.
+    Uses classifier-free guidance: negative + guidance * (positive - negative) (arXiv 2207.12598).
     """
     positive, negative = conditions
     guided, guidance = bool((guidance != 1).any()), guidance.to(noise)

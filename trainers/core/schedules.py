@@ -1,4 +1,4 @@
-"""The noise schedules of the backbones."""
+"""Noise schedules: DDPM, EDM and flow matching."""
 
 import math
 
@@ -19,9 +19,9 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
 
 
 class Ddpm:
-    """Noise in 1000 steps of rising betas; the model predicts the noise (Ho et al. 2020, arXiv 2006.11239).
+    """1000 noise steps with rising betas; the model predicts the noise (Ho et al. 2020, arXiv 2006.11239).
 
-    The betas rise linearly from 0.00085 to 0.012, as AnimateDiff's do: diffusers' "linear", ComfyUI's "sqrt_linear".
+    The betas rise linearly from 0.00085 to 0.012, as in AnimateDiff: diffusers' "linear", ComfyUI's "sqrt_linear".
     """
 
     steps, scheduler = 1000, "simple"
@@ -31,7 +31,7 @@ class Ddpm:
         self.alphas_bar = torch.cumprod(1 - betas, 0).float()
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """Quantiles in (0, 1) to steps 0..999."""
+        """Quantiles in (0, 1) to timesteps 0..999."""
         return (u * self.steps).long()
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -47,30 +47,30 @@ class Ddpm:
         return ((1 - self.alphas_bar) / self.alphas_bar).sqrt()
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
-        """As if all of x_t were noise, at the spread of x_0 + sigma noise."""
+        """The first x of sampling: pure noise with the standard deviation of x_0 + sigma noise."""
         return noise * math.sqrt(1 + sigma**2)
 
     def model_input(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """x = x_0 + sigma noise to what the model takes, x_t and its t."""
+        """Converts x = x_0 + sigma noise to the model's input x_t and t."""
         kept = 1 / (1 + sigma**2)
         return x * math.sqrt(kept), (self.alphas_bar - kept).abs().argmin().expand(len(x))
 
     def slope(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
-        """dx / dsigma, which makes Euler's steps those of DDIM (arXiv 2010.02502, section 4.3)."""
+        """dx / dsigma. Euler steps with it are DDIM steps (arXiv 2010.02502, section 4.3)."""
         return pred
 
 
 class Edm:
-    """Noise of any level t = sigma > 0 over data of spread 1; the model predicts v (Karras et al., arXiv 2206.00364).
+    """Noise levels t = sigma > 0 on data with standard deviation 1; the model predicts v (arXiv 2206.00364).
 
-    The loss on the denoised latents, (1 + sigma^2) / sigma^2 |D - x_0|^2, is the plain one on v, which does not
-    overflow where sigma nears 0.
+    The weighted loss on the denoised latents D, (1 + sigma^2) / sigma^2 |D - x_0|^2, equals the MSE on v. The MSE on v
+    does not overflow for sigma near 0.
     """
 
     scheduler = "karras"
 
     def timesteps(self, u: Tensor, mean: float, std: float) -> Tensor:
-        """Quantiles in (0, 1) to noise levels, normal in ln(sigma)."""
+        """Quantiles in (0, 1) to noise levels sigma, where ln(sigma) is normal with `mean` and `std`."""
         return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Edm:
         return latents + _spread(t, latents) * noise
 
     def scale(self, noisy_latents: Tensor, t: Tensor) -> Tensor:
-        """What the model is given: x_t at spread 1."""
+        """The model's input: x_t scaled to standard deviation 1."""
         return noisy_latents / (1 + _spread(t, noisy_latents) ** 2).sqrt()
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Edm:
         return self.scale(noise - _spread(t, latents) * latents, t)
 
     def sigmas(self, shift: float) -> Tensor:
-        """The ends alone: "karras" spaces levels evenly in the seventh root of sigma (Karras et al., eq. 5)."""
+        """The lowest and highest sigma: ComfyUI's "karras" scheduler places the others (Karras et al., eq. 5)."""
         return torch.tensor([0.002, 700.0])
 
     def begin(self, noise: Tensor, sigma: float) -> Tensor:
@@ -96,7 +96,7 @@ class Edm:
         return x, torch.full((len(x),), sigma)
 
     def slope(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
-        """dx / dsigma = (x - x_0) / sigma, of what v says x_0 is."""
+        """dx / dsigma = (x - x_0) / sigma, with x_0 computed from the prediction v."""
         return sigma * x / (1 + sigma**2) + pred / math.sqrt(1 + sigma**2)
 
 
@@ -108,7 +108,7 @@ class FlowMatch:
     """Rectified flow: t = 1 is pure noise, the model predicts the velocity noise - data (arXiv 2403.03206)."""
 
     multiplier, scheduler = 1000.0, "simple"
-    steps = 1000  # of the table that ComfyUI's schedulers choose from
+    steps = 1000  # length of the sigma table that ComfyUI's schedulers choose from
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 - t) x_1 + t x_0 for latents, noise [B, ...] and t [B]."""
@@ -119,7 +119,7 @@ class FlowMatch:
         return noise - latents
 
     def sigmas(self, shift: float) -> Tensor:
-        """t in (0, 1]."""
+        """The noise levels t in (0, 1]."""
         return shift_timesteps(torch.arange(1, self.steps + 1) / self.steps, shift)
 
     def begin(self, noise: Tensor, t: float) -> Tensor:
@@ -129,5 +129,5 @@ class FlowMatch:
         return x, torch.full((len(x),), t)
 
     def slope(self, x: Tensor, pred: Tensor, t: float) -> Tensor:
-        """dx / dt"""
+        """dx / dt, which is the prediction itself."""
         return pred

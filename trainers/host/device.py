@@ -1,4 +1,4 @@
-"""The device that trains: its arithmetic and its memory."""
+"""The training device: its number formats and its memory."""
 
 import gc
 import platform
@@ -15,7 +15,7 @@ def torch_device() -> torch.device:
 
 
 def environment() -> dict[str, str]:
-    """What a run is made with."""
+    """Versions of the software and the name of the device, for a run's record."""
     return {
         "ComfyUI": comfyui_version.__version__,
         "Kinoloom": project("version"),
@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(precision: str, on: torch.device) -> str:
-    """The key of DTYPES that "auto" means on a device."""
+    """`precision`, with "auto" replaced by the key of DTYPES that suits the device."""
     if precision != "auto":
         return precision
     if on.type == "cpu":
@@ -43,7 +43,7 @@ def compute_dtype(precision: str, on: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for bf16, which are about twice as fast as fp32; without them it is slower."""
+    """Whether the CPU has bf16 instructions. With them bf16 is about twice as fast as fp32, without them slower."""
     if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.10
         return False
     has = torch.cpu.get_capabilities()
@@ -51,14 +51,14 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def free_memory(on: torch.device) -> int:
-    """Free bytes on the device, counting what torch holds but does not use."""
+    """Free bytes on the device, including memory that torch has reserved but does not use."""
     return int(comfy.model_management.get_free_memory(on))
 
 
 def make_room() -> None:
-    """Take ComfyUI's own models off the card, so that the shared and the private copy need not fit at once.
+    """Unload ComfyUI's models from the GPU, so that a run's private copy need not fit beside them.
 
-    For the queue's thread alone: no other may touch the model manager.
+    Call it only in the queue's thread: ComfyUI's model manager is not safe in others.
     """
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
@@ -70,6 +70,6 @@ def holds_models() -> bool:
 
 
 def release() -> None:
-    """Give back the memory of a private model that is no longer referenced; its hooks make reference cycles."""
+    """Free a private model that is no longer referenced. Its hooks form reference cycles, so this collects garbage."""
     gc.collect()
     comfy.model_management.soft_empty_cache()

@@ -1,4 +1,4 @@
-"""Layers of private models: differentiable, deaf to the interrupt, without copies of frozen weights."""
+"""Layers of private models: they have gradients, ignore the interrupt flag and keep no copies of frozen weights."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +15,7 @@ from .rebound import Rebinder
 
 
 class Rope(torch.autograd.Function):
-    """ComfyUI's fused rotary embedding of x [B, L, n, d], which has no gradient of its own: the inverse rotation."""
+    """ComfyUI's fused rotary embedding of x [B, L, n, d], with the gradient it lacks: the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, freqs: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ class Rope(torch.autograd.Function):
         return comfy.quant_ops.ck.apply_rope1(grad.contiguous(), inverse), None
 
 
-# Values that layers of a private model find under process-wide names of ComfyUI, which prompts beside a job read too. A
-# job that polled the interrupt flag would swallow a Cancel meant for a prompt. Where `in_training` is not set, ComfyUI
-# takes fused kernels that have no gradient. Rope is faster than the rotary embedding that ComfyUI uses in training.
+# ComfyUI keeps some state in process-wide names that prompts read during a run too. Layers of a private model get these
+# values instead. A run that polled the interrupt flag would swallow a Cancel meant for a prompt. Without `in_training`
+# ComfyUI uses fused kernels that have no gradient. Rope is faster than the rotary embedding ComfyUI uses in training.
 REBINDER = Rebinder(
     "comfy",
     {
@@ -42,7 +42,7 @@ OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the inpu
 
 
 def make_private(module: nn.Module) -> None:
-    """Have all layers of a module, of ComfyUI's classes, find the values of REBINDER."""
+    """Change the class of every ComfyUI layer in a module to one that sees the values of REBINDER."""
     for child in module.modules():
         child.__class__ = _private_class(type(child))
 
@@ -50,14 +50,14 @@ def make_private(module: nn.Module) -> None:
 @cache
 def _private_class(cls: type) -> type:
     private = REBINDER.cls(cls)
-    linear = issubclass(cls, nn.Linear) or cls.__name__ == "Linear"  # quantised ones are no nn.Linear
+    linear = issubclass(cls, nn.Linear) or cls.__name__ == "Linear"  # ComfyUI's quantised Linear is not an nn.Linear
     if private is cls or not linear:
         return private
     return type(cls.__name__, (private,), {"forward": _frozen_linear(private.forward)})
 
 
 def _frozen_linear(host_forward: Callable) -> Callable:
-    """Linear that keeps no cast or dequantised copy of a frozen weight for backward; other cases go the host's way."""
+    """A Linear forward that keeps no cast or dequantised copy of a frozen weight. Other cases use `host_forward`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if self.weight.requires_grad or self.weight_function or getattr(self, "pre_quant_scale", None) is not None:
@@ -66,7 +66,7 @@ def _frozen_linear(host_forward: Callable) -> Callable:
         if isinstance(weight, QuantizedTensor) or weight.dtype != x.dtype or weight.device != x.device:
             flat = CastLinear.apply(
                 x.flatten(0, -2), weight, bias
-            )  # 2-D: no view, which layers could not add to in place
+            )  # 2-D, so that the result is not a view, which layers could not change in place
             return flat.view(*x.shape[:-1], -1)
         return nn.functional.linear(x, weight, None if bias is None else bias.to(x))
 
@@ -74,11 +74,11 @@ def _frozen_linear(host_forward: Callable) -> Callable:
 
 
 class CastLinear(torch.autograd.Function):
-    """x W^T + b with a frozen W in another form (fp8, fp16, quantised): cast for the product, and again in backward."""
+    """x W^T + b with a frozen W in another number format (fp8, fp16, quantised), cast in both forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # a frozen parameter, alive anyway; save_for_backward would only add a version check
+        ctx.weight = weight  # a frozen parameter lives as long as the model, so save_for_backward is not needed
         return nn.functional.linear(x, _plain(weight, x), None if bias is None else bias.to(x))
 
     @staticmethod

@@ -1,25 +1,25 @@
-"""What nodes may have put on a MODEL: a training run keeps it, does without it, or refuses it by name."""
+"""Patches that nodes put on a MODEL. A training run keeps a patch, ignores it, or refuses it with its name."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-# Wrappers around the model's own forward; those of other kinds work around it, in samplers.
+# Kinds of wrappers that change the model's forward. Other kinds wrap samplers, which training does not use.
 FORWARD_WRAPPERS = ("apply_model", "diffusion_model")
-# When a callback may change the model that a sampler calls.
+# Callbacks that may change the model before a sampler calls it.
 FORWARD_CALLBACKS = ("on_load_after", "on_pre_run", "on_prepare_state", "on_apply_hooks", "on_inject_model")
-# Nodes that save time and change nothing of what the model computes, by the names of what they put on it.
+# Names of patches that only save time and do not change the model's output.
 SPEED = re.compile("cache|compile", re.IGNORECASE)
 SAMPLING_OBJECTS = ("model_sampling", "manual_cast_dtype", "memory_usage_factor")
 SAMPLING_MODELS = ("multigpu",)
-# What a model of each type predicts, by the class of its model_sampling.
+# Model type to the base class of model_sampling for its kind of prediction.
 PREDICTIONS = {"EPS": "EPS", "FLOW": "CONST", "V_PREDICTION_EDM": "V_PREDICTION"}
 OTHER_PREDICTIONS = ("CONST", "X0", "EDM", "V_PREDICTION", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW")
 MOST_NAMED = 4
 
 
 def require_kept(model: Any, own: str) -> None:
-    """ValueError names what changes the forward of a MODEL and would be lost; names that start with `own` are kept."""
+    """ValueError names patches on a MODEL's forward that training cannot keep. Names that start with `own` are kept."""
     if found := list(dict.fromkeys(_lost(model, own))):
         more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise ValueError(
@@ -59,7 +59,7 @@ def _lost(model: Any, own: str) -> Iterator[str]:
 
 
 def _slow(what: str, functions: dict[str | None, list], own: str) -> Iterator[str]:
-    """Those of the functions, by their keys, that do more than save time."""
+    """Names the functions, by their keys, that do more than save time."""
     for key, function in ((key, function) for key, listed in functions.items() for function in listed):
         named = getattr(function, "__qualname__", type(function).__qualname__)
         source = f"{key} {getattr(function, '__module__', '')} {named}"

@@ -1,4 +1,4 @@
-"""Samples as pictures, and the noise levels that ComfyUI samples them at."""
+"""Decodes samples into pictures, and computes the noise levels of ComfyUI's samplers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +20,9 @@ TINY_DECODERS = "vae_approx"  # a model folder
 
 @torch.no_grad()
 def decode_preview(latent_format: Any, latents: Tensor) -> Tensor:
-    """Frames [F, H, W, 3] in 0..1 of latents [C, T, h, w] in the model's own space.
+    """Decode latents [C, T, h, w] in the model's latent space to frames [F, H, W, 3] in 0..1.
 
-    By the tiny decoder of models/vae_approx where it is there, else by the factors of a linear map, one frame a latent.
+    Uses the tiny decoder in models/vae_approx if there is one, else ComfyUI's linear map with one frame per latent.
     """
     files, name = folder_paths.get_filename_list(TINY_DECODERS), latent_format.taesd_decoder_name
     if file := next((file for file in files if name and file.startswith(name)), None):
@@ -35,7 +35,7 @@ def decode_preview(latent_format: Any, latents: Tensor) -> Tensor:
 
 
 def _decode_tiny(path: str, latent_format: Any, latents: Tensor) -> Tensor:
-    """TAESD reads latents of the model's space, frame by frame, and TAEHV those of the VAE, as ComfyUI's files do."""
+    """Decode with TAESD, which takes single frames in the model's latent space, or TAEHV, which takes the VAE's."""
     tensors = load_tensors(Path(path))
     if latent_format.latent_dimensions == 2:
         tiny = Decoder(latent_channels=latent_format.latent_channels)
@@ -51,7 +51,7 @@ def _decode_tiny(path: str, latent_format: Any, latents: Tensor) -> Tensor:
 
 
 def levels(schedule: Schedule, steps: int, shift: float) -> Tensor:
-    """The noise levels that ComfyUI samples at in so many steps, falling to 0 [steps + 1]."""
+    """The noise levels of ComfyUI's sampler with `steps` steps, falling to 0: [steps + 1]."""
     sigmas = schedule.sigmas(shift)
     sampling = SimpleNamespace(sigmas=sigmas, sigma_min=sigmas[0], sigma_max=sigmas[-1])
     return comfy.samplers.calculate_sigmas(sampling, schedule.scheduler, steps)

@@ -1,4 +1,4 @@
-"""A run's own copy of a MODEL, which ComfyUI's model manager does not know."""
+"""A run's private copy of a MODEL, outside ComfyUI's model manager."""
 
 import logging
 from pathlib import Path
@@ -16,10 +16,10 @@ from .weights import not_finite, require_finite
 
 
 def load_private(model: Any, device: torch.device) -> Any:
-    """A BaseModel of our own, upstream LoRA patches merged, frozen, on `device`; `model` is a MODEL or a ModelSource.
+    """A frozen private BaseModel on `device`, with upstream LoRA patches merged. `model` is a MODEL or a ModelSource.
 
-    ComfyUI's model manager does not know it: it is never evicted, and nothing done to it reaches other workflows.
-    Must run outside inference mode, in the job's thread.
+    ComfyUI's model manager does not manage it: it is never unloaded, and changes to it do not affect other workflows.
+    Call it outside inference mode, in the run's thread.
     """
     assert not torch.is_inference_mode_enabled()
     if isinstance(model, ModelSource):
@@ -42,7 +42,7 @@ def load_private(model: Any, device: torch.device) -> Any:
 
 
 def _cast_stored(layer: nn.Module) -> None:
-    """Give weights the storage type that the loader chose; with dynamic VRAM only ComfyUI's own patcher would do it."""
+    """Cast weights to the storage type that the loader chose, which ComfyUI leaves to its patcher with dynamic VRAM."""
     for name in ("weight", "bias"):
         dtype, parameter = layer.__dict__.get(f"{name}_comfy_model_dtype"), layer._parameters.get(name)
         if dtype is not None and parameter is not None and not isinstance(parameter, QuantizedTensor):
@@ -50,9 +50,9 @@ def _cast_stored(layer: nn.Module) -> None:
 
 
 def narrow(private: Any, dtype: torch.dtype) -> None:
-    """Store matrices and 2-D kernels no narrower than the arithmetic in its type: the same numbers, cast once.
+    """Cast wider matrices and 2-D kernels to `dtype` once, instead of in every forward. Results are the same.
 
-    ValueError names one that is too large for the type.
+    ValueError names a weight with values too large for `dtype`.
     """
     for layer in private.diffusion_model.modules():
         weight = layer._parameters.get("weight")

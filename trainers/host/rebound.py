@@ -1,7 +1,7 @@
-"""Copies of another package's functions and classes, for which some names of that package have other values.
+"""Copies another package's functions and classes, with other values for some global names of that package.
 
-A host says by process-wide names whether it is training and whether a prompt was cancelled. A private model must find
-other values there than the prompts beside it, so its layers get copies of the functions that read those names.
+ComfyUI keeps in process-wide names whether it is training and whether a prompt was cancelled. A private model needs
+other values than the prompts beside it, so its layers get copies of the functions that read those names.
 """
 
 import builtins
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 class Rebinder:
-    """Copies for one package; `values` is module name -> name in that module -> the value that copies find there.
+    """Makes copies for one package. `values` maps a module's name and a name in it to the value that copies see.
 
-    A function is copied if it reads one of these names, or calls a function of the package that does. All others are
-    shared with the host, whose module-level state they may change.
+    A function is copied if it reads one of these names or calls a function of the package that does. All other
+    functions are shared with the package and may change its module-level state.
     """
 
     def __init__(self, package: str, values: dict[str, dict[str, Any]]) -> None:
@@ -45,7 +45,7 @@ class Rebinder:
         return self._made[cls]
 
     def value(self, value: Any) -> Any:
-        """What copies find in the place of a function, a module or a helper class of the package."""
+        """The value that copies use instead of a function, a module or a helper class of the package."""
         if isinstance(value, types.FunctionType) and self.reads(value):
             return self._copy(value, {})
         if isinstance(value, types.ModuleType) and self._belongs(value.__name__):
@@ -55,13 +55,13 @@ class Rebinder:
         return value
 
     def replaced(self, module: types.ModuleType, name: str) -> Any:
-        """What copies find under `name` of a module; AttributeError if there is nothing."""
+        """The value that copies use for `name` of a module. AttributeError if the module has no such name."""
         value = getattr(module, name)
         own = self.values.get(module.__name__, {})
         return own[name] if name in own else self.value(value)
 
     def reads(self, function: types.FunctionType) -> bool:
-        """Whether a function of the package reads one of the names, itself or through functions that it calls."""
+        """Whether a function of the package, or a function that it calls, reads one of the replaced names."""
         if function not in self._reads:
             seen, todo = {function}, [function]
             while todo and not any(self._mentions(f) for f in todo):
@@ -76,7 +76,7 @@ class Rebinder:
         return self._belongs(function.__module__) and not self.names.isdisjoint(_names(function.__code__))
 
     def _called(self, function: types.FunctionType) -> Iterator[types.FunctionType]:
-        """Functions of the package that a function names: globals, attributes of modules, and what closures hold."""
+        """Functions of the package that a function may call: globals, attributes of modules and values of closures."""
         names = _names(function.__code__)
         found = [function.__globals__[name] for name in names & function.__globals__.keys()]
         found += [sys.modules[name] for name in names if self._belongs(name) and name in sys.modules]
@@ -95,16 +95,16 @@ class Rebinder:
                 yield value
 
     def _copy(self, function: types.FunctionType, classes: dict[type, type]) -> types.FunctionType:
-        """`classes`: for a method, the class that `super()` starts from."""
+        """A function with replaced globals. `classes` maps a method's class to the subclass that `super()` uses."""
         key = (function, *classes)
         if key not in self._made:
             scope = {**function.__globals__, "__builtins__": self._builtins}
-            scope.pop("__name__", None)  # torch.compile would look globals up in the module of that name
+            scope.pop("__name__", None)  # with it torch.compile would look up globals in the original module
             cells = tuple(types.CellType() for _ in function.__closure__ or ())
             copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
             copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
             vars(copy).update(vars(function))
-            self._made[key] = copy  # before what it calls, which may call it
+            self._made[key] = copy  # stored before the functions it calls are copied: they may call it
             for name in _names(function.__code__) & scope.keys():
                 scope[name] = self._global(name, scope[name])
             for cell, before in zip(cells, function.__closure__ or (), strict=True):
@@ -114,7 +114,7 @@ class Rebinder:
         return self._made[key]
 
     def _global(self, name: str, value: Any) -> Any:
-        """A global of a function, whose module may have imported it from the one that has another value for it."""
+        """The value that copies use for a global, also if it was imported from the module where it is replaced."""
         for source, own in self.values.items():
             if name in own and getattr(sys.modules.get(source), name, _MISSING) is value:
                 return own[name]
@@ -128,12 +128,12 @@ class Rebinder:
         return self._copy(method, classes) if isinstance(method, types.FunctionType) else method
 
     def _import(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """An import inside of a copy."""
+        """Runs an import statement inside a copy."""
         return self.value(builtins.__import__(name, *args, **kwargs))
 
 
 class _View(types.ModuleType):
-    """A module of the package as copies find it: live, but for what the Rebinder replaces."""
+    """A view of a module for copies: it reads the live module, except for names that the Rebinder replaces."""
 
     def __init__(self, module: types.ModuleType, rebinder: Rebinder) -> None:
         super().__init__(module.__name__)
@@ -151,20 +151,20 @@ _MISSING = object()
 
 @cache
 def _names(code: types.CodeType) -> frozenset[str]:
-    """Names and texts that a function and the functions defined in it refer to."""
+    """Names and string constants in a function's code and in functions defined inside it."""
     inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
     texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
     return frozenset(code.co_names).union(texts, *inner)
 
 
 def _functions(method: Any) -> list[types.FunctionType]:
-    """The plain functions of an entry of a class."""
+    """The plain functions behind a class attribute, such as a property's getter and setter."""
     parts = [method, getattr(method, "__func__", None), *(getattr(method, n, None) for n in ("fget", "fset", "fdel"))]
     return [part for part in parts if isinstance(part, types.FunctionType)]
 
 
 def _content(cell: types.CellType) -> list[Any]:
-    """What a closure's cell holds; nothing if it is empty yet."""
+    """A closure cell's value as a list, [] if the cell is still empty."""
     try:
         return [cell.cell_contents]
     except ValueError:

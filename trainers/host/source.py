@@ -1,4 +1,4 @@
-"""Which MODEL a run is made on, how to have it again, and its key."""
+"""A run's MODEL: the file it came from, how to load it again, and its identity."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ from ...lora_io.file import fingerprint, load_names
 from .patches import require_kept
 from .weights import SAFETENSORS, load_tensors, merge
 
-# What Load Diffusion Model may have a file stored as, as ModelSource.weight_dtype says it.
+# Values of ModelSource.weight_dtype: the storage types that Load Diffusion Model offers.
 WEIGHT_DTYPES = ("", "torch.float8_e4m3fn", "torch.float8_e4m3fn+fast", "torch.float8_e5m2")
 LONGEST_METADATA = 1 << 16  # characters that are searched
-PARTS = "kinoloom."  # names under which a MODEL carries models of this pack, such as a motion module
+PARTS = "kinoloom."  # prefix of attachment names for models of this pack on a MODEL, such as a motion module
 
 
 @dataclass(frozen=True)
 class Part:
-    """A model that a MODEL carries: its file, and the LoRA patches over it by key."""
+    """A second model carried by a MODEL, such as a motion module: its file and its LoRA patches by key."""
 
     path: str
     patches: dict[str, list]
@@ -30,12 +30,12 @@ class Part:
         return load_tensors(Path(self.path))
 
     def patch(self, module: nn.Module) -> None:
-        """Merge the patches into a module made of the file."""
+        """Merge the patches into a module loaded from the file."""
         merge(module, self.patches)
 
 
 def parts_of(model: Any) -> dict[str, Part]:
-    """What a MODEL or a ModelSource carries, by name."""
+    """The parts that a MODEL or a ModelSource carries, by name."""
     if isinstance(model, ModelSource):
         return {name: Part(path, {}) for name, path in model.parts.items()}
     found = _patchers(model).items()
@@ -53,10 +53,9 @@ def _patchers(model: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """How to build a private copy of a MODEL: the file it came from, or the MODEL itself while this process lives.
+    """The source of a private copy: the MODEL's file, or the MODEL itself while this process lives.
 
-    `identity` changes with the file's content, the storage dtype and any upstream LoRA patch, and with those of its
-    `parts`, the files of the models that it carries.
+    `identity` is a hash of the file's content, the storage type, upstream LoRA patches, and the same of every part.
     """
 
     path: str
@@ -68,7 +67,7 @@ class ModelSource:
 
     @staticmethod
     def of(model: Any, parts: dict[str, Part] | None = None) -> "ModelSource":
-        """ValueError names what kind of MODEL cannot be copied. `parts` stands for what the MODEL carries itself."""
+        """The source of a MODEL. ValueError if it cannot be copied. `parts` replaces the parts that it carries."""
         require_trainable(model)
         factory, arguments = model.cached_patcher_init[:2]
         path = str(arguments[0])
@@ -81,7 +80,7 @@ class ModelSource:
         return ModelSource(path, factory.__name__, weight_dtype, identity, patched, files)
 
     def require_reloadable(self) -> None:
-        """ValueError if the MODEL cannot be had again from its file alone, as after a restart."""
+        """ValueError if the MODEL cannot be loaded from its file alone, which a restart requires."""
         if self.patched:
             raise ValueError(
                 "this run was started on a model with LoRAs applied: run its Train node again to resume it"
@@ -93,7 +92,7 @@ class ModelSource:
                 raise ValueError(f"base model {path}: not found")
 
     def reload(self) -> Any:
-        """A MODEL from the file; ValueError if that is gone or has changed."""
+        """Load the MODEL from its file. ValueError if the file is missing or has changed."""
         self.require_reloadable()
         if self.loader == "load_diffusion_model":
             dtypes = {str(d): d for d in (torch.float8_e4m3fn, torch.float8_e5m2)}
@@ -109,7 +108,7 @@ class ModelSource:
 
 
 def require_trainable(model: Any) -> None:
-    """ValueError names what keeps a MODEL from being copied, or what a copy would lose."""
+    """ValueError if a MODEL cannot be copied, or names the patches that a copy would lose."""
     if model.cached_patcher_init is None:
         raise ValueError(
             f"model: a {type(model).__name__} that cannot be loaded a second time (its loader keeps no file). Use Load "
@@ -119,14 +118,14 @@ def require_trainable(model: Any) -> None:
 
 
 def file_of(model: Any) -> tuple[Path, str]:
-    """The file that a MODEL came from, and the values of its metadata in one text."""
+    """The path of a MODEL's file, and the values of its metadata as one string."""
     path = Path(str(model.cached_patcher_init[1][0]))
     metadata = load_names(path)[1] if path.suffix.lower() in SAFETENSORS else {}
     return path, " ".join(metadata.values())[:LONGEST_METADATA]
 
 
 def base_identities(model: Any) -> frozenset[str]:
-    """The identities that a file may name which was trained on a MODEL's file: stored in any type, patched or not."""
+    """Identities of a MODEL's file in every storage type, patched and not. A LoRA trained on it names one of them."""
     parts, file = parts_of(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
     stored = [(weight_dtype, patches) for weight_dtype in WEIGHT_DTYPES for patches in (model.patches, {})]
     return frozenset(_identity(file, *how, parts) for how in stored)
@@ -142,7 +141,7 @@ def _identity(file: str, weight_dtype: str, patches: dict[str, list], parts: dic
 
 
 def _digest(value: Any, digest: Any) -> None:
-    """Feed nested patches (tuples, adapters, tensors, numbers) to a hash."""
+    """Add nested patches (tuples, adapters, tensors, numbers) to a hash."""
     if isinstance(value, Tensor):
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, dict):

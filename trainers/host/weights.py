@@ -1,4 +1,4 @@
-"""Weights of models: read from files, merged with LoRAs, checked."""
+"""Reads model weights from files, merges LoRAs into them, and checks them for NaN."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ SAFETENSORS = (".safetensors", ".sft")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a model file of any format that ComfyUI reads; nothing else in it is opened.
+    """The named tensors of a model file in any format that ComfyUI reads. Pickled code is never run.
 
-    ValueError says in one sentence that the file is missing, damaged or none of a model.
+    ValueError says in one sentence that the file is missing, damaged or not a model.
     """
     if path.suffix.lower() in SAFETENSORS:
         load_names(path)
@@ -27,7 +27,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"file {path}: not found")
     try:
         found = comfy.utils.load_torch_file(str(path), safe_load=True)
-    except Exception:  # torch raises whatever a damaged pickle leads to, with advice to open it without the safeguard
+    except Exception:  # torch raises many types for a damaged pickle, and advises to turn off its safeguard
         raise ValueError(
             f"file {path}: not a readable model file. It is damaged, or holds more than tensors, which is never opened"
         ) from None
@@ -39,46 +39,46 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def merge_lora(model: Any, path: Path) -> None:
-    """Add a LoRA file, at strength 1, to the weights of a private BaseModel. ValueError if it holds other layers."""
+    """Merge a LoRA file at strength 1 into a private BaseModel. ValueError if a layer of it does not fit."""
     patches = lora_patches(model, path)
     merge(model, {key: [(1.0, patch, 1.0, None, None)] for key, patch in patches.items()})
 
 
 def lora_patches(model: Any, path: Path) -> dict[str, Any]:
-    """A LoRA file as ComfyUI's patches by parameter of a BaseModel. ValueError if a layer of it does not fit."""
+    """A LoRA file as ComfyUI patches, by parameter of a BaseModel. ValueError if a layer of it does not fit."""
     keys = comfy.lora.model_lora_keys_unet(model, {})
     patches = comfy.lora.load_lora(load_tensors(path), keys, log_missing=False)
     if not patches:
-        raise ValueError(f"{path.name}: no layer of it fits {type(model).__name__}, expected a LoRA for this model")
+        raise ValueError(f"{path.name}: none of its layers fits {type(model).__name__}, expected a LoRA for this model")
     for key, patch in patches.items():
         shape = model.get_parameter(key).shape
         up, down = patch.weights[:2] if isinstance(patch, LoRAAdapter) else (None, None)
-        if up is not None and (len(up), down[0].numel()) != (shape[0], shape[1:].numel()):  # which core only logs
+        if up is not None and (len(up), down[0].numel()) != (shape[0], shape[1:].numel()):  # ComfyUI would only log it
             raise ValueError(
                 f"{path.name}: made for a model of another width: {key} is {len(up)} x {down[0].numel()} in the file, "
                 f"{shape[0]} x {shape[1:].numel()} in this model"
             )
         if up is not None and not (up.isfinite().all() and down.isfinite().all()):
-            raise ValueError(f"{path.name}: {key} holds values that are no numbers (NaN or infinite)")
+            raise ValueError(f"{path.name}: {key} holds NaN or infinite values")
     return patches
 
 
 @torch.no_grad()
 def merge(module: nn.Module, patches: dict[str, list]) -> None:
-    """Apply ComfyUI's weight patches, by parameter name, for good."""
+    """Apply ComfyUI's weight patches permanently. `patches` maps a parameter's name to its patches."""
     for key, patch in patches.items():
         parameter = module.get_parameter(key)
         quantised = isinstance(parameter, QuantizedTensor)
         weight = parameter.dequantize() if quantised else parameter.data
         merged = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
         if quantised:
-            module.get_submodule(key.rpartition(".")[0]).set_weight(merged, seed=0)  # a new weight too
+            module.get_submodule(key.rpartition(".")[0]).set_weight(merged, seed=0)  # also if it is a new tensor
         else:
-            parameter.data = merged.to(parameter.dtype)  # a tensor of its own: the file's may be mapped read-only
+            parameter.data = merged.to(parameter.dtype)  # a new tensor: the file's may be mapped read-only
 
 
 def require_finite(module: nn.Module, what: str) -> None:
-    """ValueError names the first parameter of a module that holds NaN or infinite values; `what` is its file."""
+    """ValueError names the first parameter with NaN or infinite values. `what` is the name of the module's file."""
     if name := not_finite(module):
         raise ValueError(
             f"{what}: weight {name} of the model holds NaN or infinity, and nothing can be trained on it. Get the file "
@@ -87,16 +87,16 @@ def require_finite(module: nn.Module, what: str) -> None:
 
 
 def not_finite(module: nn.Module) -> str:
-    """The name of the first parameter that holds NaN or infinite values; "" if none does."""
+    """The name of the first parameter with NaN or infinite values, or ""."""
     extremes = {name: _extremes(parameter) for name, parameter in module.named_parameters() if parameter.numel()}
     if not extremes:
         return ""
-    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # one wait for the device
+    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # waits for the device only once
     return next((name for name, fine in zip(extremes, finite.tolist(), strict=True) if not fine), "")
 
 
 def _extremes(parameter: Tensor) -> Tensor:
-    """A number that is finite if all values are."""
+    """A scalar that is finite exactly if all values of the parameter are."""
     values = parameter.dequantize() if isinstance(parameter, QuantizedTensor) else parameter.data
     if values.dtype.itemsize == 1:
         values = values.to(torch.bfloat16)

@@ -1,6 +1,6 @@
-"""Health checks of a run: what looks wrong in its history, data and samples, and what to try.
+"""Advice on a run: problems seen in its history, data and samples, each with a remedy.
 
-Curves of training are noisy; a check that cannot be sure stays silent.
+Training curves are noisy, so a check that is not certain stays silent.
 """
 
 import errno
@@ -22,25 +22,25 @@ from ..core.memory import is_out_of_memory
 from ..core.recipe import Phase, Recipe
 
 CERTAIN, LIKELY = 3.0, 1.5  # standard errors
-FEWEST_STEPS = 100  # before which a loss may be as it likes
+FEWEST_STEPS = 100  # no advice on the loss before this step
 FEWEST_GRADIENTS = 10
-FEWEST_VALUES = 40  # of a loss, whose quarters are compared
-FLAT, FLAT_VALIDATION = 0.01, 0.005  # falls of a loss, relative to its start, that are none
+FEWEST_VALUES = 40  # values of a loss needed to compare its first and last quarter
+FLAT, FLAT_VALIDATION = 0.01, 0.005  # smaller falls of a loss, relative to its start, count as flat
 GROWN, JUMPED = 1.5, 2.5
 WINDOW = 50  # steps
 OVERFIT = 0.03  # rise of the held-out loss over its lowest
 NO_GRADIENT = 1e-7
-TOO_OFTEN = 4  # times as often as a method's defaults show a single clip
-FEWEST_FRAMES = 3  # of a latent, for a clip that shows a motion
-SAME = 0.5  # grey levels of 255, between samples that look alike
-MOVES = 16  # grey levels that a pixel of a moving picture changes by
-STILL = 0.005  # of the pixels
-LOOKED_AT = 64  # pixels, to which samples are made smaller
+TOO_OFTEN = 4  # upper limit of a clip's repeats, relative to those of a single clip at the method's defaults
+FEWEST_FRAMES = 3  # latent frames of a clip that can show a motion
+SAME = 0.5  # largest mean difference, in grey levels of 255, between samples that look alike
+MOVES = 16  # a pixel moves if it changes by more grey levels
+STILL = 0.005  # a sample stands still if fewer of its pixels move
+LOOKED_AT = 64  # pixels per side to which samples are reduced
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind` is the anchor of the README's section about it, `text` what was seen and what to try."""
+    """A problem and its remedy (`text`). `kind` is the anchor of the README section about it."""
 
     kind: str
     text: str
@@ -51,8 +51,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the samples show. moving: share of the last one's pixels that change over time, None without samples;
-    change: mean grey levels between the first and the last, None if there is one alone."""
+    """Measures of the samples. moving: share of the last one's pixels that change over time, None without samples.
+    change: mean grey levels between the first and the last sample, None without two."""
 
     moving: float | None = None
     change: float | None = None
@@ -61,7 +61,7 @@ class Seen:
 def advise(
     recipe: type[Recipe], config: TrainConfig, rows: Sequence[Row], history: Sequence[dict], seen: Seen
 ) -> list[Finding]:
-    """One finding of each kind at most."""
+    """All findings, at most one of each kind."""
     phases = {phase.name: phase for phase in recipe.phases(config)}
     found = [*_data(recipe, config, rows), *_samples(phases, rows, history, seen)]
     for name, phase in phases.items():
@@ -88,15 +88,15 @@ def _data(recipe: type[Recipe], config: TrainConfig, rows: Sequence[Row]) -> Ite
         elif phase.name in usual and shown > TOO_OFTEN * usual[phase.name]:
             yield Finding(
                 kind,
-                f"Each of {len(chosen)} {phase.split} is shown {shown:.0f} times in phase {phase.name}, where "
-                f"{usual[phase.name]} are usual for a single one: it is learned by heart. Add clips, or make fewer "
-                "steps.",
+                f"Each of {len(chosen)} {phase.split} is shown {shown:.0f} times in phase {phase.name}, but the "
+                f"defaults show a single one {usual[phase.name]} times: it is learned by heart. Add clips, or make "
+                "fewer steps.",
             )
         elif phase.split == "clips" and frames and max(frames) < FEWEST_FRAMES:
             yield Finding(
                 kind,
-                f"The longest clip is {max(frames)} frames of the latent, too short to show a motion. Raise "
-                "frames_per_clip where the clips are encoded.",
+                f"The longest clip has {max(frames)} latent frames, too few to show a motion. Raise "
+                "frames_per_clip in the node that encodes the clips.",
             )
 
 
@@ -113,8 +113,8 @@ def _samples(phases: dict[str, Phase], rows: Sequence[Row], history: Sequence[di
     if seen.change is not None and seen.change < SAME and made >= max(FEWEST_STEPS, total / 4):
         yield Finding(
             "nothing-is-learned",
-            f"The last sample looks like the first one, {made} steps before it. Raise learning_rate, and check that "
-            "the prompts of the samples ask for what is learned.",
+            f"The last sample looks like the first one, {made} steps earlier. Raise learning_rate, and check that "
+            "the sample prompts name the trained concept.",
         )
     phase = phases.get(sampled[-1]["phase"])
     videos = phase is not None and any(
@@ -123,8 +123,8 @@ def _samples(phases: dict[str, Phase], rows: Sequence[Row], history: Sequence[di
     if videos and seen.moving is not None and seen.moving < STILL:
         yield Finding(
             "samples-stand-still",
-            "Nothing moves in the last sample. If samples are longer than one frame, train on, name the motion in the "
-            "captions and prompts, and check that the clips themselves move.",
+            "Nothing moves in the last sample. If samples have more than one frame, train longer, name the motion in "
+            "the captions and prompts, and check that the clips move.",
         )
 
 
@@ -134,19 +134,19 @@ def _curves(phase: Phase, steps: list[dict], validations: list[dict]) -> Iterato
     if any(_diverges(values) for values in series.values()):
         yield Finding(
             "loss-diverges",
-            f"The loss grows {where}. Stop, and start anew with a learning_rate of a third, or some warmup_steps.",
+            f"The loss grows {where}. Stop, and start again with a third of the learning_rate, or with warmup_steps.",
         )
     elif best := _overfits(validations, series):
         yield Finding(
             "run-overfits",
-            f"Since step {best} {where} the loss on held-out clips rises while that of training falls: the clips are "
-            "learned by heart. Take the file called best, or make fewer steps, lower rank, or add clips.",
+            f"Since step {best} {where} the loss on held-out clips rises while the training loss falls: the clips are "
+            "learned by heart. Use the file called best, make fewer steps, lower rank, or add clips.",
         )
     elif _no_gradient(steps):
         yield Finding(
             "nothing-is-learned",
-            f"No weight changes {where}: gradients or the learning rate are zero. Raise learning_rate; check that a "
-            "mask does not hide the whole clip.",
+            f"No weight changes {where}: gradients or the learning rate are zero. Raise learning_rate, and check that "
+            "no mask hides a whole clip.",
         )
     elif phase.loss_falls and len(steps) >= FEWEST_STEPS and _flat(validations, series):
         yield Finding(
@@ -157,7 +157,7 @@ def _curves(phase: Phase, steps: list[dict], validations: list[dict]) -> Iterato
 
 
 def _by_name(steps: list[dict]) -> dict[str, list[float]]:
-    """The values of each named loss that has enough of them; a method may leave one out in some steps."""
+    """The values of each named loss that has enough. A method may leave out a loss in some steps."""
     series: dict[str, list[float]] = defaultdict(list)
     for step in steps:
         for name, value in step["losses"].items():
@@ -167,14 +167,14 @@ def _by_name(steps: list[dict]) -> dict[str, list[float]]:
 
 
 def _rise(early: list[float], late: list[float]) -> tuple[float, float]:
-    """By how much the mean grows, and the standard error of that, relative to the early mean."""
+    """The growth of the mean and its standard error, both relative to the early mean."""
     error = (stdev(early) ** 2 / len(early) + stdev(late) ** 2 / len(late)) ** 0.5
     before = fmean(early) or 1.0
     return (fmean(late) - fmean(early)) / abs(before), error / abs(before)
 
 
 def _quarters(values: list[float]) -> tuple[list[float], list[float]]:
-    """The first and the last."""
+    """The first and the last quarter of the values."""
     return values[: len(values) // 4], values[-(len(values) // 4) :]
 
 
@@ -187,7 +187,7 @@ def _diverges(values: list[float]) -> bool:
 
 
 def _overfits(validations: list[dict], series: dict[str, list[float]]) -> int | None:
-    """The step since which the held-out loss rises; None if it does not, or training's does too."""
+    """The step since which the held-out loss rises. None if it does not rise, or if the training loss rises too."""
     held_out = [e for e in validations if e["held_out"]]
     losses = [e["loss"] for e in held_out]
     if len(losses) < 5 or min(losses) <= 0 or not series:
@@ -213,19 +213,19 @@ def _no_gradient(steps: list[dict]) -> bool:
 
 
 def _flat(validations: list[dict], series: dict[str, list[float]]) -> bool:
-    """Whether the loss surely does not fall: judged by that on fixed noise if it was measured often enough."""
+    """Whether the loss certainly does not fall. Uses the loss on fixed noise if there are enough measurements."""
     if not series:
         return False
     losses = [e["loss"] for e in validations if not e["held_out"]]
     if len(losses) < 4 or losses[0] <= 0:
         return all(-rise + CERTAIN * error < FLAT for rise, error in (_rise(*_quarters(v)) for v in series.values()))
     begun = [_rise(values[: len(values) // 10 + 10], values[len(values) // 2 :]) for values in series.values()]
-    fell_before = any(rise < -LIKELY * error for rise, error in begun)  # the first measurement
+    fell_before = any(rise < -LIKELY * error for rise, error in begun)  # before the first measurement on fixed noise
     return 1 - fmean(losses[len(losses) // 2 :]) / losses[0] < FLAT_VALIDATION and not fell_before
 
 
 def look_at(folder: Path, history: Sequence[dict]) -> Seen:
-    """What the first and the last sample in `folder` show; files that are gone or damaged count as not made."""
+    """Measures the first and the last sample in `folder`. Missing and damaged files are ignored."""
     sampled = [e for e in history if e["event"] == "sample"]
     if not sampled:
         return Seen()
@@ -246,7 +246,7 @@ def _read(path: Path) -> np.ndarray | None:
 
 @lru_cache(maxsize=64)
 def _frames(path: Path, modified: int) -> np.ndarray:
-    """The frames of an image file in grey, made small: T h w. Equal frames may have been written as one."""
+    """The frames of an image file, grey and reduced, [T, h, w]. `modified` is only a key of the cache."""
     with Image.open(path) as image:
         small = [frame.convert("L") for frame in ImageSequence.Iterator(image)]
     for frame in small:
@@ -255,29 +255,29 @@ def _frames(path: Path, modified: int) -> np.ndarray:
 
 
 def of_failure(error: BaseException) -> Finding | None:
-    """What to try after an error that users can mend."""
+    """The remedy for an error that a user can fix, else None."""
     causes = list(_causes(error))
     codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
     text = " ".join(map(str, causes)).lower()
     if any(is_out_of_memory(cause) for cause in causes):
         return Finding(
             "out-of-memory",
-            "Set checkpointing to on, lower size or frames_per_clip where the clips are encoded, or load the model in "
-            "fp8.",
+            "Set checkpointing to on, lower size or frames_per_clip in the node that encodes the clips, or load the "
+            "model in fp8.",
         )
     if isinstance(error, Diverged):
         return Finding(
             "loss-diverges",
-            "Start anew with a learning_rate of a third, some warmup_steps, or precision bf16 or fp32. What was "
-            "learned before is in the run's files.",
+            "Start again with a third of the learning_rate, with warmup_steps, or with precision bf16 or fp32. The "
+            "run's files hold the training so far.",
         )
     if codes & {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "not enough space on the disk" in text:
         return Finding("disk-is-full", "Make room on the disk, then run again: the run goes on from its checkpoint.")
     if any(isinstance(cause, FileNotFoundError) for cause in causes):
         return Finding(
             "file-is-missing",
-            "Put the file back, or choose it anew in the workflow. Encoded clips are made again if an input of the "
-            "node that encodes them changes.",
+            "Put the file back, or choose it again in the workflow. Clips are encoded again if an input of the node "
+            "that encodes them changes.",
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Which ComfyUI a run belongs to, where several use one folder."""
+"""Locks a run for one ComfyUI process, because several may use the same folder."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,9 +7,9 @@ from filelock import FileLock, Timeout
 
 
 class Claim:
-    """A lock that the system frees when the process that holds it ends, however that happens.
+    """A file lock, which the operating system releases when its process ends in any way.
 
-    Where the file system has no locks, the file names its process and host instead.
+    On file systems without locks the file names the process and host that hold it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -17,7 +17,7 @@ class Claim:
         self._lock = FileLock(str(path), thread_local=False)
 
     def take(self, seconds: float = 1.0) -> bool:
-        """False if another process still holds it after that time."""
+        """Take the lock. Returns False if another process still holds it after `seconds`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=seconds, poll_interval=0.02)
@@ -30,7 +30,7 @@ class Claim:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether another process holds it."""
+        """Whether another process holds the lock."""
         if self._lock.is_locked or not self.path.exists():
             return False
         if self.take(0):
@@ -39,14 +39,14 @@ class Claim:
         return True
 
     def remove(self) -> None:
-        """Free it for good."""
+        """Release the lock and delete its file."""
         self.free()
         with suppress(OSError):
             self.path.unlink()
 
 
 def claim_of(folder: Path) -> Claim:
-    """A run's, beside its folder, which may go."""
+    """The lock of a run. Its file is beside the run's folder, so that the folder can be deleted."""
     return Claim(folder.with_name(f"{folder.name}.lock"))
 
 

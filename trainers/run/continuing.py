@@ -1,4 +1,4 @@
-"""Going on with a run under other options: whether its phases can be as long as asked, and what is said of it."""
+"""Resuming a run with changed options: checks its phases' new numbers of steps, and describes the changes."""
 
 from ..core.recipe import Phase
 
@@ -6,7 +6,7 @@ from ..core.recipe import Phase
 def require_reachable(before: list[Phase], after: list[Phase], done: int, run_name: str) -> None:
     """ValueError if a run that made `done` steps of the phases `before` cannot go on with the phases `after`.
 
-    A phase may become longer until the next one has begun, for that builds on what the phase made.
+    A phase cannot become longer once the next one has begun, because the next one builds on its result.
     """
     if not done:
         return
@@ -24,13 +24,13 @@ def require_reachable(before: list[Phase], after: list[Phase], done: int, run_na
             )
         if steps > least and name != current:
             raise ValueError(
-                f"{order[name]}={steps}: run {run_name!r} is past phase {name!r}, which had {least} steps and on which "
-                f"phase {current!r} builds; expected {least}, or another run_name"
+                f"{order[name]}={steps}: run {run_name!r} is past phase {name!r}, which had {least} steps; phase "
+                f"{current!r} builds on them. Expected {least}, or another run_name"
             )
 
 
 def _made(phases: list[Phase], done: int) -> dict[str, int]:
-    """Steps made of each phase that has begun; at the end of one the next counts as begun."""
+    """The steps made in each phase that has begun. A phase counts as begun when the one before it is complete."""
     made = {}
     for phase in phases:
         made[phase.name] = min(done, phase.steps)
@@ -41,9 +41,9 @@ def _made(phases: list[Phase], done: int) -> dict[str, int]:
 
 
 def describe(adjusted: list[str], done: int, lr_schedule: str) -> str:
-    """One or two sentences about a run that goes on after `done` steps under other options; nothing if none changed."""
+    """A note on a run that goes on after `done` steps with changed options, or "" if none changed."""
     if not adjusted:
         return ""
     text = f"Goes on from step {done} with changed options: {', '.join(adjusted)}."
-    planned = f" The {lr_schedule} course of the learning rate is planned anew for all steps."
+    planned = f" The {lr_schedule} learning rate schedule is computed again for all steps."
     return text + (planned if lr_schedule != "constant" else "")

@@ -1,11 +1,11 @@
-"""The line of runs that wait for the one slot in which a run trains."""
+"""The queue of runs: only one run trains at a time."""
 
 import threading
 from typing import Protocol
 
 
 class Waiting(Protocol):
-    """What the line knows of a run. `held`: whether it lets others pass for now; `moved()`: its place is another."""
+    """A run in the line. `held`: whether later runs may overtake it. `moved()` is called when its place changes."""
 
     @property
     def held(self) -> bool: ...
@@ -13,7 +13,7 @@ class Waiting(Protocol):
 
 
 class Line:
-    """First in, first out; two private models at once would compete for the same memory."""
+    """First in, first out. Two runs at once would compete for memory with their private models."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class Line:
             self._waiting.append(run)
 
     def leave(self, run: Waiting) -> None:
-        """Nothing happens if `run` does not wait."""
+        """Remove `run`, if it is in the line."""
         with self._lock:
             behind = self._waiting[self._waiting.index(run) + 1 :] if run in self._waiting else []
             self._waiting = [other for other in self._waiting if other is not run]
@@ -33,7 +33,7 @@ class Line:
             other.moved()
 
     def take(self, run: Waiting) -> bool:
-        """Give `run` the slot, if it is free and nobody who could use it stands before `run`."""
+        """Let `run` train if no other run does and no run before it could. Returns whether it may."""
         with self._lock:
             first = next((other for other in self._waiting if not other.held), None)
             if self._taken or first is not run:
@@ -47,15 +47,15 @@ class Line:
             self._taken = False
 
     def place(self, run: Waiting) -> int | None:
-        """1 for the next one; None if `run` does not wait."""
+        """The place of `run`, 1 for the next one, or None if it is not in the line."""
         with self._lock:
             return self._waiting.index(run) + 1 if run in self._waiting else None
 
     def move(self, run: Waiting, by: int) -> None:
-        """Earlier (-1) or later (1), as far as there is a place; ValueError if `run` does not wait."""
+        """Move `run` one place earlier (-1) or later (1), if there is one. ValueError if it is not in the line."""
         with self._lock:
             if run not in self._waiting:
-                raise ValueError("the run does not wait in line")
+                raise ValueError("the run is not waiting in line")
             place = self._waiting.index(run)
             self._waiting.insert(max(place + by, 0), self._waiting.pop(place))
             waiting = list(self._waiting)

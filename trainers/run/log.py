@@ -1,4 +1,4 @@
-"""The log of one run: what its thread logs, in a file of bounded size."""
+"""The log of one run: the log records of its thread, in a file of limited size."""
 
 import logging
 import os
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIMIT = 1 << 19  # bytes of log.txt; what was before that is in log.txt.1
-LONGEST = 20_000  # characters of one record; of a longer one the end is kept, which names the error
+LIMIT = 1 << 19  # most bytes of log.txt; log.txt.1 holds the ones before
+LONGEST = 20_000  # most characters of one record; the end is kept, because it names the error
 
 
 class RunLog(logging.Handler):
-    """Adds what the thread that made it logs, tracebacks included, to a file. It is open only while written to."""
+    """Appends the creating thread's log records, tracebacks included, to a file that is open only during a write."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RunLog(logging.Handler):
                 os.replace(self.path, earlier(self.path))
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self.format(record)[-LONGEST:] + "\n")
-        except Exception:  # as in every handler: a log is not worth a run
+        except Exception:  # a run does not fail because its log cannot be written
             self.handleError(record)
 
 
@@ -38,7 +38,7 @@ def earlier(path: Path) -> Path:
 
 @contextmanager
 def run_log(path: Path) -> Iterator[None]:
-    """Keep what this thread logs meanwhile."""
+    """Write this thread's log records to the file `path` inside the `with` block."""
     handler = RunLog(path)
     logging.getLogger().addHandler(handler)
     try:
@@ -48,6 +48,6 @@ def run_log(path: Path) -> Iterator[None]:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The end of a log; nothing if there is none."""
+    """The last `count` lines of a log, or [] if there is none."""
     kept = [p.read_text(encoding="utf-8", errors="replace") for p in (earlier(path), path) if p.is_file()]
     return "".join(kept).splitlines()[-count:]

@@ -1,4 +1,4 @@
-"""Plain values from a file, checked: JSON of bounded size, and dataclasses of it by their type hints."""
+"""Reads and checks JSON files of limited size, and builds dataclasses from them by type hints."""
 
 import json
 import stat
@@ -13,13 +13,13 @@ LARGEST_NUMBER = 1e18
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError if it is another thing, too large or too deep."""
+    """The JSON object in a file. ValueError if it is not an object, too large or nested too deeply."""
     require_small_file(path)
     return parse(path.read_bytes(), path.name)
 
 
 def require_small_file(path: Path) -> None:
-    """ValueError for a link, a pipe, a device, or a file that does not fit into memory with ease."""
+    """ValueError for a link, a pipe, a device, or a file above LARGEST_FILE."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
         raise ValueError(f"{path.name}: expected a file of at most {LARGEST_FILE} bytes, and no link")
@@ -36,7 +36,7 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
 
 
 def read(kind: Any, value: Any, name: str) -> Any:
-    """`value` of JSON as one of `kind`, a type or a dataclass. ValueError says which part of `name` does not fit."""
+    """Convert a JSON `value` to `kind`, a type or a dataclass. ValueError names the part of `name` that is wrong."""
     if is_dataclass(kind):
         return _read_fields(kind, _expect(dict, value, name), name)
     inner = get_args(kind)
@@ -72,7 +72,7 @@ def _hints(kind: Any) -> list[tuple[str, Any, bool]]:
 def _expect(kinds: Any, value: Any, name: str) -> Any:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     fits = type(value) in kinds or (type(value) is int and float in kinds)
-    if not fits or (isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER):  # nor one that is none
+    if not fits or (isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER):  # NaN fails this too
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name}={str(value)[:60]!r}: expected {expected}")
     return value

@@ -1,4 +1,4 @@
-"""A run as one page of HTML that needs nothing else: no scripts, no links to files; every value is escaped."""
+"""The report of a run: a single HTML page without scripts or links to other files. Every value is escaped."""
 
 from base64 import b64encode
 from collections import defaultdict
@@ -13,10 +13,10 @@ from typing import Any
 from ..core.about import project
 from ..core.data import Row
 
-COLUMNS = 6  # samples over time, of which the first and the last are always shown
-POINTS = 1000  # of a curve
-SMOOTHING = 25  # a curve's part over which the thick line is a mean
-WIDTH, HEIGHT, LEFT, RIGHT, BELOW = 780, 240, 64, 28, 24  # pixels of a chart, margins for the axes
+COLUMNS = 6  # most samples in a row; the first and the last are always shown
+POINTS = 1000  # most points of a curve
+SMOOTHING = 25  # the thick line is a mean over 1 / SMOOTHING of the curve
+WIDTH, HEIGHT, LEFT, RIGHT, BELOW = 780, 240, 64, 28, 24  # a chart's size and its margins for the axes, in pixels
 COLORS = ("#2a7de1", "#e1702a", "#2aa15f", "#a04fd0", "#b8860b", "#c2304b")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 STYLE = """
@@ -34,7 +34,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Report:
-    """summary, config, history: as the job's routes give them; files: bytes by name; samples: the folder of theirs."""
+    """summary, config, history: as the job's routes return them. files: bytes by name. samples: their folder."""
 
     summary: dict[str, Any]
     config: dict[str, Any]
@@ -122,7 +122,7 @@ class Report:
 
 
 def more(link: str) -> str:
-    """A link, unless it leads to something else than a page."""
+    """An HTML link, or "" if `link` is not a web address."""
     return f' <a href="{escape(link)}">More</a>' if link.startswith("https://") else ""
 
 
@@ -131,7 +131,7 @@ def section(title: str, content: str, level: int = 2) -> str:
 
 
 def table(rows: Iterable[tuple], head: tuple[str, ...] = ()) -> str:
-    """Rows of plain values, whose first is the row's name unless the columns have names."""
+    """An HTML table of plain values. Without column names in `head` the first value of a row is its name."""
     tag = "td" if head else "th"
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = [
@@ -146,28 +146,28 @@ def moment(seconds: float) -> str:
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, first and last included."""
+    """At most `count` evenly spread items, the first and the last included."""
     if len(items) <= count:
         return list(items)
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
 def thinned(points: Points) -> Points:
-    """Means of neighbours, so that POINTS are left at most."""
+    """At most POINTS points, each a mean of neighbours."""
     size = -(-len(points) // POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
     return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
 
 
 def smoothed(points: Points) -> Points:
-    """Each value a mean of those around it."""
+    """A moving average of the points."""
     reach = len(points) // SMOOTHING // 2
     values = [y for _, y in points]
     return [(x, fmean(values[max(i - reach, 0) : i + reach + 1])) for i, (x, _) in enumerate(points)]
 
 
 def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
-    """An SVG: each series thin as measured and thick as smoothed, validations as dots, the best ones filled."""
+    """An SVG chart: measured series as thin lines, smoothed ones as thick lines, validations as dots (best filled)."""
     thin = {name: thinned(points) for name, points in series.items() if points}
     if not thin:
         return ""

@@ -1,17 +1,17 @@
-"""What a run's line in the list says of its history, kept up to date entry by entry."""
+"""Totals of a run's history for its line in the list, updated with every entry."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.events import Plan
 
-PACE_STEPS = 20  # the last of a phase, whose mean is the run's pace
+PACE_STEPS = 20  # a run's seconds per step are the mean of a phase's last PACE_STEPS
 
 
 @dataclass
 class Tally:
-    """plan: the last one; losses: those of the last step; seconds: of the last PACE_STEPS steps;
-    aside: seconds of samples and validations since the first step.
+    """plan: the latest one. losses: of the last step. seconds: of each of the last PACE_STEPS steps.
+    aside: total seconds of samples and validations since the first step.
     """
 
     phase: str = ""
@@ -27,12 +27,12 @@ class Tally:
         return sum(self.seconds) / len(self.seconds) if self.seconds else None
 
     def seconds_for(self, steps: int) -> float | None:
-        """What so many more steps take, samples and validations as often as before."""
+        """The expected seconds of `steps` more steps, including samples and validations."""
         pace = self.seconds_per_step
         return None if pace is None else steps * (pace + self.aside / self.done)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take in the next entry of the history; values are replaced, never changed, for those who read meanwhile."""
+        """Add the next entry of the history. Values are replaced, not changed in place: other threads may read them."""
         if self.done and entry["event"] in ("sample", "validation"):
             self.aside += entry["seconds"]
         if entry["event"] == "step":

@@ -1,4 +1,4 @@
-"""A run's folder that this version cannot read: the list shows it with the reason, and Delete removes it."""
+"""A run whose folder this version cannot read. The list shows it with the reason; it can only be deleted."""
 
 import math
 from contextlib import suppress
@@ -29,7 +29,7 @@ class Unreadable:
             self.created = created
 
     def summary(self) -> dict[str, Any]:
-        """The same entries as a job's."""
+        """The same entries as those of a job's summary."""
         return {
             "id": self.id,
             "run_name": self.run_name,

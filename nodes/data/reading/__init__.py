@@ -1,1 +1,1 @@
-"""Files as frames, masks and captions, and how they are cut."""
+"""Reads video and image files as frames, masks and captions, and cuts them into training clips."""

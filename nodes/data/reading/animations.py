@@ -15,11 +15,11 @@ from .images import DAMAGE
 from .sources import ON_WHITE, Source, file_digest, pace
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
-BLINK, SLOW = 20, 100  # milliseconds: a frame shorter than the one is shown for the other, as in web browsers
+BLINK, SLOW = 20, 100  # milliseconds: frames shorter than BLINK are shown for SLOW, as in web browsers
 
 
 def is_animated(path: Path) -> bool:
-    """Whether the file is a picture that moves. False for what is no picture, too."""
+    """Whether the file is an animated picture; also False for a file that is not a picture."""
     try:
         with _opened(path) as opened:
             return getattr(opened, "is_animated", False)
@@ -52,7 +52,7 @@ def _opened(path: Path) -> Image.Image:
 
 @lru_cache(maxsize=1024)
 def _probe(path: Path, size: int, mtime_ns: int) -> tuple[tuple[float, ...], int, int, bool]:
-    """When each frame is shown, width, height, and whether something is transparent."""
+    """The frames' times in milliseconds, width, height, and whether any pixel is transparent."""
     shown, clear = [], False
     for frame in _frames(path):
         shown.append(max(frame.info.get("duration") or 0, 0))
@@ -76,7 +76,7 @@ def _read(path: Path, wanted: Iterable[int]) -> Iterator[Tensor]:
 def _frames(path: Path) -> Iterator[Image.Image]:
     try:
         with _opened(path) as opened:
-            still = getattr(opened, "default_image", False)  # shown only where animations are not
+            still = getattr(opened, "default_image", False)  # shown only by programs that cannot play animations
             for number in range(1 if still else 0, opened.n_frames):
                 throw_exception_if_processing_interrupted()
                 opened.seek(number)

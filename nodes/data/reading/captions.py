@@ -1,4 +1,4 @@
-"""The captions of a clip: what is seen (for single frames) and what is seen to move (for the clip)."""
+"""A clip's captions: one of its appearance for single frames, one that also describes its motion for the clip."""
 
 import logging
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ KINDS = {"plain": (".txt", ".caption"), "static": (".static.txt",), "motion": ("
 
 @dataclass(frozen=True)
 class Captions:
-    """static: appearance, for frames as a set. motion: the same and what happens, for the clip."""
+    """static: the appearance, for single frames. motion: the appearance and what happens, for the clip."""
 
     static: str
     motion: str
 
 
 def resolve(plain: str, static: str, motion: str, *, photo: bool, with_frames: bool) -> Captions:
-    """Captions from what the user wrote; one that is missing is replaced by the other.
+    """Captions from the user's texts. A missing caption is replaced by the other one.
 
-    A plain caption stands for the static one. ValueError if there is no caption, or if the motion token gets into the
-    caption of single frames, which show no motion.
+    A plain caption is used as the static one. ValueError if there is no caption, or if the caption of single frames
+    holds the motion token, because they show no motion.
     """
     plain, static, motion = plain.strip(), static.strip(), motion.strip()
     still = static or plain or motion
@@ -43,7 +43,7 @@ def warn_serves_both(names: list[str]) -> None:
     if names:
         logging.warning(
             "Kinoloom: one caption serves the clip and its single frames: %s. Set-and-Sequence learns "
-            "better with two: a static one (appearance, may hold %s) and a motion one (the same and what "
+            "better with two: a static one (appearance, may hold %s) and a motion one (appearance and what "
             "happens, with %s).",
             ", ".join(names),
             SUBJECT_TOKEN,
@@ -52,8 +52,11 @@ def warn_serves_both(names: list[str]) -> None:
 
 
 def read_captions(path: Path, table: str = "", *, photo: bool, with_frames: bool) -> Captions:
-    """Captions beside a clip: clip.txt or clip.mp4.txt, clip.static.txt and clip.motion.txt; in a folder of frames,
-    caption.*; or `table`, the clip's text in metadata.jsonl or metadata.csv. ValueError if two differ."""
+    """A clip's captions, from the text files beside it or from `table`, its text in metadata.jsonl or metadata.csv.
+
+    The text files are clip.txt or clip.mp4.txt, clip.static.txt and clip.motion.txt; a folder of frames may
+    hold caption.txt, caption.static.txt and caption.motion.txt instead. ValueError if two differ.
+    """
     stem = path.name if path.is_dir() else path.stem
     texts = {}
     for kind, suffixes in KINDS.items():
@@ -72,7 +75,7 @@ def read_captions(path: Path, table: str = "", *, photo: bool, with_frames: bool
 
 
 def captioned(file: Path) -> str:
-    """The stem or name of the clip whose caption is in this file; empty for other files."""
+    """The stem or name of the clip that a caption file belongs to; "" if the file is not a caption."""
     suffixes = sorted((suffix for own in KINDS.values() for suffix in own), key=len, reverse=True)
     return next((file.name.removesuffix(suffix) for suffix in suffixes if file.name.endswith(suffix)), "")
 

@@ -1,4 +1,4 @@
-"""What lies in a folder of training clips: clips, their masks, and files of no use, with the reason."""
+"""Lists a folder's training clips and their masks, and explains why other files are not used."""
 
 import os
 from collections import defaultdict
@@ -19,7 +19,7 @@ OF_ITS_OWN = "choose it as a folder of its own, and join both with Combine Train
 
 @dataclass(frozen=True)
 class Contents:
-    """masks: by the stem of their clip. rest: captions, tracklets and what is of no use."""
+    """masks: by their clip's stem. rest: captions, tracklets and unused files."""
 
     clips: list[Path]
     masks: dict[str, list[Path]]
@@ -45,8 +45,7 @@ def stem(path: Path) -> str:
 
 
 def unused(folder: Path, contents: Contents, table: dict[str, str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Files that must not be left out, since they are masks or have a caption, each with its reason; other files that
-    are not used, by reason."""
+    """Unused files: problems (masks, and files with a caption, one sentence each) and other names by reason."""
     stems = {stem(clip) for clip in contents.clips}
     names = stems | {clip.name for clip in contents.clips}
     problems = [
@@ -64,7 +63,7 @@ def unused(folder: Path, contents: Contents, table: dict[str, str]) -> tuple[lis
             reasons[_why(path)].append(path.name)
     for name in table.keys() - {path.name for path in (*contents.clips, *contents.rest)}:
         if os.path.exists(folder / name):
-            problems.append(f"{name}: has a caption in the folder's metadata, but is no clip of this folder itself")
+            problems.append(f"{name}: has a caption in the folder's metadata, but is not a clip in this folder")
         else:
             reasons["in the folder's metadata, but no such file"].append(name)
     for clip in contents.clips:
@@ -84,7 +83,7 @@ def _is_clip(path: Path) -> bool:
 
 
 def _is_collection(folder: Path) -> bool:
-    """Whether images in this folder have captions of their own: they are photos, and no frames of one clip."""
+    """Whether images in this folder have captions of their own: then they are photos, not the frames of one clip."""
     names = {name for image in images_in(folder) for name in (image.stem, image.name)} - {"caption"}
     return any(file.name in TABLES or captioned(file) in names for file in folder.iterdir())
 

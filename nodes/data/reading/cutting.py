@@ -1,4 +1,4 @@
-"""How clips are cut for training: their size, their windows of frames, their roles."""
+"""Cuts clips for training: size in pixels, windows of frames, and roles (train or validation)."""
 
 import logging
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ ROLES = ("train", "validation", "prior")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How clips are cut, sized and encoded."""
+    """Options of cutting and resizing, each a widget."""
 
     frames_per_clip: int = knob(
         33,
@@ -86,13 +86,13 @@ class Options:
 @dataclass(frozen=True)
 class Clip:
     source: Source
-    captions: Captions | None  # None where the model takes no text
+    captions: Captions | None  # None if the model takes no text
     mask: Source | None = None
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What is taken from one clip: its size in pixels and the source frames of each window."""
+    """The training windows of one clip: their size in pixels and the source frames of each."""
 
     clip: Clip
     width: int
@@ -102,7 +102,7 @@ class ClipPlan:
 
 
 def plan(clip: Clip, options: Options, step: int, side: int = SIDE) -> ClipPlan:
-    """ValueError says why a clip does not fit the options. Width and height become multiples of `side`."""
+    """The windows of one clip, with sides that are multiples of `side`. ValueError says why a clip does not fit."""
     source = clip.source
     indices = resample(source, options.fps)
     length = 1 if source.photo else options.frames_per_clip
@@ -135,11 +135,11 @@ def check_role(role: str, hold_out: int) -> None:
     if role not in ROLES:
         raise ValueError(f"role={role!r}: expected one of {', '.join(ROLES)}")
     if hold_out and role != "train":
-        raise ValueError(f"hold_out={hold_out}: only clips of the role train can be held out, these are for {role}")
+        raise ValueError(f"hold_out={hold_out}: only clips with role train can be held out, these have role {role}")
 
 
 def assign_roles(plans: list[ClipPlan], role: str, hold_out: int) -> list[ClipPlan]:
-    """Every window gets `role`; the last `hold_out` of all windows are for validation."""
+    """Give every window `role`, except the last `hold_out` windows of all clips, which become validation windows."""
     total = sum(len(planned.windows) for planned in plans)
     check_role(role, hold_out)
     if hold_out >= total:
@@ -153,7 +153,7 @@ def assign_roles(plans: list[ClipPlan], role: str, hold_out: int) -> list[ClipPl
 
 
 def frames_by_role(planned: ClipPlan, count: int) -> dict[str, list[int]]:
-    """Up to `count` single frames per role, evenly spread over its windows; a frame trained on validates nothing."""
+    """Up to `count` single frames per role, evenly spread over its windows. Validation frames are never trained on."""
     taken: set[int] = set()
     chosen = {}
     for role in dict.fromkeys(planned.roles):

@@ -1,4 +1,4 @@
-"""Decodes videos with FFmpeg, in the process: frames upright, with square pixels and without interlacing."""
+"""Decodes videos with FFmpeg's libraries: frames are upright, deinterlaced and have square pixels."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,14 @@ from .hdr import TRANSFERS, to_standard
 from .sources import over_white
 
 MOV, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # as FFmpeg names them
-WIDEST = 4  # pixels of a video: how many times as wide as high, or as high as wide
-# Containers alone: a playlist that is named .mp4 would open other files.
+WIDEST = 4  # highest aspect ratio of a single pixel, lying or standing
+# Only containers: a playlist named .mp4 would make FFmpeg open other files.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,apng"
 
 
 @contextmanager
 def opened(file: Path | BytesIO) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video, at its beginning. ValueError says why the file cannot be read."""
+    """The container and its video stream, at the start. ValueError says why the file cannot be read."""
     place = f"file:{file}" if isinstance(file, Path) else BytesIO(file.getbuffer())
     try:
         with av.open(place, options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
@@ -48,7 +48,7 @@ def opened(file: Path | BytesIO) -> Iterator[tuple[InputContainer, VideoStream]]
 
 
 def packets(container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
-    """Up to the end of the file, or to damage that cannot be passed. Hears Cancel."""
+    """Packets up to the end of the file, or to damage that cannot be skipped. Raises if the prompt was cancelled."""
     try:
         for packet in container.demux(*streams):
             throw_exception_if_processing_interrupted()
@@ -58,7 +58,7 @@ def packets(container: InputContainer, *streams: VideoStream) -> Iterator[av.Pac
 
 
 def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """Frames in the order of their times, and None in the place of a damaged one."""
+    """Frames in the order in which they are shown, with None in place of a damaged one."""
     rate = stream.guessed_rate or stream.average_rate or 25
     step = max(round(1 / (rate * stream.time_base)), 1)
     last = -math.inf
@@ -69,7 +69,7 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
             yield None
             continue
         for frame in frames:
-            shown = frame.dts if container.format.name == AVI else frame.pts  # AVI holds the order of decoding alone
+            shown = frame.dts if container.format.name == AVI else frame.pts  # AVI has no presentation times
             last = max(last + step, 0) if shown is None or shown <= last else shown
             frame.pts, frame.time_base = last, stream.time_base
             yield None if frame.is_corrupt else frame
@@ -77,8 +77,7 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
 
 @dataclass(frozen=True)
 class Look:
-    """How a decoded frame becomes a picture: its size before it is turned, the turns, its HDR transfer, and whether it
-    has an alpha."""
+    """How decoded frames become pictures: size before rotation, rotations, HDR transfer, and if there is an alpha."""
 
     width: int
     height: int
@@ -90,7 +89,7 @@ class Look:
     def of(frame: VideoFrame, stream: VideoStream) -> "Look":
         aspect = stream.sample_aspect_ratio or 1
         if not 1 / WIDEST <= aspect <= WIDEST:
-            raise ValueError(f"says that its pixels are {aspect} as wide as high: expected 1/{WIDEST} to {WIDEST}")
+            raise ValueError(f"has pixels with the aspect ratio {aspect}: expected 1/{WIDEST} to {WIDEST}")
         transfer = next((t for t in (frame.color_trc, stream.codec_context.color_trc) if t in TRANSFERS), 0)
         width = max(round(frame.width * aspect), 1)
         clear = not transfer and any(component.is_alpha for component in frame.format.components)
@@ -98,12 +97,12 @@ class Look:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture."""
+        """Width and height of the upright picture."""
         aside = any(name == "transpose" for name, _ in self.turns)
         return (self.height, self.width) if aside else (self.width, self.height)
 
     def pictures(self, frames: Iterable[VideoFrame], stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
-        """Each frame's time, in ticks of the stream, and the frame in RGB."""
+        """Each frame's time, in the stream's time base, and the frame in RGB."""
         graph, shape = None, None
         for frame in frames:
             if shape != (frame.width, frame.height, frame.format.name):
@@ -118,7 +117,7 @@ class Look:
         graph = Graph()
         colours = ("format", "rgb48le" if self.transfer else "rgba" if self.clear else "rgb24")
         steps = [("scale", f"{self.width}:{self.height}"), *self.turns, colours]
-        if frame.format.name.startswith("yuv"):  # frames that are not interlaced pass it unchanged
+        if frame.format.name.startswith("yuv"):  # the filter leaves progressive frames unchanged
             steps.insert(0, ("bwdif", "mode=send_frame:deint=interlaced"))
         source = graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
@@ -136,7 +135,7 @@ class Look:
 
 
 def _turns(frame: VideoFrame) -> tuple[tuple[str, str], ...]:
-    """The filters that turn and mirror a frame as its display matrix says."""
+    """The FFmpeg filters that rotate and mirror a frame by its display matrix."""
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return ()

@@ -1,4 +1,4 @@
-"""Training clips in a folder: videos, folders of numbered frames and photos, with captions and masks beside them."""
+"""Reads a folder of training clips: videos, photos and folders of frames, with captions and masks beside them."""
 
 import logging
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from .videos import video
 class Reading:
     """How the clips of a folder are read.
 
-    frames_fps: of folders of frames. captioned: whether clips need captions. alpha_as_mask: whether photos and frames
-    without a mask take their transparency as one.
+    frames_fps: frame rate of a folder of frames. captioned: whether clips need captions. alpha_as_mask: whether
+    transparency is used as the mask of photos and frames that have no mask file.
     """
 
     frames_fps: float
@@ -33,9 +33,9 @@ class Reading:
 
 
 def resolve_folder(root: Path, name: str) -> Path:
-    """The folder `name` under `root`, links followed; ValueError if that is not a folder inside it."""
+    """The folder `name` under `root`, with links resolved. ValueError if it is not a folder inside `root`."""
     root = root.resolve()
-    if not isinstance(name, str) or "\0" in name:  # may arrive by wire
+    if not isinstance(name, str) or "\0" in name:  # the widget may be an input
         raise ValueError(f"folder={name!r}: expected the name of a folder in {root}")
     folder = (root / name).resolve()
     if not folder.is_relative_to(root):
@@ -46,13 +46,13 @@ def resolve_folder(root: Path, name: str) -> Path:
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file a folder's clips may use: changes when any of them does."""
+    """Name, size and modification time of every file that a folder's clips may use."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def check_links(folder: Path, root: Path) -> None:
-    """ValueError names every link in the folder that leads out of `root`."""
+    """ValueError names every symbolic link in the folder that leads out of `root`."""
     leaving = [path for path in sorted(folder.rglob("*")) if not path.resolve().is_relative_to(root.resolve())]
     if leaving:
         names = ", ".join(str(path.relative_to(folder)) for path in leaving)
@@ -62,9 +62,9 @@ def check_links(folder: Path, root: Path) -> None:
 def plan_folder(
     root: Path, name: str, reading: Reading, options: Options, step: int, side: int = SIDE
 ) -> tuple[list[ClipPlan], list[str]]:
-    """A plan per clip, in natural order, and what the user should know of how the folder was read.
+    """A plan per clip, in natural order, and notes for the user about unused files and changed colours.
 
-    One ValueError names every clip that cannot be used, and why.
+    One ValueError names every clip that cannot be used and says why.
     """
     folder = resolve_folder(root, name)
     check_links(folder, root)
@@ -94,7 +94,7 @@ def plan_folder(
 
 
 def open_source(path: Path, frames_fps: float, read: Callable[[Path], Tensor] = read_image) -> Source:
-    """A video, a photo, or a folder of frames shown at `frames_fps`. ValueError says why a file cannot be read."""
+    """A video, a photo, or a folder of frames at `frames_fps`. ValueError says why a file cannot be read."""
     return open_images(path, frames_fps, read) if path.is_dir() or is_image(path) else video(path)
 
 
@@ -107,7 +107,7 @@ def read_clip(path: Path, contents: Contents, table: dict[str, str], reading: Re
 
 
 def _mask(path: Path, found: list[Path], reading: Reading) -> Source | None:
-    """clip.mask.mp4, clip.mask.png or the folder clip.mask; None where there is none."""
+    """A clip's mask: clip.mask.mp4, clip.mask.png or the folder clip.mask. None if there is none."""
     if len(found) > 1:
         raise ValueError(f"has several masks: {', '.join(mask.name for mask in found)}")
     try:

@@ -1,4 +1,4 @@
-"""Which frames of a clip are used, and at which size."""
+"""Chooses a clip's frames and its size in pixels."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ def nearest_lengths(frames: int, step: int) -> tuple[int, int]:
 
 
 def check_length(frames: int, step: int) -> None:
-    """A causal video VAE takes 1 + n * step frames."""
+    """ValueError unless `frames` is 1 + n * step, the lengths that a causal video VAE encodes."""
     if (frames - 1) % step:
         below, above = nearest_lengths(frames, step)
         raise ValueError(
@@ -30,7 +30,7 @@ def check_length(frames: int, step: int) -> None:
 
 
 def resample(source: Source, fps: float) -> list[int]:
-    """Index of the source frame to show at each moment k / fps; with fps 0, at each moment of the source's own rate."""
+    """Index of the source frame shown at each time k / fps. fps=0 uses the source's own frame rate."""
     if source.photo:
         return list(range(source.count))
     if fps > source.fps and not source.times:
@@ -51,7 +51,7 @@ def resample(source: Source, fps: float) -> list[int]:
 
 
 def _shown(times: np.ndarray, fps: float) -> list[int]:
-    """The frame nearest to each moment k / fps, but none that comes more than half of 1 / fps later: pauses hold."""
+    """The frame nearest to each time k / fps, never one more than half a frame late: a pause stays a pause."""
     moments = np.arange(math.floor(times[-1] * fps + 1e-6) + 1) / fps
     held = np.searchsorted(times, moments + 1e-9, side="right") - 1
     coming = np.minimum(held + 1, len(times) - 1)
@@ -60,7 +60,7 @@ def _shown(times: np.ndarray, fps: float) -> list[int]:
 
 
 def windows(available: int, length: int, mode: str, count: int, stride: int) -> list[range]:
-    """Ranges of `length` out of `available` frames: the first, `count` evenly spread, or one every `stride`."""
+    """Windows of `length` frames: the first one, `count` evenly spread ones, or one every `stride` frames."""
     last = available - length
     if mode == "first":
         starts = [0]
@@ -81,7 +81,7 @@ def spread(values: list[int], count: int) -> list[int]:
 
 
 def bucket(width: int, height: int, area: int, side: int = SIDE) -> tuple[int, int]:
-    """Width and height, multiples of `side`, of about `area` pixels, with the aspect ratio nearest to the source's."""
+    """Width and height, multiples of `side`, with about `area` pixels and the aspect ratio nearest to the source's."""
 
     def misfit(size: tuple[int, int]) -> tuple[float, int]:
         w, h = size
@@ -113,7 +113,7 @@ def fit(frame: Tensor, width: int, height: int) -> Tensor:
 
 
 def latent_mask(frames: Tensor, step: int) -> Tensor:
-    """Average [F, h, w] over the frames of each latent step 1, step, step, ...: [1, T, h, w]."""
+    """A mask [F, h, w] averaged over the frames of each latent frame (1, step, step, ...), as [1, T, h, w]."""
     first, rest = frames[:1], frames[1:]
     rest = rest.reshape(-1, step, *frames.shape[1:]).mean(1) if len(rest) else rest
     return torch.cat([first, rest]).unsqueeze(0)

@@ -1,13 +1,13 @@
-"""High dynamic range video (HLG, PQ) to the standard range."""
+"""Converts high dynamic range video (HLG, PQ) to standard dynamic range."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TRANSFERS = {16: "PQ", 18: "HLG"}  # as FFmpeg numbers them
-WHITE = 203.0  # nits of paper, as ITU-R BT.2408 has it: it becomes the white of the standard range
-HLG_WHITE = 0.265  # and as a part of HLG's brightest light, that is 75 % of the signal
-KNEE, PEAK = 0.8, 1000 / WHITE  # light up to KNEE stays as it is; from there to PEAK it is squeezed below 1
+WHITE = 203.0  # reference white in nits (ITU-R BT.2408), which becomes 1 in the standard range
+HLG_WHITE = 0.265  # the same as a share of HLG's peak; 75 % of the signal
+KNEE, PEAK = 0.8, 1000 / WHITE  # light up to KNEE is unchanged; KNEE to PEAK is compressed to KNEE to 1
 
 BT2020_TO_SRGB = torch.tensor(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=torch.float32
@@ -15,7 +15,7 @@ BT2020_TO_SRGB = torch.tensor(
 
 
 def to_standard(pixels: np.ndarray, transfer: int) -> Tensor:
-    """[H, W, 3] of 16 bits in BT.2020 to sRGB in 0..1. Colours of the standard range keep their values."""
+    """16-bit pixels [H, W, 3] in BT.2020 to sRGB in 0..1. Colours within the standard range keep their values."""
     levels = _hlg() if TRANSFERS[transfer] == "HLG" else _pq()
     light = levels[torch.from_numpy(pixels.astype(np.int32))] @ BT2020_TO_SRGB.T
     light = light.clamp_min(0)
@@ -30,7 +30,7 @@ def _squeezed(light: Tensor) -> Tensor:
 
 
 def _hlg() -> Tensor:
-    """Light of each of the 65536 signal levels (ITU-R BT.2100), 1 for white."""
+    """Linear light of each of the 65536 signal levels (ITU-R BT.2100), with reference white as 1."""
     signal = torch.linspace(0, 1, 65536, dtype=torch.float64)
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     light = torch.where(signal <= 0.5, signal**2 / 3, (torch.exp((signal - c) / a) + b) / 12)

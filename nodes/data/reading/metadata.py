@@ -1,4 +1,4 @@
-"""The captions of a whole folder in one file: metadata.jsonl or metadata.csv, as other trainers and the Hub have it."""
+"""Reads a folder's captions from metadata.jsonl or metadata.csv, the format of other trainers and Hugging Face."""
 
 import csv
 import json
@@ -11,10 +11,10 @@ FILE, TEXT = ("file_name", "video"), ("text", "prompt")
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """Captions by the name of the file; none without such a table. ValueError names the line that cannot be used."""
+    """Captions by file name; {} if there is no such file. ValueError names the line that cannot be used."""
     found = [folder / name for name in TABLES if (folder / name).is_file()]
     if len(found) > 1:
-        raise ValueError(f"{' and '.join(TABLES)} are both there: keep one")
+        raise ValueError(f"the folder holds both {' and '.join(TABLES)}: keep one")
     captions: dict[str, str] = {}
     for path in found:
         for number, row in _rows(path):
@@ -23,7 +23,7 @@ def read_metadata(folder: Path) -> dict[str, str]:
                 raise ValueError(f"{path.name}, line {number}: expected {' or '.join(FILE)}, and {' or '.join(TEXT)}")
             name = name.replace("\\", "/").removeprefix("./")
             if captions.setdefault(name, text.strip()) != text.strip():
-                raise ValueError(f"{path.name}, line {number}: has another caption for {name} than a line before")
+                raise ValueError(f"{path.name}, line {number}: has another caption for {name} than an earlier line")
     return captions
 
 

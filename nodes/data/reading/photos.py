@@ -1,4 +1,4 @@
-"""Photos and folders of frames."""
+"""Reads photos and folders of frames."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from .animations import is_animated
 from .images import IMAGE_SUFFIXES, Header, read_alpha, read_header, read_image
 from .sources import ON_WHITE, Source, file_digest, natural_key
 
-# Raise it when the pixels change of images whose header says `converted`.
+# Part of the cache key of images with `Header.converted`: raise it when their pixels change.
 VERSION = 1
-MOST_COLOUR = 0.2  # of a mask: the largest difference between two channels
+MOST_COLOUR = 0.2  # largest difference between two colour channels of a mask
 
 
 def open_images(path: Path, fps: float, read: Callable[[Path], Tensor] = read_image) -> Source:
-    """A photo, or a folder of frames shown at `fps`, whose files `read` turns into frames."""
+    """A photo, or a folder of frames at `fps`. `read` decodes each file."""
     is_photo, files = not path.is_dir(), images_in(path) if path.is_dir() else [path]
     if not files:
         raise ValueError("holds no images")
@@ -46,10 +46,10 @@ def open_images(path: Path, fps: float, read: Callable[[Path], Tensor] = read_im
 
 
 def read_mask(path: Path) -> Tensor:
-    """[H, W, 3] in 0..1 of an image that is a mask: what is transparent does not count."""
+    """A mask image as [H, W, 3] in 0..1. Transparent parts are 0."""
     pixels = read_image(path, "black")
     if (pixels.amax(-1) - pixels.amin(-1)).max() > MOST_COLOUR:
-        raise ValueError(f"{path.name} has colours, expected a mask: white where training counts, black elsewhere")
+        raise ValueError(f"{path.name} has colours, expected a mask: white where the loss counts, black elsewhere")
     return pixels
 
 
@@ -68,6 +68,6 @@ def is_image(path: Path) -> bool:
 
 
 def _digest(file: Path, header: Header, read: Callable[[Path], Tensor]) -> str:
-    """Images that PIL alone reads right keep the digest that their encodings on disk are named by."""
+    """A file's digest for its cache key. Images that PIL reads correctly alone keep the key of earlier versions."""
     plain = not header.converted and read is not read_alpha
     return file_digest(file) if plain else f"{file_digest(file)} {read.__name__} {VERSION}"

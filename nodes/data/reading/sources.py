@@ -1,4 +1,4 @@
-"""Frames read one after the other, wherever they come from."""
+"""A clip's frames, read in order from a file or from memory."""
 
 import hashlib
 import re
@@ -18,9 +18,9 @@ ON_WHITE = "its transparent parts are shown white"
 
 @dataclass(frozen=True)
 class Source:
-    """Frames of one size. `frames(indices)` takes ascending indices (an index may repeat), gives [H, W, 3] in 0..1.
+    """Frames of one size. `frames(indices)` yields [H, W, 3] in 0..1 for ascending indices, which may repeat.
 
-    notes: what the user should know of how the file is read.
+    notes: remarks for the user about how the file is read.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Source:
     height: int
     photo: bool
     frames: Callable[[Iterable[int]], Iterator[Tensor]]
-    times: tuple[float, ...] = ()  # seconds after the first frame, of frames that are not `1 / fps` apart
+    times: tuple[float, ...] = ()  # each frame's seconds after the first, if frames are not `1 / fps` apart
     notes: tuple[str, ...] = ()
 
 
 def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) -> tuple[float, tuple[float, ...]]:
-    """The frame rate, and the times where they are uneven. Times are exact to a tick; the first rate that fits counts.
+    """The frame rate, and the times if they are uneven. `tick` is their resolution in seconds.
 
-    The rate of uneven times is their average.
+    The first of `rates` that fits the times is used. Uneven times get their average rate.
     """
     own = (len(times) - 1) / times[-1] if len(times) > 1 else 0.0
     for rate in (*rates, own):
@@ -48,12 +48,12 @@ def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) ->
 
 
 def over_white(pixels: Tensor) -> Tensor:
-    """[..., 3] of colours with an alpha [..., 4]; to the bit what they are where nothing is transparent."""
+    """RGBA [..., 4] over a white background as RGB [..., 3]. Opaque pixels are unchanged to the bit."""
     return torch.lerp(torch.ones(()), pixels[..., :3], pixels[..., 3:])
 
 
 def from_tensor(name: str, images: Tensor, fps: float) -> Source:
-    """Frames in memory, [F, H, W, C] in 0..1; a mask [F, H, W] counts as grey."""
+    """Frames in memory, [F, H, W, C] in 0..1. A mask [F, H, W] is read as grey frames."""
     clear = images.ndim == 4 and images.shape[-1] == 4 and bool((images[..., 3] < 1).any())
     if images.ndim == 3:
         images = images.unsqueeze(-1).expand(*images.shape, 3)
@@ -70,7 +70,7 @@ def from_tensor(name: str, images: Tensor, fps: float) -> Source:
 
 
 def natural_key(path: Path) -> list[int | str]:
-    """Sorts 2.png before 10.png."""
+    """A sort key that puts 2.png before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.casefold())]
 
 

@@ -1,4 +1,4 @@
-"""When each frame of a video is shown: from its packets where those tell, else from decoding all of it."""
+"""The times at which a video's frames are shown: read from its packets if they hold them, else found by decoding."""
 
 import logging
 from fractions import Fraction
@@ -12,15 +12,15 @@ from av.video.stream import VideoStream
 
 from .decoding import AVI, MATROSKA, MOV, decoded, opened, packets
 
-PACKET_IS_FRAME = ("h264", "hevc", "av1", "vp9")  # in MOV and MATROSKA
-SAY_DURATION = (MOV, MATROSKA, AVI, "flv", "asf")  # in their headers
-SLACK = 1  # frame: headers are rounded, and the last frame's length may be unknown
+PACKET_IS_FRAME = ("h264", "hevc", "av1", "vp9")  # codecs that put one frame in a packet, in MOV and MATROSKA
+SAY_DURATION = (MOV, MATROSKA, AVI, "flv", "asf")  # containers with a duration in the header
+SLACK = 1  # frames that may be missing: durations are rounded, and the last frame's may be unknown
 
 
 def stamps_of(file: Path | BytesIO, name: str, first: VideoFrame) -> list[int]:
-    """Times of all frames in ticks of the stream, ascending. `first` is the first that can be decoded.
+    """Times of all frames in the stream's time base, ascending. `first` is the first frame that can be decoded.
 
-    ValueError where the file ends before its header says, or where frames are damaged.
+    ValueError if the file is shorter than its header says, or if frames are damaged.
     """
     with opened(file) as (container, stream):
         kind, codec = container.format.name, stream.codec_context.name
@@ -34,7 +34,7 @@ def stamps_of(file: Path | BytesIO, name: str, first: VideoFrame) -> list[int]:
     found = [stamp for stamp in frames if stamp is not None]
     if kind in SAY_DURATION:
         whole = len(listed) if told else len(frames)
-    else:  # a recording that may be cut anywhere: damage at its ends is no loss
+    else:  # recordings may be cut anywhere, so damaged frames at the ends are dropped
         whole = frames.index(found[-1]) + 1 - frames.index(found[0])
         if whole < len(frames):
             logging.warning("Kinoloom: %s gives %d of %d frames; its ends are cut.", name, whole, len(frames))
@@ -51,7 +51,7 @@ def damaged(found: int, promised: int) -> str:
 
 
 def _listed(container: InputContainer, stream: VideoStream) -> list[int | None]:
-    """Times of the packets that are shown, from the first frame on that needs no other."""
+    """Times of the packets that are shown, starting at the first key frame."""
     stamps, torn, floor, ends = [], False, None, {}
     for packet in packets(container):
         at, place = packet.dts if packet.pts is None else packet.pts, packet.stream_index
@@ -72,7 +72,7 @@ def _listed(container: InputContainer, stream: VideoStream) -> list[int | None]:
 def _check_whole(
     container: InputContainer, stream: VideoStream, ends: dict[int, Fraction], count: int, torn: bool
 ) -> None:
-    """ValueError where a packet is torn, or where they end before the header says that the video or the file ends."""
+    """ValueError if a packet is incomplete, or if the packets end before the duration in the header."""
     end, start = ends[stream.index], (stream.start_time or 0) * stream.time_base
     missing = Fraction(0)
     if stream.duration:

@@ -1,4 +1,4 @@
-"""Files of tracklets."""
+"""Reads tracklet files."""
 
 from pathlib import Path
 
@@ -6,6 +6,9 @@ from ....trainers.conditions.tracklets import Tracklets, from_mot
 
 
 def load_tracklets(path: Path, width: int, height: int, frames: int | None = None) -> Tracklets:
-    """A .json file as it is; a .csv of a width x height video, which ends with the last box if not told its frames."""
+    """Tracklets from a .json file, or from a .csv of boxes in a width x height video.
+
+    Without `frames` the video of a .csv ends with its last box.
+    """
     text = path.read_text(encoding="utf-8-sig")
     return Tracklets.from_json(text) if path.suffix.lower() == ".json" else from_mot(text, width, height, frames)

@@ -1,4 +1,4 @@
-"""Videos: when each frame is shown, and the frames that are asked for."""
+"""Reads videos: the time of every frame, and the pixels of chosen frames."""
 
 import hashlib
 import math
@@ -21,12 +21,12 @@ from .stamps import damaged, stamps_of
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .mts .m2ts .ts .mpg .mpeg .wmv .flv .ogv .gif .apng".split()
 )
-READING = 2  # raise it when other frames are read from the same file
+READING = 2  # part of the cache key: raise it when other frames are read from the same file
 LONGEST = 24  # hours
 
 
 def video(file: Path | BytesIO, start: float = 0.0, duration: float = 0.0) -> Source:
-    """The frames from `start` on, for `duration` seconds or to the end. ValueError says why it cannot be read."""
+    """The frames from second `start`, for `duration` seconds or (0) to the end. ValueError says why a file fails."""
     if isinstance(file, Path):
         if is_animated(file):
             return animation(file)
@@ -55,7 +55,7 @@ def video(file: Path | BytesIO, start: float = 0.0, duration: float = 0.0) -> So
 
 @dataclass(frozen=True)
 class Facts:
-    """When frames are shown, in ticks of so many seconds, the rates that the file claims, and how it is decoded."""
+    """Frame times in ticks, a tick's seconds, the frame rates that the file names, and how frames are decoded."""
 
     stamps: list[int]
     tick: Fraction
