@@ -113,7 +113,7 @@ def test_masks_of_repeated_frames_are_their_own(tmp_path: Path) -> None:
 
 
 def test_files_of_earlier_versions_are_not_trusted() -> None:
-    """They may hold the frames of other windows, or values that are no numbers."""
+    """They may hold the frames of other windows, or NaN."""
     earlier = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 2, "tracklets": 1, "sample": 1}
     assert all(VERSIONS[column] > version for column, version in earlier.items())
 

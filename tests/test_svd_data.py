@@ -187,7 +187,7 @@ def test_latents_that_are_no_numbers_are_not_kept(clip_vision: Any) -> None:
         def encode(self, pixels: Tensor) -> Tensor:
             return torch.full((len(pixels), 4, 8, 8), math.nan)
 
-    with pytest.raises(ValueError, match="vae: encodes into values that are no numbers, in torch.float16"):
+    with pytest.raises(ValueError, match="vae: encodes into NaN or infinite values, in torch.float16"):
         svd_encode.first_frame(moving(0, 1), Overflowing(), clip_vision, "key")
 
 

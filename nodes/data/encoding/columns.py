@@ -43,7 +43,7 @@ def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
     """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
     latents = vae.encode(frames)
     if not latents.isfinite().all():
-        raise ValueError(f"vae: encodes into values that are no numbers, in {vae.vae_dtype}: expected bf16 or fp32")
+        raise ValueError(f"vae: encodes into NaN or infinite values, in {vae.vae_dtype}: expected bf16 or fp32")
     return (latents[0] if latents.ndim == 5 else latents.movedim(0, 1)).float().cpu()
 
 
@@ -154,7 +154,7 @@ def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{name}: {', '.join(bad)} came out as values that are no numbers: expected finite ones. Try the model "
+            f"{name}: {', '.join(bad)} came out as NaN or infinite values: expected finite ones. Try the model "
             "that encodes it in bf16 or fp32"
         )
 
