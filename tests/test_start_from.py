@@ -102,7 +102,7 @@ def test_set_and_sequence_begins_stage_one_from_a_look(run: Run) -> None:
     [
         ("rank", "has rank 4, but rank=8: set rank to 4"),
         ("layers", "has layers that this model does not train"),
-        ("motion", "a motion file: the motion alone"),
+        ("motion", "a motion file: motion alone"),
         ("base", "trained on another base model"),
         ("i2v", "made for another model: its metadata says ss_base_model_version='wan-i2v'"),
         ("kind", "expected a layer of a Wan block"),
@@ -138,7 +138,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_before_the_run(
     [
         ("half", "up.weight has no .*down.weight"),
         ("nan", "holds NaN or infinite values"),
-        ("vector", "is no matrix"),
+        ("vector", "is not a matrix"),
         ("whole numbers", "is not a matrix but torch.int32"),
         ("alpha", "alpha': expected one finite number, found .nan"),
     ],

@@ -123,7 +123,7 @@ def test_other_layers_and_other_kinds_are_named(key: str, message: str) -> None:
         ({"ss_base_model_version": "sd_v1"}, "ss_base_model_version='sd_v1'"),
         ({"ss_base_model_version": "wan", "modelspec.architecture": "wan2.2/lora"}, "modelspec.architecture"),
         ({"ss_base_model_version": "wan21_14b_i2v"}, "expected a LoRA for Wan 2.1 text-to-video"),
-        ({"sns.stage": "motion"}, "a motion file: the motion alone"),
+        ({"sns.stage": "motion"}, "a motion file: motion alone"),
         ({"sns.stage": "combined"}, "a combined file: look and motion in one"),
         ({"kinoloom.base_model": "c" * 64, "ss_sd_model_name": "other.safetensors"}, r"another base .*other\.safet"),
     ],
