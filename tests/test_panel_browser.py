@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kinoloom.trainers.run.unreadable import Unreadable
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from .server_prompts import write_clips
 from comfy_client import Client, Server, set_widget
@@ -254,6 +254,16 @@ def test_runs_that_nobody_can_read_and_files_of_any_name_are_text(panel: Page, c
     assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
 
 
+def test_a_page_of_another_version_says_what_it_lacks(page: Page) -> None:
+    def answer(route: Route) -> None:
+        words = route.fetch().json()
+        route.fulfill(json={**words, "events": [*words["events"], "evaluated"], "ended": [*words["ended"], "merged"]})
+
+    page.route("**/kinoloom/words", answer)
+    page.reload()
+    expect(toast(page, "it lacks evaluated, merged. Reload it.")).to_be_visible(timeout=LATER)
+
+
 def test_generate_puts_each_file_into_its_loader_and_bypasses_the_others(page: Page) -> None:
     def opened(template: str, loaders: dict[str, str | None]) -> dict[str, tuple[str, int]]:
         page.evaluate(
@@ -283,7 +293,8 @@ def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
         if value is not None:
             mean, count = mean * weight + value * (1 - weight), count + 1
         expected.append(None if value is None else mean / (1 - weight**count))
-    module = "(await import('/extensions/kinoloom/training/series.mjs'))"
+    folder = "/extensions/kinoloom/training"
+    module = f"(await import('{folder}/series.mjs'))"
     smoothed = page.evaluate(f"async ([values, weight]) => {module}.smooth(values, weight)", [values, weight])
     assert smoothed == pytest.approx(expected)
 
@@ -301,7 +312,12 @@ def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
         validation("sequence", 2, False),
     ]
     found = page.evaluate(
-        f"async (history) => {{ const c = {module}.curves(history); return {{...c, losses: [...c.losses]}}; }}", history
+        f"""async (history) => {{
+            const {{ read }} = await import('{folder}/history.mjs');
+            const c = {module}.curves(read(history));
+            return {{...c, losses: [...c.losses]}};
+        }}""",
+        history,
     )
     assert found == {
         "x": [1, 2, 3, 4],

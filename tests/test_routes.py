@@ -68,6 +68,12 @@ def ask(registry: jobs.Registry) -> Ask:
     return lambda method, path, **options: result_of(request(method, path, options))
 
 
+def test_the_page_asks_for_the_words_it_goes_by(ask: Ask) -> None:
+    status, words = ask("GET", "/kinoloom/words")
+    assert status == 200 and words["ended"] == ["finished", "stopped", "failed", "interrupted", "unreadable"]
+    assert words["result_node"] == "KinoloomTrainingResult" and WAN in words["train_nodes"]
+
+
 def test_a_thousand_jobs_are_listed_in_pages_without_their_histories(ask: Ask, registry: jobs.Registry) -> None:
     status, page = ask("GET", "/kinoloom/jobs")
     assert (status, page["total"], len(page["jobs"])) == (200, 1000, 100)

@@ -16,6 +16,7 @@ from ...lora_io.file import sweep
 from ...trainers import recipes
 from ...trainers.core.config import TrainConfig
 from ...trainers.core.data import TrainingData
+from ...trainers.core.events import DELETED
 from ...trainers.core.recipe import Export
 from ...trainers.host.device import holds_models
 from ...trainers.host.source import ModelSource
@@ -220,7 +221,7 @@ class Registry(Shelf):
             self.forget(job.folder.name)
             if isinstance(job, Job):
                 self.voided.append(job.spec)
-        announce({"job": {"id": job.folder.name}, "event": "deleted"})
+        announce({"job": {"id": job.folder.name}, "event": DELETED})
 
     def times_voided(self, run_name: str) -> int:
         """How often what the nodes of a run of this name gave became void, since the server started."""

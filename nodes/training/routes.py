@@ -21,6 +21,7 @@ from ..data.encoding.columns import data_folder
 from ..folders import FOLDERS
 from .generation import generation
 from .registry import registry
+from .words import words
 
 PAGE = 100  # jobs
 LARGEST_PAGE = 1000
@@ -32,6 +33,10 @@ SAMPLE_NAME = r"[\w-]+\.webp"
 
 def add_routes(routes: web.RouteTableDef) -> None:
     """The paths are in the README; errors are {"error": text} with status 400, 403, 404, 409 or 413."""
+
+    @routes.get("/kinoloom/words")
+    async def show_words(request: web.Request) -> web.Response:
+        return web.json_response(words())
 
     @routes.get("/kinoloom/jobs")
     async def list_jobs(request: web.Request) -> web.Response:

@@ -3,12 +3,18 @@ is None there.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Plan:
+class Event:
+    """Something that happened in a run."""
+
+
+@dataclass(frozen=True)
+class Plan(Event):
     """Sent before the first step and again after the measured warm-up steps. Memory in bytes, times in seconds.
 
     note: what changed, if the run goes on under other options.
@@ -33,7 +39,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Event):
     """One optimizer step; `losses` are means over its micro-batches, `grad_norm` is taken before clipping."""
 
     phase: str
@@ -48,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Event):
     """Loss on fixed noise and timesteps, and what it took; `held_out`: whether on data that is never trained on."""
 
     phase: str
@@ -60,7 +66,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Event):
     """Videos made after `step` of a phase: names of files in the job's folder `samples`, one for each prompt."""
 
     phase: str
@@ -72,7 +78,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SampleFailed:
+class SampleFailed(Event):
     """No more samples until the run is started again; it goes on without."""
 
     phase: str
@@ -82,7 +88,7 @@ class SampleFailed:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Event):
     export: str
     path: str
     step: int
@@ -90,7 +96,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Event):
     """The run ended by itself (`stopped` false) or was asked to stop; `done` optimizer steps were made."""
 
     stopped: bool
@@ -98,17 +104,35 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failed(Event):
     error: str
 
 
-Event = Plan | Step | Validation | Sample | SampleFailed | Saved | Finished | Failed
-KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
+# What a history calls each event, and so the files of old runs, the websocket and the page.
+EVENTS: dict[str, type[Event]] = {
+    "plan": Plan,
+    "step": Step,
+    "validation": Validation,
+    "sample": Sample,
+    "samplefailed": SampleFailed,
+    "saved": Saved,
+    "finished": Finished,
+    "failed": Failed,
+}
+NAMES = {kind: name for name, kind in EVENTS.items()}
+# Sent beside the events, but in no history: the run's status or place in line changed; the run was deleted.
+STATUS, DELETED = "status", "deleted"
 
 
 def to_json(event: Event) -> dict:
-    """Plain values under the event's lower-case name; numbers that JSON cannot hold become None."""
-    return {"event": type(event).__name__.lower(), **_finite(asdict(event))}
+    """Plain values, with the event's name as `event`; numbers that JSON cannot hold become None."""
+    return {"event": NAMES[type(event)], **_finite(asdict(event))}
+
+
+def entries(history: Sequence[dict[str, Any]], *kinds: type[Event]) -> list[dict[str, Any]]:
+    """The entries of a history that are events of these kinds."""
+    names = [NAMES[kind] for kind in kinds]
+    return [entry for entry in history if entry["event"] in names]
 
 
 def _finite(value: Any) -> Any:

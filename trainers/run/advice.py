@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 from ..core.about import project
 from ..core.config import TrainConfig
 from ..core.data import Row
+from ..core.events import Sample, Step, Validation, entries
 from ..core.loop import Diverged
 from ..core.memory import is_out_of_memory
 from ..core.recipe import Phase, Recipe
@@ -65,9 +66,9 @@ def advise(
     phases = {phase.name: phase for phase in recipe.phases(config)}
     found = [*_data(recipe, config, rows), *_samples(phases, rows, history, seen)]
     for name, phase in phases.items():
-        entries = [e for e in history if e.get("phase") == name]
-        steps = [e for e in entries if e["event"] == "step"]
-        validations = [e for e in entries if e["event"] == "validation" and e["loss"] is not None]
+        own = [e for e in history if e.get("phase") == name]
+        steps = entries(own, Step)
+        validations = [e for e in entries(own, Validation) if e["loss"] is not None]
         found += _curves(phase, steps, validations)
     return list({finding.kind: finding for finding in reversed(found)}.values())[::-1]
 
@@ -105,7 +106,7 @@ def _samples_shown(phase: Phase, config: TrainConfig) -> int:
 
 
 def _samples(phases: dict[str, Phase], rows: Sequence[Row], history: Sequence[dict], seen: Seen) -> Iterator[Finding]:
-    sampled = [e for e in history if e["event"] == "sample"]
+    sampled = entries(history, Sample)
     if not sampled:
         return
     total = sum(phase.steps for phase in phases.values())
@@ -226,7 +227,7 @@ def _flat(validations: list[dict], series: dict[str, list[float]]) -> bool:
 
 def look_at(folder: Path, history: Sequence[dict]) -> Seen:
     """Measures the first and the last sample in `folder`. Missing and damaged files are ignored."""
-    sampled = [e for e in history if e["event"] == "sample"]
+    sampled = entries(history, Sample)
     if not sampled:
         return Seen()
     first, last = ([folder / Path(name).name for name in sampled[place]["files"]] for place in (0, -1))

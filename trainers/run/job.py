@@ -10,7 +10,7 @@ from typing import Any
 
 from ...lora_io.file import write_text
 from ..core.config import TrainConfig, make
-from ..core.events import Event, Failed, Finished, Plan, to_json
+from ..core.events import STATUS, Event, Failed, Finished, Plan, to_json
 from ..core.loop import Diverged
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -34,7 +34,7 @@ ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
 
 
 class Job(Shown):
-    """status: "waiting" for its turn, "loading", "running", "paused", then one of record.ENDED.
+    """status: one of record.GOING while the run waits for its turn or is at work, then one of record.ENDED.
 
     `publish(job, event)` is called for every change; `busy(job)` says whether the run should wait because the queue has
     work; of the jobs that share a `line` one runs at a time, after `make_room()` took other models off the card.
@@ -149,7 +149,7 @@ class Job(Shown):
 
     def moved(self) -> None:
         """Tell those who look at the run of its new state or place in line."""
-        self.publish(self, {"event": "status", "epoch": self.epoch})
+        self.publish(self, {"event": STATUS, "epoch": self.epoch})
 
     def _emit(self, event: Event) -> None:
         placed = self._placed(event)

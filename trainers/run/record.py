@@ -11,7 +11,7 @@ from typing import Any
 
 from ...lora_io.file import write_text
 from ..core.data import TrainingData
-from ..core.events import KINDS, Event, to_json
+from ..core.events import EVENTS, NAMES, Event, Sample, Saved, Step, Validation, entries, to_json
 from ..host.source import ModelSource
 from .checkpoint import Identity
 from .claim import claim_of
@@ -20,6 +20,7 @@ from .previews import Samples
 from .tally import Tally
 from .versions import VERSION, current
 
+GOING = ("waiting", "loading", "running", "paused")  # statuses of a run
 ENDED = ("finished", "stopped", "failed", "interrupted")
 LATEST = 1e11  # seconds since 1970 that a date is made of
 
@@ -135,7 +136,7 @@ class Record:
 
     def losses(self) -> list[float]:
         """The total loss of every step so far."""
-        steps = (entry for entry in self.history if entry["event"] == "step")
+        steps = entries(self.history, Step)
         return [sum(loss for loss in entry["losses"].values() if loss is not None) for entry in steps]
 
     def write(self) -> None:
@@ -167,14 +168,14 @@ class Record:
 
     def rewind(self, phase: int, step: int) -> None:
         """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
-        kept, begun = ("step", "validation", "sample"), (phase, step) > (0, 0)
+        kept, begun = [NAMES[kind] for kind in (Step, Validation, Sample)], (phase, step) > (0, 0)
         phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in kept))
 
         def made(entry: dict) -> bool:
             return begun and entry["event"] in kept and (phases.index(entry["phase"]), entry["step"]) <= (phase, step)
 
-        done = max((entry["done"] for entry in self.history if entry["event"] == "step" and made(entry)), default=0)
-        saved = [entry for entry in self.history if entry["event"] == "saved" and entry["step"] <= done]
+        done = max((entry["done"] for entry in entries(self.history, Step) if made(entry)), default=0)
+        saved = [entry for entry in entries(self.history, Saved) if entry["step"] <= done]
         self._set_history([entry for entry in self.history if made(entry) or entry in saved])
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
@@ -201,6 +202,6 @@ class Record:
 def from_json(entry: dict[str, Any]) -> Event:
     """The event that `to_json` made this of. ValueError says what does not fit."""
     name = entry.get("event")
-    if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(KINDS)}")
-    return read(KINDS[name], entry, name)
+    if not isinstance(name, str) or name not in EVENTS:
+        raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(EVENTS)}")
+    return read(EVENTS[name], entry, name)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.about import project
 from ..core.data import Row
+from ..core.events import Sample, Step, Validation, entries
 
 COLUMNS = 6  # most samples in a row; the first and the last are always shown
 POINTS = 1000  # most points of a curve
@@ -86,8 +87,8 @@ class Report:
         return {name: value for name, value in facts.items() if value}
 
     def _charts(self) -> Iterable[str]:
-        steps = [e for e in self.history if e["event"] == "step"]
-        validations = [e for e in self.history if e["event"] == "validation" and e["loss"] is not None]
+        steps = entries(self.history, Step)
+        validations = [e for e in entries(self.history, Validation) if e["loss"] is not None]
         for phase in dict.fromkeys(e["phase"] for e in steps):
             own = [e for e in steps if e["phase"] == phase]
             losses: dict[str, Points] = defaultdict(list)
@@ -102,7 +103,7 @@ class Report:
                 yield section(f"{title}, phase {phase}", chart({key: points}), level=3)
 
     def _samples(self) -> str:
-        taken = evenly([e for e in self.history if e["event"] == "sample"], COLUMNS)
+        taken = evenly(entries(self.history, Sample), COLUMNS)
         if not taken:
             return ""
         prompts = taken[-1]["prompts"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.events import Plan
+from ..core.events import NAMES, Plan, Sample, Step, Validation
 
 PACE_STEPS = 20  # a run's seconds per step are the mean of a phase's last PACE_STEPS
 
@@ -33,13 +33,13 @@ class Tally:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add the next entry of the history. Values are replaced, not changed in place: other threads may read them."""
-        if self.done and entry["event"] in ("sample", "validation"):
+        if self.done and entry["event"] in (NAMES[Sample], NAMES[Validation]):
             self.aside += entry["seconds"]
-        if entry["event"] == "step":
+        if entry["event"] == NAMES[Step]:
             earlier = self.seconds if entry["phase"] == self.phase else []
             self.seconds = [*earlier, entry["seconds"]][-PACE_STEPS:]
             self.phase, self.done, self.losses = entry["phase"], entry["done"], entry["losses"]
-        elif entry["event"] == "sample":
+        elif entry["event"] == NAMES[Sample]:
             self.samples += 1
-        elif entry["event"] == "plan":
+        elif entry["event"] == NAMES[Plan]:
             self.plan = Plan(**{name: value for name, value in entry.items() if name != "event"})

@@ -5,19 +5,19 @@ import { Chart } from "./chart.mjs";
 import { after, el, fill, forwardPanAndZoom } from "../shared/dom.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
+import { words } from "./vocabulary.mjs";
 import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";
 
-const RESULT = "KinoloomTrainingResult";
 const HEIGHT = { empty: 28, chart: 140, samples: 340 };
 
-export const showsJob = (node) => /^KinoloomTrain(?!ingResult|edModel)/.test(kind(node)) || kind(node) === RESULT;
-
-const kind = (node) => node.constructor.comfyClass ?? "";
+const kind = (node) => node.constructor.comfyClass;
+const isResult = (node) => kind(node) === words.result_node;
+const showsJob = (node) => isResult(node) || words.train_nodes.includes(kind(node));
 
 class JobWidget {
     constructor(node, jobs, open, setting) {
         Object.assign(this, { node, jobs, setting });
-        this.result = kind(node) === RESULT;
+        this.result = isResult(node);
         this.chart = new Chart();
         [this.state, this.facts] = [el("span"), el("small", { className: "kl-title" })];
         this.progress = el("div", { className: "kl-whole" });
@@ -43,14 +43,14 @@ class JobWidget {
         fill(this.state, [job?.status, job?.pause_requested, job?.in_line], () => (job ? [stateOf(job)] : []));
         fill(this.progress, [job?.status, job?.done, job?.total], () => (job ? [bar(job)] : []));
         this.note.textContent = job?.error ?? "";
-        const { entries, epoch } = job ? this.jobs.follow(job.id) : { entries: [] };
-        const found = job && this.jobs.curves(job.id);
-        this.chart.root.hidden = !found?.x.length;
-        if (found?.x.length) {
-            const shown = lossSeries(found, this.setting("Smoothing"));
-            this.chart.show(found.x, shown, { log: this.setting("LogScale"), mark: found.best, markLabel: "best" });
+        const { epoch } = job ? this.jobs.follow(job.id) : {};
+        const { samples, curves } = job ? this.jobs.shown(job.id) : {};
+        this.chart.root.hidden = !curves?.x.length;
+        if (curves?.x.length) {
+            const series = lossSeries(curves, this.setting("Smoothing"));
+            this.chart.show(curves.x, series, { log: this.setting("LogScale"), mark: curves.best, markLabel: "best" });
         }
-        this.samples.show(this.result ? entries.filter(({ event }) => event === "sample") : [], epoch);
+        this.samples.show((this.result && samples) || [], epoch);
         this.grow();
     }
 
@@ -68,7 +68,7 @@ class JobWidget {
 /** The job a node's last run started, else the newest of its run name; Training Result has that of its Train node. */
 function jobOf(node, jobs) {
     const said = jobs.summaries.get(node.kinoloomJob);
-    if (kind(node) === RESULT) {
+    if (isResult(node)) {
         const source = node.getInputNode(0);
         return (source && showsJob(source) && jobOf(source, jobs)) || said;
     }

@@ -3,9 +3,9 @@
 import { Chart } from "./chart.mjs";
 import { el, fill } from "../shared/dom.mjs";
 import { openGeneration } from "./generate.mjs";
-import { hasEnded } from "./jobs.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
+import { hasEnded } from "./vocabulary.mjs";
 import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./words.mjs";
 
 const LOG_SECONDS = 3;
@@ -58,7 +58,8 @@ export class JobView {
     update() {
         const job = this.jobs.summaries.get(this.id);
         if (!job) return this.host.back();
-        const { entries, epoch, config } = this.jobs.follow(this.id);
+        const { epoch, config } = this.jobs.follow(this.id);
+        const { samples, unsampled, curves } = this.jobs.shown(this.id);
         const { status, pause_requested, resumable, error, advice, plan } = job;
         fill(this.head, [job.run_name, job.title, status, pause_requested, job.in_line], () => [
             button("", "pi-arrow-left", "All runs", () => this.host.back()),
@@ -70,9 +71,7 @@ export class JobView {
         fill(this.actions, offered, () => this.buttons(job));
         fill(this.trouble, [error, advice, job.dead_end, job.elsewhere], () => this.troubles(job));
         fill(this.numbers, job, () => this.table(job));
-        this.drawCurves();
-        const samples = entries.filter(({ event }) => event === "sample");
-        const unsampled = entries.findLast(({ event }) => event === "samplefailed")?.error ?? "";
+        this.drawCurves(curves);
         this.sampled.hidden = !samples.length && !unsampled;
         this.samples.show(samples, epoch);
         this.unsampled.textContent = unsampled;
@@ -158,8 +157,7 @@ export class JobView {
         return [bar(job), ...rows(facts.filter(([, value]) => value))];
     }
 
-    drawCurves() {
-        const found = this.jobs.curves(this.id);
+    drawCurves(found) {
         this.curves.hidden = !found.x.length;
         const smoothing = this.smoothing.valueAsNumber;
         this.smoothed.textContent = smoothing.toFixed(2);

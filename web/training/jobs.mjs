@@ -1,13 +1,12 @@
 // The server's training jobs as this page knows them: their summaries, and the histories that something shows.
 
+import { read } from "./history.mjs";
 import { curves } from "./series.mjs";
+import { hasEnded, words } from "./vocabulary.mjs";
 
 const PAGE = 100;
 const LOOK = 5000; // milliseconds between two looks at runs of another ComfyUI, which sends no events
 const PAUSE = 150; // milliseconds between two changes, at least
-const ENDED = ["finished", "stopped", "failed", "interrupted", "unreadable"];
-
-export const hasEnded = (job) => ENDED.includes(job.status);
 
 /**
  * Sends "change", which may take a fifth of the page's time; "ended" (detail: the job) and "error" (detail: a message).
@@ -94,7 +93,7 @@ export class Jobs extends EventTarget {
     }
 
     hear({ job, event, ...rest }) {
-        if (event === "deleted") this.gone.add(job.id);
+        if (event === words.deleted) this.gone.add(job.id);
         if (this.gone.has(job.id)) return this.forget(job.id);
         this.heard.add(job.id);
         this.take(job);
@@ -136,13 +135,15 @@ export class Jobs extends EventTarget {
         return this.histories.get(id);
     }
 
-    /** What charts show of a followed history. */
-    curves(id) {
+    /** What the page shows of a followed history: samples, why there are no more, and the curves. */
+    shown(id) {
         const kept = this.histories.get(id);
-        const { length } = kept.entries;
-        if (kept.drawn?.entries !== kept.entries || kept.drawn.length !== length)
-            kept.drawn = { entries: kept.entries, length, curves: curves(kept.entries) };
-        return kept.drawn.curves;
+        const { entries, shown } = kept;
+        if (shown?.entries !== entries || shown.length !== entries.length) {
+            const found = read(entries);
+            kept.shown = { entries, length: entries.length, ...found, curves: curves(found) };
+        }
+        return kept.shown;
     }
 
     async catchUp(id) {

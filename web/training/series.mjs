@@ -1,4 +1,4 @@
-// What charts show of a run's history: columns of numbers over the run's optimizer steps.
+// What charts show of a run: columns of numbers over the run's optimizer steps.
 
 const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#06b6d4", "#ec4899"];
 const HELD_OUT = "#f43f5e";
@@ -19,25 +19,24 @@ export function smooth(values, weight) {
  * measured. A label is the loss's name, with its phase where there are several; best is the step of the best
  * validation, or null.
  */
-export function curves(history) {
+export function curves({ steps, validations }) {
     const before = {}; // phase -> steps of the phases before it
-    for (const { event, phase, done, step } of history) if (event === "step") before[phase] ??= done - step;
+    for (const { phase, done, step } of steps) before[phase] ??= done - step;
     const at = (entry) => entry.done ?? (before[entry.phase] ?? 0) + entry.step;
-    const measured = history.filter(({ event }) => event === "step" || event === "validation");
-    const x = [...new Set(measured.map(at))].sort((a, b) => a - b);
+    const x = [...new Set([...steps, ...validations].map(at))].sort((a, b) => a - b);
     const place = new Map(x.map((step, index) => [step, index]));
     const column = () => Array(x.length).fill(null);
     const several = Object.keys(before).length > 1;
     const [losses, rate, validation] = [new Map(), column(), column()];
     let [best, heldOut] = [null, false];
-    for (const entry of measured) {
+    for (const entry of validations) {
         const index = place.get(at(entry));
-        if (entry.event === "validation") {
-            validation[index] = entry.loss;
-            heldOut = entry.held_out;
-            if (entry.best) best = x[index];
-            continue;
-        }
+        validation[index] = entry.loss;
+        heldOut = entry.held_out;
+        if (entry.best) best = x[index];
+    }
+    for (const entry of steps) {
+        const index = place.get(at(entry));
         rate[index] = entry.learning_rate;
         for (const [name, value] of Object.entries(entry.losses)) {
             const label = several ? `${entry.phase}: ${name}` : name;

@@ -3,9 +3,12 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { addStyle } from "../shared/dom.mjs";
+import { READERS } from "./history.mjs";
 import { jobWidgets } from "./job_nodes.mjs";
 import { Jobs } from "./jobs.mjs";
 import { Panel } from "./panel.mjs";
+import { words } from "./vocabulary.mjs";
+import { ICONS } from "./words.mjs";
 
 const TAB = "kinoloom-training";
 const ICON = "pi pi-chart-line";
@@ -21,6 +24,14 @@ function open(id) {
 
 function toast(severity, summary, detail) {
     app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20000 : 8000 });
+}
+
+/** Ask for the server's words. An Error names those that this page lacks, which a browser may keep for too long. */
+async function learn() {
+    Object.assign(words, await jobs.call("/words"));
+    const statuses = [...words.going, ...words.ended].filter((status) => !(status in ICONS));
+    const lacking = [...words.events.filter((event) => !(event in READERS)), ...statuses];
+    if (lacking.length) throw new Error(`This page is of another version: it lacks ${lacking.join(", ")}. Reload it.`);
 }
 
 jobs.addEventListener("error", ({ detail }) => toast("warn", "Kinoloom", detail));
@@ -46,7 +57,7 @@ app.registerExtension({
         { id: "Kinoloom.Training.LogScale", name: "Loss curves on a log scale", type: "boolean", defaultValue: false },
     ],
     commands: [{ id: "Kinoloom.OpenTraining", label: "Open the training panel", icon: ICON, function: () => open() }],
-    setup() {
+    async setup() {
         addStyle(new URL("./training.css", import.meta.url));
         app.extensionManager.registerSidebarTab({
             id: TAB,
@@ -57,6 +68,7 @@ app.registerExtension({
             render: (element) => panel.show(element),
         });
         app.ui.settings.addEventListener("Comfy.ColorPalette.change", () => jobs.changed());
+        await jobs.attempt(learn);
         jobs.refresh();
     },
     nodeCreated: addWidget,

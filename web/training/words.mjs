@@ -1,9 +1,10 @@
 // How a job's state and numbers read.
 
 import { el } from "../shared/dom.mjs";
-import { hasEnded } from "./jobs.mjs";
+import { hasEnded } from "./vocabulary.mjs";
 
-const ICONS = {
+/** By the run's status; a test holds the names against the server's. */
+export const ICONS = {
     waiting: "pi-clock",
     loading: "pi-spin pi-spinner",
     running: "pi-play",
