@@ -1,7 +1,7 @@
 // How much the encoded clips take on disk, the limit of that, and a button that deletes what nothing needs.
 
 import { el } from "../shared/dom.mjs";
-import { button } from "./words.mjs";
+import { button } from "./facts.mjs";
 
 const gb = (bytes) => `${Number((bytes / 1e9).toPrecision(2))} GB`;
 

@@ -1,12 +1,12 @@
 // What Train nodes and Training Result show of their job.
 
 import { api } from "../../../scripts/api.js";
-import { Chart } from "./chart.mjs";
 import { after, el, fill, forwardPanAndZoom } from "../shared/dom.mjs";
+import { Chart } from "./chart.mjs";
+import { bar, button, stateOf, steps, timeLeft } from "./facts.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
-import { words } from "./vocabulary.mjs";
-import { bar, button, stateOf, steps, timeLeft } from "./words.mjs";
+import { words } from "./words.mjs";
 
 const HEIGHT = { empty: 28, chart: 140, samples: 340 };
 

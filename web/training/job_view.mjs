@@ -1,12 +1,12 @@
 // One job in the training tab.
 
-import { Chart } from "./chart.mjs";
 import { el, fill } from "../shared/dom.mjs";
+import { Chart } from "./chart.mjs";
+import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./facts.mjs";
 import { openGeneration } from "./generate.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
-import { hasEnded } from "./vocabulary.mjs";
-import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./words.mjs";
+import { hasEnded } from "./words.mjs";
 
 const LOG_SECONDS = 3;
 const ELSEWHERE = "This run is in use by another ComfyUI with the same base directory. Stop it there.";

@@ -2,7 +2,7 @@
 
 import { read } from "./history.mjs";
 import { curves } from "./series.mjs";
-import { hasEnded, words } from "./vocabulary.mjs";
+import { hasEnded, words } from "./words.mjs";
 
 const PAGE = 100;
 const LOOK = 5000; // milliseconds between two looks at runs of another ComfyUI, which sends no events

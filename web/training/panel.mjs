@@ -1,10 +1,10 @@
 // The training tab: the list of jobs, or one of them.
 
 import { app } from "../../../scripts/app.js";
-import { Cache } from "./cache.mjs";
 import { el, fill } from "../shared/dom.mjs";
+import { Cache } from "./cache.mjs";
+import { bar, button, duration, size, stateOf, steps, timeLeft } from "./facts.mjs";
 import { JobView } from "./job_view.mjs";
-import { bar, button, duration, size, stateOf, steps, timeLeft } from "./words.mjs";
 
 export class Panel {
     constructor(jobs, setting) {

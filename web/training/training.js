@@ -3,12 +3,12 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { addStyle } from "../shared/dom.mjs";
+import { ICONS } from "./facts.mjs";
 import { READERS } from "./history.mjs";
 import { jobWidgets } from "./job_nodes.mjs";
 import { Jobs } from "./jobs.mjs";
 import { Panel } from "./panel.mjs";
-import { words } from "./vocabulary.mjs";
-import { ICONS } from "./words.mjs";
+import { words } from "./words.mjs";
 
 const TAB = "kinoloom-training";
 const ICON = "pi pi-chart-line";
