@@ -14,7 +14,8 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import svd_nodes as svd_data
 from kinoloom.nodes.data.encoding import svd_rows as svd_encode
 from kinoloom.nodes.training import previews as samples_nodes
-from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, paint, to_tensors
+from kinoloom.trainers.conditions.tracklet_painting import paint
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
 from kinoloom.trainers.core.data import TrainingData, column_path
 from PIL import Image
 from torch import Tensor

@@ -12,15 +12,9 @@ import torch
 from kinoloom.nodes.data.reading.framing import center_crop
 from kinoloom.nodes.tracklets import nodes as nodes
 from kinoloom.trainers.conditions import tracklets as core
-from kinoloom.trainers.conditions.tracklets import (
-    Keyframe,
-    Tracklet,
-    Tracklets,
-    from_masks,
-    from_mot,
-    paint,
-    to_tensors,
-)
+from kinoloom.trainers.conditions.tracklet_painting import paint
+from kinoloom.trainers.conditions.tracklet_sources import from_masks, from_mot
+from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
 
 BOX = [0.1, 0.2, 0.5, 0.6]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from kinoloom.nodes.data.reading.images import read_image
 from kinoloom.trainers.conditions import tracklets as core
-from kinoloom.trainers.conditions.tracklets import Tracklets, paint, to_tensors
+from kinoloom.trainers.conditions.tracklet_painting import paint
+from kinoloom.trainers.conditions.tracklets import Tracklets, to_tensors
 from PIL import Image
 from playwright.sync_api import Page, expect
 

@@ -11,7 +11,9 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...trainers.conditions.tracklets import MAX_FRAMES, MAX_SIDE, Tracklets, from_masks, paint, to_tensors
+from ...trainers.conditions.tracklet_painting import paint
+from ...trainers.conditions.tracklet_sources import from_masks
+from ...trainers.conditions.tracklets import MAX_FRAMES, MAX_SIDE, Tracklets, to_tensors
 from ..data.reading.tracklet_files import load_tracklets
 from ..wires import TrackletsType
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from kinoloom.nodes.data.svd_nodes import EncodeSvdClips
 from kinoloom.nodes.tracklets.control import ApplyTracklets, load_control
-from kinoloom.trainers.conditions.tracklets import Tracklets, from_masks
+from kinoloom.trainers.conditions.tracklet_sources import from_masks
+from kinoloom.trainers.conditions.tracklets import Tracklets
 from kinoloom.trainers.core.data import TrainingData
 from numpy.random import Generator
 from numpy.typing import NDArray

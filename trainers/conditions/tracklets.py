@@ -1,17 +1,16 @@
-"""Tracklets: boxes that follow objects through a clip, as JSON, as tensors and as painted outlines."""
+"""Tracklets: boxes that follow objects through a clip, as a value, as JSON and as tensors."""
 
-import csv
 import json
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .tracklet_fields import expect, inside, whole
 
 MAX_OBJECTS = 20  # slots of Tracklet2Video (TrackDiffusion, SVD branch: "fixed_objs")
 MAX_FRAMES, MAX_SIDE, MAX_ID = 100_000, 16384, 2**31 - 1
@@ -40,13 +39,13 @@ class Keyframe:
     hard: bool = True
 
     def __post_init__(self) -> None:
-        _whole("frame", self.frame, 0, MAX_FRAMES - 1)
-        _expect(isinstance(self.hard, bool), "hard", self.hard, "true or false")
+        whole("frame", self.frame, 0, MAX_FRAMES - 1)
+        expect(isinstance(self.hard, bool), "hard", self.hard, "true or false")
         right = isinstance(self.box, tuple) and len(self.box) == 4 and all(map(_coordinate, self.box))
         wanted = f"x1, y1, x2, y2 as fractions of the frame, which is 0..1, within {-REACH:g}..{REACH:g}"
-        _expect(right, "box", self.box, wanted)
+        expect(right, "box", self.box, wanted)
         x1, y1, x2, y2 = self.box
-        _expect(x1 < x2 and y1 < y2, "box", self.box, "x1, y1, x2, y2 with x1 < x2 and y1 < y2")
+        expect(x1 < x2 and y1 < y2, "box", self.box, "x1, y1, x2, y2 with x1 < x2 and y1 < y2")
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,18 @@ class Tracklet:
     leave: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("id", self.id, 1, MAX_ID)
-        _expect(isinstance(self.name, str), "name", self.name, "text")
+        whole("id", self.id, 1, MAX_ID)
+        expect(isinstance(self.name, str), "name", self.name, "text")
         right = isinstance(self.color, str) and re.fullmatch("#[0-9a-fA-F]{6}", self.color)
-        _expect(bool(right), "color", self.color, "a colour such as #ff0000")
+        expect(bool(right), "color", self.color, "a colour such as #ff0000")
         frames = [key.frame for key in self.keyframes]
-        _expect(frames != [], "keyframes", [], "at least one key frame")
-        _expect(frames == sorted(set(frames)), "keyframes", frames, "ascending frames, each once")
+        expect(frames != [], "keyframes", [], "at least one key frame")
+        expect(frames == sorted(set(frames)), "keyframes", frames, "ascending frames, each once")
         for name in ("enter", "leave"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0, MAX_FRAMES - 1)
+                whole(name, getattr(self, name), 0, MAX_FRAMES - 1)
         if self.enter is not None and self.leave is not None:
-            _expect(self.enter <= self.leave, "leave", self.leave, f"a frame not before enter={self.enter}")
+            expect(self.enter <= self.leave, "leave", self.leave, f"a frame not before enter={self.enter}")
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,19 @@ class Tracklets:
     interpolated: str = "hard"
 
     def __post_init__(self) -> None:
-        _whole("width", self.width, 1, MAX_SIDE)
-        _whole("height", self.height, 1, MAX_SIDE)
-        _whole("frames", self.frames, 1, MAX_FRAMES)
-        _expect(self.interpolated in INTERPOLATED, "interpolated", self.interpolated, "hard or soft")
-        _expect(len(self.tracklets) <= MAX_OBJECTS, "tracklets", len(self.tracklets), f"at most {MAX_OBJECTS}")
+        whole("width", self.width, 1, MAX_SIDE)
+        whole("height", self.height, 1, MAX_SIDE)
+        whole("frames", self.frames, 1, MAX_FRAMES)
+        expect(self.interpolated in INTERPOLATED, "interpolated", self.interpolated, "hard or soft")
+        expect(len(self.tracklets) <= MAX_OBJECTS, "tracklets", len(self.tracklets), f"at most {MAX_OBJECTS}")
         ids = [tracklet.id for tracklet in self.tracklets]
         for index, tracklet in enumerate(self.tracklets):
-            with _inside(f"tracklets[{index}]"):
-                _expect(tracklet.id not in ids[:index], "id", tracklet.id, "an id that no other tracklet has")
+            with inside(f"tracklets[{index}]"):
+                expect(tracklet.id not in ids[:index], "id", tracklet.id, "an id that no other tracklet has")
                 numbers = {f"keyframes[{place}].frame": key.frame for place, key in enumerate(tracklet.keyframes)}
                 for name, frame in (numbers | {"enter": tracklet.enter, "leave": tracklet.leave}).items():
                     if frame is not None:
-                        _whole(name, frame, 0, self.frames - 1)
+                        whole(name, frame, 0, self.frames - 1)
 
     @staticmethod
     def from_json(value: str | dict) -> "Tracklets":
@@ -133,7 +132,7 @@ class Tracklets:
 
     def retime(self, frames: int) -> "Tracklets":
         """The same movement in another number of frames: first and last stay so, others go to the nearest."""
-        _whole("frames", frames, 1, MAX_FRAMES)
+        whole("frames", frames, 1, MAX_FRAMES)
         if frames == self.frames:
             return self
         scale = (frames - 1) / max(self.frames - 1, 1)
@@ -168,9 +167,9 @@ class Tracklets:
         scale = max(width / self.width, height / self.height)
         crop_w, crop_h = (max(round(side / scale), 1) for side in (width, height))
         crop_w, crop_h = min(crop_w, self.width), min(crop_h, self.height)
-        whole = (crop_w, crop_h) == (self.width, self.height)
+        all_of_it = (crop_w, crop_h) == (self.width, self.height)
         left, top = (self.width - crop_w) // 2, (self.height - crop_h) // 2
-        return replace(self if whole else self.crop(left, top, crop_w, crop_h), width=width, height=height)
+        return replace(self if all_of_it else self.crop(left, top, crop_w, crop_h), width=width, height=height)
 
 
 def to_tensors(
@@ -198,83 +197,6 @@ def to_tensors(
     return boxes, mask
 
 
-def paint(frames: Tensor, boxes: Tensor, mask: Tensor, width: int = 4, skip_first: bool = False) -> Tensor:
-    """A copy of frames [T, H, W, 3] in 0..1 with the outline of every box that is there, `width` pixels inwards.
-
-    `skip_first` leaves the first frame clean, as self-tracking needs it (Boximator, arXiv 2402.01566).
-    """
-    painted = frames.clone()
-    high, wide = frames.shape[1:3]
-    scale = torch.tensor([wide, high, wide, high])
-    for frame, slot in mask.nonzero().tolist():
-        if frame == 0 and skip_first:
-            continue
-        x1, y1, x2, y2 = (boxes[frame, slot, :4].cpu() * scale).round().int().tolist()
-        inside = torch.zeros(high, wide, dtype=torch.bool)
-        inside[y1:y2, x1:x2] = True
-        inside[y1 + width : max(y2 - width, 0), x1 + width : max(x2 - width, 0)] = False
-        painted[frame, inside] = boxes[frame, slot, 4:7].to(painted)
-    return painted
-
-
-def from_mot(text: str, width: int, height: int, frames: int | None = None) -> Tracklets:
-    """From MOT Challenge's CSV `frame,id,x,y,w,h,conf,class,vis`: frames from 1, pixels of a width x height video.
-
-    Lines need the first six; conf 0 means "ignore". An object is there from its first line to its last.
-    ValueError names the line.
-    """
-    seen: dict[int, dict[int, Keyframe]] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), 1):
-        if not row or (number == 1 and row[0].strip() == "frame"):
-            continue
-        with _inside(f"line {number}", ": "):
-            _expect(len(row) >= 6, "line", ",".join(row), "frame,id,x,y,w,h,conf,class,vis")
-            frame, name = (_number(field, cell, whole=True) for field, cell in zip(("frame", "id"), row, strict=False))
-            x, y, w, h = (_number(field, cell) for field, cell in zip("xywh", row[2:], strict=False))
-            if len(row) > 6 and _number("conf", row[6]) == 0:
-                continue
-            _whole("frame", frame, 1, frames or MAX_FRAMES)
-            _whole("id", name, 1, MAX_ID)
-            key = Keyframe(frame - 1, (x / width, y / height, (x + w) / width, (y + h) / height))
-            _expect(key.frame not in seen.get(name, {}), "frame", frame, f"each frame of id {name} once")
-            seen.setdefault(name, {})[key.frame] = key
-    _expect(bool(seen), "lines", 0, "at least one box")
-    last = max(frame for keys in seen.values() for frame in keys)
-    return _collect(seen, width, height, frames or last + 1)
-
-
-def from_masks(labels: Tensor) -> Tracklets:
-    """From whole numbers [T, H, W] that say which object a pixel belongs to, 0 none: its bounding box in each frame.
-
-    An object is there from the first frame with a pixel of it to the last.
-    """
-    frames, height, width = labels.shape
-    seen: dict[int, dict[int, Keyframe]] = {}
-    for label in labels.unique().tolist():
-        if label <= 0:
-            continue
-        for frame in range(frames):
-            y, x = (labels[frame] == label).nonzero(as_tuple=True)
-            if len(y):
-                left, top, right, bottom = (int(edge) for edge in (x.min(), y.min(), x.max() + 1, y.max() + 1))
-                box = (left / width, top / height, right / width, bottom / height)
-                seen.setdefault(int(label), {})[frame] = Keyframe(frame, box)
-    return _collect(seen, width, height, frames)
-
-
-def _collect(seen: dict[int, dict[int, Keyframe]], width: int, height: int, frames: int) -> Tracklets:
-    if len(seen) > MAX_OBJECTS:
-        logging.warning("Kinoloom: %d tracked objects, of which the %d longest are kept", len(seen), MAX_OBJECTS)
-        seen = dict(sorted(seen.items(), key=lambda item: -len(item[1]))[:MAX_OBJECTS])
-    made = []
-    for color, (name, keys) in zip(PALETTE, sorted(seen.items()), strict=False):
-        first, last = min(keys), max(keys)
-        enter, leave = first or None, None if last == frames - 1 else last
-        ordered = tuple(keys[frame] for frame in sorted(keys))
-        made.append(Tracklet(name, f"object {name}", color, ordered, enter, leave))
-    return Tracklets(width, height, frames, tuple(made))
-
-
 def _at(tracklet: Tracklet, frame: int, hard_between: bool) -> tuple[list[float], bool]:
     """The box at a frame, and whether it is hard."""
     keys = tracklet.keyframes
@@ -285,6 +207,10 @@ def _at(tracklet: Tracklet, frame: int, hard_between: bool) -> tuple[list[float]
     part = (frame - before.frame) / max(after.frame - before.frame, 1)
     moved = [a + (b - a) * part for a, b in zip(before.box, after.box, strict=True)]
     return moved, hard_between and before.hard and after.hard
+
+
+def _coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -REACH <= value <= REACH
 
 
 def _tracklet(value: Any, index: int) -> Tracklet:
@@ -302,53 +228,21 @@ def _keyframe(value: Any, _: int) -> Keyframe:
 
 def _known(kind: type, value: Any, required: tuple[str, ...]) -> dict[str, Any]:
     names = [field.name for field in fields(kind)]
-    _expect(isinstance(value, dict), kind.__name__.lower(), value, f"an object with {', '.join(required)}")
+    expect(isinstance(value, dict), kind.__name__.lower(), value, f"an object with {', '.join(required)}")
     for name in value:
-        _expect(name in names, name, value[name], f"one of {', '.join(names)}")
+        expect(name in names, name, value[name], f"one of {', '.join(names)}")
     for name in required:
-        _expect(name in value, name, None, f"a value; {', '.join(required)} are needed")
-    def whole(name: str, found: Any) -> bool:  # JSON has one kind of number: 1.0 is a whole one, as in the editor
+        expect(name in value, name, None, f"a value; {', '.join(required)} are needed")
+    def is_whole(name: str, found: Any) -> bool:  # JSON has one kind of number: 1.0 is a whole one, as in the editor
         return name in WHOLE and isinstance(found, float) and found.is_integer()
 
-    return {name: int(found) if whole(name, found) else found for name, found in value.items()}
+    return {name: int(found) if is_whole(name, found) else found for name, found in value.items()}
 
 
 def _parsed(given: dict[str, Any], name: str, parse: Callable[[Any, int], Any]) -> list[Any]:
-    _expect(isinstance(given[name], list), name, given[name], "a list")
+    expect(isinstance(given[name], list), name, given[name], "a list")
     made = []
     for index, item in enumerate(given[name]):
-        with _inside(f"{name}[{index}]"):
+        with inside(f"{name}[{index}]"):
             made.append(parse(item, index))
     return made
-
-
-@contextmanager
-def _inside(place: str, separator: str = ".") -> Iterator[None]:
-    """Errors from within say where they are."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}{separator}{error}") from None
-
-
-def _expect(right: bool, name: str, value: Any, expected: str) -> None:
-    if not right:
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _expect(right, name, value, f"a whole number {low}..{high}")
-
-
-def _coordinate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -REACH <= value <= REACH
-
-
-def _number(name: str, cell: str, whole: bool = False) -> Any:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    _expect(math.isfinite(value) and not (whole and value % 1), name, cell, "a whole number" if whole else "a number")
-    return int(value) if whole else value

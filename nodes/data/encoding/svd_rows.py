@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ....lora_io.file import load
-from ....trainers.conditions.tracklets import MAX_OBJECTS, PALETTE, Tracklets, paint, rgb, to_tensors
+from ....trainers.conditions.tracklet_painting import paint
+from ....trainers.conditions.tracklets import MAX_OBJECTS, PALETTE, Tracklets, rgb, to_tensors
 from ....trainers.core.config import knob
 from ....trainers.core.data import Row, TrainingData, column_path
 from ....trainers.core.rng import derived_generator

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ....trainers.conditions.tracklets import Tracklets, from_mot
+from ....trainers.conditions.tracklet_sources import from_mot
+from ....trainers.conditions.tracklets import Tracklets
 
 
 def load_tracklets(path: Path, width: int, height: int, frames: int | None = None) -> Tracklets:
