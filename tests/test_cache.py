@@ -19,7 +19,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from kinoloom.lora_io.file import sweep
 from kinoloom.nodes.data.encoding import cache
-from kinoloom.nodes.data.encoding.columns import Columns, data_folder, open_columns
+from kinoloom.nodes.data.encoding.cache import data_folder
+from kinoloom.nodes.data.encoding.columns import Columns, open_columns
 from kinoloom.nodes.folders import output_folder
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import routes

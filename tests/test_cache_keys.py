@@ -13,7 +13,8 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import nodes as data_nodes
 from kinoloom.nodes.data import svd_nodes as svd_data
 from kinoloom.nodes.data.encoding import model_keys
-from kinoloom.nodes.data.encoding.columns import Columns, data_folder
+from kinoloom.nodes.data.encoding.cache import data_folder
+from kinoloom.nodes.data.encoding.columns import Columns
 from kinoloom.nodes.data.reading.sources import from_tensor
 from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets

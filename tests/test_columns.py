@@ -13,7 +13,8 @@ import torch
 from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import nodes as data_nodes
 from kinoloom.nodes.data import svd_nodes as svd_data
-from kinoloom.nodes.data.encoding.columns import VERSIONS, Columns, data_folder
+from kinoloom.nodes.data.encoding.cache import data_folder
+from kinoloom.nodes.data.encoding.columns import VERSIONS, Columns
 from kinoloom.nodes.data.encoding.prompts import MOST_TOKENS, encode_prompt, tokenize
 from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.framing import resample

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_api.latest._input_impl import VideoFromFile
-from kinoloom.nodes.data import nodes as data
+from kinoloom.nodes.data import inputs
 from kinoloom.nodes.data.reading import folder, framing, sources, videos
 from kinoloom.nodes.data.reading.cutting import Clip, Options, plan
 from PIL import Image
@@ -74,7 +74,7 @@ def test_transparency_of_a_video_is_white(tmp_path: Path, caplog: pytest.LogCapt
     images = torch.from_numpy(frames).float() / 255
     for pictures, video in ((None, VideoFromFile(str(path))), (images, None)):
         caplog.clear()
-        [source] = data.clip_sources(pictures, video, 8.0)
+        [source] = inputs.clip_sources(pictures, video, 8.0)
         [frame] = source.frames([1])
         expected = {(20, 5): (1, 1, 1), (20, 20): (250 / 255, 0, 250 / 255), (2, 2): (254 / 255, 0.8, 254 / 255)}
         for place, colour in expected.items():
@@ -142,12 +142,12 @@ def test_windows_of_uneven_times_are_cut_at_moments(tmp_path: Path) -> None:
 def test_video_socket_keeps_the_speed_whole_in_memory_and_trimmed(tmp_path: Path) -> None:
     times = PATTERNS["slows"]
     path = write_timed(tmp_path / "a.mp4", times)
-    whole, memory = data.video_source(VideoFromFile(str(path))), VideoFromFile(BytesIO(path.read_bytes()))
-    held = data.video_source(memory)
+    whole, memory = inputs.video_source(VideoFromFile(str(path))), VideoFromFile(BytesIO(path.read_bytes()))
+    held = inputs.video_source(memory)
     assert columns(whole, framing.resample(whole, 10)) == columns(held, framing.resample(held, 10))
     assert len(framing.resample(whole, 10)) == 31
     for start, duration, first, last in ((0.6, 0, 12, 60), (0.6, 1.2, 12, 34), (0, 1.2, 0, 22), (-1.1, 0, 40, 60)):
-        part = data.video_source(VideoFromFile(str(path), start_time=start, duration=duration))
+        part = inputs.video_source(VideoFromFile(str(path), start_time=start, duration=duration))
         assert columns(part, [0, part.count - 1]) == [first, last]
         assert part.digest != whole.digest
         assert len(framing.resample(part, 10)) == (last - first) // 2 + 1
@@ -273,7 +273,7 @@ def test_hdr_is_brought_to_the_standard_range_and_said_once(
     white = videos.video(write_hdr(tmp_path / "white.mp4", (255, 255, 255), transfer))
     assert 235 < next(iter(white.frames([0]))).min() * 255 < 255
     assert white.notes[0].startswith("HDR (")
-    data.clip_sources(None, VideoFromFile(str(tmp_path / "white.mp4")), 16.0)
+    inputs.clip_sources(None, VideoFromFile(str(tmp_path / "white.mp4")), 16.0)
     assert caplog.text.count("white.mp4: HDR (") == 1
 
 
@@ -329,4 +329,4 @@ def test_playlist_or_text_with_a_video_s_name_opens_nothing(tmp_path: Path, kind
     with pytest.raises(ValueError, match="not a readable video"):
         videos.video(path)
     with pytest.raises(ValueError, match=rf"^list\.{suffix}: not a readable video"):
-        data.video_source(VideoFromFile(str(path)))
+        inputs.video_source(VideoFromFile(str(path)))

@@ -1,26 +1,23 @@
 """Nodes that make training data."""
 
-import hashlib
-import logging
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import InputImpl, io
-from server import PromptServer
+from comfy_api.latest import io
 
-from ...trainers.core.config import check
 from ...trainers.core.data import Row, TrainingData
-from ..lists import by_place, for_each, listed, only, only_each
+from ..lists import by_place, for_each, only, only_each
 from ..widgets import UNCONNECTED, require_one, widget
 from ..wires import TrainingDataType
 from .encoding.columns import frame_step
 from .encoding.text_rows import encode
+from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
 from .priors import PriorClips
-from .reading import captions, videos
-from .reading.cutting import ROLES, Clip, ClipPlan, Options, check_role, plan
-from .reading.folder import Reading, listing, plan_folder, resolve_folder
+from .reading import captions
+from .reading.cutting import Clip, ClipPlan, Options, plan
+from .reading.folder import Reading, plan_folder
 from .reading.framing import check_length
 from .reading.sources import Source, from_tensor
 
@@ -114,7 +111,7 @@ class EncodeClips(io.ComfyNode):
         motion_caption: Any = "",
         **options: Any,
     ) -> io.NodeOutput:
-        vae, clip, chosen = only("vae", vae), only("clip", clip), Options(**only_each(options))
+        vae, text_encoder, chosen = only("vae", vae), only("clip", clip), Options(**only_each(options))
         step = frame_step(vae)
         check_length(chosen.frames_per_clip, step)
         sources = clip_sources(images, video, only("source_fps", source_fps))
@@ -129,84 +126,7 @@ class EncodeClips(io.ComfyNode):
             return plan(Clip(source, written, mask), chosen, step)
 
         plans = for_each(planned, clips, lambda given: given[0].name)
-        return io.NodeOutput(encode(plans, "train", chosen, vae, clip))
-
-
-def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
-    """The clips and photos of one of these inputs; those of a list are numbered."""
-    require_one(images, video, None)
-    name, given = ("images", listed(images)) if video is None else ("video", listed(video))
-    if not given:
-        raise ValueError(f"{name}: the list is empty, expected one clip or more")
-    places = list(enumerate(given, 1))
-    found = for_each(
-        lambda place: from_tensor(name, place[1], fps) if video is None else video_source(place[1]),
-        places,
-        lambda place: name if len(given) == 1 else f"{name} #{place[0]}",
-    )
-    if len(found) > 1:
-        found = [replace(source, name=f"{source.name} #{number}") for number, source in enumerate(found, 1)]
-    for source in found:
-        for note in source.notes:
-            logging.warning("Kinoloom: %s: %s", source.name, note)
-    return found
-
-
-def video_source(video: Any) -> Source:
-    """The VIDEO's file, from its start to its end where it is trimmed; else its frames in memory."""
-    if isinstance(video, InputImpl.VideoFromFile):
-        file = video.get_stream_source()
-        try:
-            source = videos.video(Path(file) if isinstance(file, str) else file, *video.get_active_trim_window())
-        except ValueError as error:
-            name = Path(file).name if isinstance(file, str) else "video"
-            raise ValueError(f"{name}: {error}") from error
-        return source
-    parts = video.get_components()
-    return from_tensor("video", parts.images, float(parts.frame_rate))
-
-
-def folder_and_role() -> list[io.Input]:
-    return [
-        io.Combo.Input(
-            "folder",
-            options=folder_paths.get_input_subfolders(),
-            tooltip="The folder with the clips, inside ComfyUI's input folder.",
-        ),
-        io.Combo.Input(
-            "role",
-            options=list(ROLES),
-            default="train",
-            tooltip="train: learn the clips. validation: only measure the loss on them. prior: "
-            "clips of other subjects, so that the model does not forget them.",
-        ),
-    ]
-
-
-def check_folder_options(role: str | None, hold_out: int | None) -> bool:
-    """ValueError for widgets that do not fit, alone or together; what arrives by wire is None."""
-    if hold_out is not None:
-        check(Options.__dataclass_fields__["hold_out"], hold_out)
-    check_role(role or "train", hold_out or 0)
-    return True
-
-
-def alpha_as_mask() -> io.Input:
-    return io.Boolean.Input(
-        "alpha_as_mask",
-        default=False,
-        advanced=True,
-        tooltip="Take the transparency of photos and frames as their mask: only what is opaque counts. A mask file "
-        "goes first. Transparent parts are shown white in either case.",
-    )
-
-
-def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
-    """The data, with lines that are shown on the node."""
-    text = "\n".join(lines)
-    if node.hidden:  # in a prompt
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-    return io.NodeOutput(data, ui={"text": (text,)})
+        return io.NodeOutput(encode(plans, "train", chosen, vae, text_encoder))
 
 
 class ClipsFromFolder(io.ComfyNode):
@@ -236,11 +156,7 @@ class ClipsFromFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
-        """The folder's files; never the same for a folder that arrives by wire, which is None here."""
-        if folder is None:
-            return float("nan")
-        found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
-        return hashlib.sha256(repr(found).encode()).hexdigest()
+        return folder_state(folder)
 
     @classmethod
     def execute(

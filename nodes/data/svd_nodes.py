@@ -14,7 +14,7 @@ from ..lists import by_place, for_each, only, only_each
 from ..widgets import UNCONNECTED, require_one, widget
 from ..wires import TrackletsType, TrainingDataType
 from .encoding.svd_rows import LARGEST_BUCKET, SvdOptions, encode
-from .nodes import ClipsFromFolder, alpha_as_mask, check_folder_options, clip_sources, folder_and_role, output
+from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
 from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
 from .reading.sources import Source
@@ -152,7 +152,7 @@ class SvdClipsFromFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
-        return ClipsFromFolder.fingerprint_inputs(folder)
+        return folder_state(folder)
 
     @classmethod
     def execute(

@@ -17,7 +17,7 @@ from ...trainers.run.report import POLICY
 from ...trainers.run.shown import loader_name
 from ...trainers.run.unreadable import Unreadable
 from ..data.encoding import cache
-from ..data.encoding.columns import data_folder
+from ..data.encoding.cache import data_folder
 from ..folders import FOLDERS
 from .generation import generation
 from .registry import registry

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import folder_paths
+
 from ....lora_io.file import write_text
 from ....trainers.core.config import check, knob
 from ....trainers.run.plain import require_small_file
@@ -21,6 +23,10 @@ STEM = re.compile(r"[0-9a-f]{64}")
 
 _lock = threading.Lock()
 _used: set[Path] = set()  # files that a TRAINING_DATA value of this server's life may name
+
+
+def data_folder() -> Path:
+    return Path(folder_paths.get_system_user_directory("kinoloom")) / "data"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -24,14 +23,10 @@ from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
 
 
-def data_folder() -> Path:
-    return Path(folder_paths.get_system_user_directory("kinoloom")) / "data"
-
-
 def open_columns(files: int) -> "Columns":
     """For one run of a node that makes or finds so many files. What is over the cache's limit goes first."""
-    cache.keep_to_limit(data_folder())
-    return Columns(data_folder(), comfy.utils.ProgressBar(files))
+    cache.keep_to_limit(cache.data_folder())
+    return Columns(cache.data_folder(), comfy.utils.ProgressBar(files))
 
 
 def frame_step(vae: Any) -> int:
@@ -76,18 +71,18 @@ class Columns:
             return tuple(opened.get_slice("latents").get_shape())
 
     def prompts(
-        self, clip: Any, clip_id: str, texts: dict[str, str], variants: int, *, literal: bool
+        self, text_encoder: Any, text_encoder_id: str, texts: dict[str, str], variants: int, *, literal: bool
     ) -> dict[str, str]:
         """File stem by text. `texts` has what an error calls each; all are checked before the first is encoded."""
         described = {
-            text: describe(tokenize(clip, text, literal=literal, name=name)) for text, name in texts.items()
+            text: describe(tokenize(text_encoder, text, literal=literal, name=name)) for text, name in texts.items()
         }
 
         def one(text: str) -> str:
-            key = (clip_id, text, described[text], variants, TOKEN_MASK_PROB)
+            key = (text_encoder_id, text, described[text], variants, TOKEN_MASK_PROB)
             name = f"{texts[text]} {shown(text)}"
             return self.cached(
-                "prompt_embeds", key, name, lambda: encode_prompt(clip, text, variants, literal=literal)
+                "prompt_embeds", key, name, lambda: encode_prompt(text_encoder, text, variants, literal=literal)
             )
 
         return {text: one(text) for text in texts}

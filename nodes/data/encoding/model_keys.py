@@ -23,8 +23,9 @@ def of_vae(vae: Any) -> str:
     return _digest(of_patcher(vae.patcher), vae.vae_dtype)
 
 
-def of_text_encoder(clip: Any) -> str:
-    return _digest(of_patcher(clip.patcher), type(clip.tokenizer).__name__, clip.layer_idx, clip.tokenizer_options)
+def of_text_encoder(text_encoder: Any) -> str:
+    kind, settings = type(text_encoder.tokenizer).__name__, (text_encoder.layer_idx, text_encoder.tokenizer_options)
+    return _digest(of_patcher(text_encoder.patcher), kind, *settings)
 
 
 def of_model(model: Any) -> str:

@@ -17,7 +17,7 @@ EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:\S*")  # where core's tokenizers
 Tokens = dict[str, list[list[tuple]]]  # encoder -> sections of (token id or embedding, weight), as CLIP.tokenize gives
 
 
-def tokenize(clip: Any, text: str, *, literal: bool, name: str = "caption") -> Tokens:
+def tokenize(text_encoder: Any, text: str, *, literal: bool, name: str = "caption") -> Tokens:
     """Tokens of a text. ValueError starts with `name` and the text, for one that is too long or cannot be meant.
 
     A literal text has no prompt weights: (word:1.2) stands for its own characters.
@@ -26,8 +26,8 @@ def tokenize(clip: Any, text: str, *, literal: bool, name: str = "caption") -> T
         if len(text) > LONGEST_TEXT:
             raise ValueError(f"has {len(text)} characters, expected at most {LONGEST_TEXT}")
         written = escape(text) if literal else text
-        tokens = clip.tokenize(written)
-        _require_embeddings(clip, written)
+        tokens = text_encoder.tokenize(written)
+        _require_embeddings(text_encoder, written)
         for sections in tokens.values():
             _require_usable([token for section in sections for token in section])
         return tokens
@@ -58,11 +58,12 @@ def describe(tokens: Tokens) -> str:
     return digest.hexdigest()
 
 
-def _require_embeddings(clip: Any, written: str) -> None:
+def _require_embeddings(text_encoder: Any, written: str) -> None:
     """Core's tokenizers leave out an embedding that they do not find."""
     for segment, _ in token_weights(escape_important(written), 1.0):
         for word in EMBEDDING.findall(segment):
-            found = (token[0] for sections in clip.tokenize(word).values() for section in sections for token in section)
+            tokens = text_encoder.tokenize(word)
+            found = (token[0] for sections in tokens.values() for section in sections for token in section)
             if not any(isinstance(token, Tensor) for token in found):
                 name = unescape_important(word)
                 raise ValueError(f"{name} is not in models/embeddings: expected the name of an embedding")
@@ -75,17 +76,17 @@ def _require_usable(tokens: list[tuple]) -> None:
         raise ValueError(f"has the prompt weight {bad[0]}, expected a finite number")
 
 
-def encode_prompt(clip: Any, caption: str, variants: int, *, literal: bool = True) -> dict[str, Tensor]:
+def encode_prompt(text_encoder: Any, caption: str, variants: int, *, literal: bool = True) -> dict[str, Tensor]:
     """Encodings [1 + variants, n, D] of the caption and of variants without some of its tokens, zero tail cut off.
 
     Tokens are dropped before the encoder, so what remains has to carry the meaning (Set-and-Sequence 3.4.3).
     """
-    empty = clip.tokenize("")
-    clean = tokenize(clip, caption, literal=literal)
+    empty = text_encoder.tokenize("")
+    clean = tokenize(text_encoder, caption, literal=literal)
     end = end_token(clean, empty)
     rng = derived_generator("token variants", caption, TOKEN_MASK_PROB)
     prompts = [clean] + [drop_tokens(clean, empty, TOKEN_MASK_PROB, rng) for _ in range(variants)]
-    encoded = torch.cat([clip.encode_from_tokens(tokens).float().cpu() for tokens in prompts])
+    encoded = torch.cat([text_encoder.encode_from_tokens(tokens).float().cpu() for tokens in prompts])
     used = encoded.abs().amax(dim=(0, 2)).nonzero()
     return {
         "prompt_embeds": encoded[:, : int(used.max()) + 1],

@@ -27,8 +27,8 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
     samples = [(planned, _samples(planned, options.single_frames)) for planned in plans]
     files = sum(len(taken) * (2 if p.clip.mask else 1) for p, groups in samples for _, _, taken in groups)
     columns = open_columns(len(captions) + files)
-    clip_id, vae_id = model_keys.of_text_encoder(text_encoder), model_keys.of_vae(vae)
-    prompts = columns.prompts(text_encoder, clip_id, captions, options.token_variants, literal=True)
+    text_encoder_id, vae_id = model_keys.of_text_encoder(text_encoder), model_keys.of_vae(vae)
+    prompts = columns.prompts(text_encoder, text_encoder_id, captions, options.token_variants, literal=True)
     rows = []
     for planned, groups in samples:
         source, mask, size = planned.clip.source, planned.clip.mask, (planned.width, planned.height)
