@@ -64,6 +64,7 @@ FLOORS = (
     ("animatediff", "svd", "tracklets"),
     ("__init__",),
 )
+MOST_FLOORS = 6  # of a folder, as its imports say
 
 
 def allowed(path: Path, target: str) -> bool:
@@ -142,6 +143,40 @@ def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
 )
 def test_the_rules_catch(path: str, source: str) -> None:
     assert len(violations(PACK / path, source)) == 1
+
+
+def rooms(folder: Path) -> dict[str, set[str]]:
+    """The files and folders in a folder, and which of them each imports."""
+    inside = {path: path.relative_to(folder).with_suffix("").parts[0] for path in FILES if folder in path.parents}
+    arrows: dict[str, set[str]] = {room: set() for room in inside.values()}
+    start = f"{relative(folder).replace('/', '.')}."
+    for path, room in inside.items():
+        targets = (target for target, is_relative in imports(path) if is_relative and target.startswith(start))
+        arrows[room] |= {target.removeprefix(start).split(".")[0] for target in targets}
+    return {room: others & arrows.keys() - {room} for room, others in arrows.items()}
+
+
+def floors(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Rooms from the ground up, each on the lowest floor that is above all that it imports."""
+    found: list[set[str]] = []
+    while left := arrows.keys() - set().union(*found):
+        found.append({room for room in left if not arrows[room] & left})
+        assert found[-1], f"rooms that import each other: {sorted(left)}"
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {PACK}), ids=relative)
+def test_a_folder_has_six_floors_at_most_and_no_circle(folder: Path) -> None:
+    assert len(floors(rooms(folder))) <= MOST_FLOORS
+
+
+def test_floors_are_counted_and_circles_are_found() -> None:
+    found = floors(rooms(PACK / "nodes"))
+    assert found[-1] == {"__init__"} and "wires" in found[0] and len(found) >= 4
+    assert rooms(PACK / "nodes")["tracklets"] >= {"training", "hooked"}
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"c"}}) == [{"c"}, {"b", "d"}, {"a"}]
+    with pytest.raises(AssertionError, match=r"\['a', 'b', 'd'\]"):
+        floors({"a": {"b"}, "b": {"a"}, "c": set(), "d": {"a"}})
 
 
 def test_every_file_directly_in_trainers_ends_with_its_recipe() -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from kinoloom.lora_io.file import load, save
-from kinoloom.lora_io.svd import convert_unet, lora_to_comfy
+from kinoloom.lora_io.svd_layouts import convert_unet, lora_to_comfy
 from kinoloom.nodes.svd.convert import ConvertSvd, choices
 from safetensors.torch import load_file
 from torch import Tensor

@@ -12,7 +12,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep, UNetModel
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_diffusers
-from kinoloom.lora_io.svd import (
+from kinoloom.lora_io.svd_layouts import (
     CHECKPOINT,
     convert_unet,
     layout_of,

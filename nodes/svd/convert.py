@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ...lora_io.file import copy_renamed, free_path, load, load_names, save
 from ...lora_io.keys import PREFIX, UNET
 from ...lora_io.peft import METADATA, alpha_of, config_of
-from ...lora_io.svd import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
+from ...lora_io.svd_layouts import layout_of, lora_to_comfy, lora_to_diffusers, unet_names
 from ..folders import DIFFUSERS, DIFFUSION_MODELS, LORAS, output_folder
 
 FILES = (".safetensors", ".sft")

@@ -118,7 +118,7 @@ def diffusers_peft(shape: Shape, folder: Path, *, layers: int, checkpointing: bo
     from peft import LoraConfig, get_peft_model
 
     register_pack()
-    from kinoloom.lora_io.svd import convert_unet
+    from kinoloom.lora_io.svd_layouts import convert_unet
 
     with torch.device("meta"):
         heads = tuple(width // HEAD_DIM for width in shape.widths)
@@ -186,7 +186,7 @@ def plain_loop(shape: Shape, folder: Path, tick: Tick, **options: Any) -> None:
 def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """The loss and gradients by diffusers' layers of one step in fp32, and what `plain_loss` needs for the same step."""
     recipe = our_recipe(shape, folder, precision="fp32", checkpointing="off")
-    from kinoloom.lora_io.svd import to_diffusers
+    from kinoloom.lora_io.svd_layouts import to_diffusers
     from kinoloom.trainers.backbones.svd.objective import drawn_conditions
     from kinoloom.trainers.core.plain_lora import GROUP
     from kinoloom.trainers.core.rng import Rng

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +10,9 @@ from torch import Tensor
 from ...lora_io import keys
 from ...lora_io.file import save
 from ...lora_io.metadata import describe
-from ..core.config import TrainConfig
 from ..core.events import Saved
 from ..core.recipe import Phase, Recipe
+from .plain import public_config
 from .record import Record
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -55,15 +53,6 @@ def _drop(earlier: Path, path: Path, start: str) -> None:
     if earlier != path and earlier.parent == path.parent and earlier.name.startswith(start):
         with suppress(OSError):  # gone already, or held open by a loader
             earlier.unlink()
-
-
-def public_config(config: TrainConfig) -> dict[str, Any]:
-    """The options as they may be shared: of chosen files the name alone."""
-    return {
-        option.name: Path(value).name if option.metadata["file_of"] else value
-        for option in fields(config)
-        for value in [getattr(config, option.name)]
-    }
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reads and checks JSON files of limited size, and builds dataclasses from them by type hints."""
+"""Reads and checks JSON files of limited size, builds dataclasses from them by type hints, and writes options plainly."""
 
 import json
 import stat
@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from ..core.config import TrainConfig
 
 Plain = str | int | float | bool | None
 LARGEST_FILE = 1 << 28  # bytes
@@ -76,3 +78,12 @@ def _expect(kinds: Any, value: Any, name: str) -> Any:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name}={str(value)[:60]!r}: expected {expected}")
     return value
+
+
+def public_config(config: TrainConfig) -> dict[str, Any]:
+    """The options as they may be shared: of chosen files the name alone."""
+    return {
+        option.name: Path(value).name if option.metadata["file_of"] else value
+        for option in fields(config)
+        for value in [getattr(config, option.name)]
+    }

@@ -8,8 +8,8 @@ from typing import Any
 from ..core.config import TrainConfig
 from ..core.events import Plan
 from ..core.recipe import Recipe
-from .export import public_config
 from .line import Line, ordinal
+from .plain import public_config
 from .record import Record
 from .report import Report
 
