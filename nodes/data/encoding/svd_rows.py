@@ -1,8 +1,9 @@
 """Encodes clips as Stable Video Diffusion trains on them: latents, and the first frame as the model is given it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -19,7 +20,7 @@ from ..reading.cutting import ClipPlan, Options, assign_roles, log_sizes, row_na
 from ..reading.framing import fit
 from ..reading.sources import Source
 from . import model_keys
-from .columns import encode_pixels, open_columns
+from .columns import Columns, encode_pixels, open_columns
 
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws
@@ -64,44 +65,70 @@ def encode(
             check_tracklets(found, planned.clip.source)
     plans = assign_roles(plans, role, options.hold_out)
     each = [2 + bool(p.clip.mask) + (p.clip.source.name in tracked) for p in plans]
-    files = sum(count * len(p.windows) for count, p in zip(each, plans, strict=True))
-    columns = open_columns(files)
-    vae_id, vision_id = model_keys.of_vae(vae), model_keys.of_patcher(clip_vision.patcher)
+    columns = open_columns(sum(count * len(p.windows) for count, p in zip(each, plans, strict=True)))
+    encoder = Encoder(columns, vae, clip_vision, options.fps, motion_bucket)
     rows, lines = [], []
     for planned in plans:
-        source, size = planned.clip.source, (planned.width, planned.height)
-        fps = max(round(options.fps or source.fps), 1)
-        if tracklets := tracked.get(source.name):
-            drawn, boxes = tracklets.to_json(), to_tensors(tracklets, source.count, size)
-        for window, own in zip(map(list, planned.windows), planned.roles, strict=True):
-
-            def image(
-                frames: list[Tensor], key: str = f"{source.digest} {window}", size: tuple = size, fps: int = fps
-            ) -> dict:
-                pixels = torch.stack([fit(frame, *size) for frame in frames])
-                return {
-                    **first_frame(pixels[:1], vae, clip_vision, key),
-                    "fps": torch.tensor(float(fps)),
-                    "motion_bucket": torch.tensor(float(motion_bucket or estimate_motion_bucket(pixels))),
-                }
-
-            (latents,) = columns.latents(vae, vae_id, source, [window], *size)
-            key = (vae_id, vision_id, source.digest), (*size, fps, motion_bucket)
-            (first,) = columns.of_windows("image", source, [window], *key, image)
-            named, shape = {"latents": latents, "image": first}, columns.shape(latents)
-            if planned.clip.mask:
-                (named["mask"],) = columns.masks(planned.clip.mask, [window], *size, 1, shape[-2:])
-            if tracklets:
-                key = (vae_id, source.digest, drawn)
-                make = painter(vae, source.digest, size, *(value[window] for value in boxes))
-                (named["tracklets"],) = columns.of_windows("tracklets", source, [window], key, size, make)
-            rows.append(Row(row_name(source, window), "clips", own, shape, named))
-            bucket = int(load(column_path(columns.folder, first, "image"))[0]["motion_bucket"])
-            lines.append(f"{rows[-1].name}: motion bucket {bucket}{'' if motion_bucket else ' (estimated)'}, {fps} fps")
+        for row, line in encoder.rows(planned, tracked.get(planned.clip.source.name)):
+            rows.append(row)
+            lines.append(line)
     log_sizes(plans)
     for line in lines:
         logging.info("Kinoloom: %s", line)
     return TrainingData(str(columns.folder), tuple(rows)), lines
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes rows of clips. `fps` 0 keeps the rate of each, `motion_bucket` 0 estimates that of each."""
+
+    columns: Columns
+    vae: Any
+    clip_vision: Any
+    fps: float
+    motion_bucket: int
+
+    @cached_property
+    def vae_id(self) -> str:
+        return model_keys.of_vae(self.vae)
+
+    @cached_property
+    def vision_id(self) -> str:
+        return model_keys.of_patcher(self.clip_vision.patcher)
+
+    def rows(self, planned: ClipPlan, tracklets: Tracklets | None) -> Iterator[tuple[Row, str]]:
+        """A row for each window of a clip, and a line about its motion."""
+        source, size = planned.clip.source, (planned.width, planned.height)
+        fps = max(round(self.fps or source.fps), 1)
+        boxes = to_tensors(tracklets, source.count, size) if tracklets else ()
+        for window, role in zip(map(list, planned.windows), planned.roles, strict=True):
+            (latents,) = self.columns.latents(self.vae, self.vae_id, source, [window], *size)
+            image, bucket = self._image(source, window, size, fps)
+            named, shape = {"latents": latents, "image": image}, self.columns.shape(latents)
+            if planned.clip.mask:
+                (named["mask"],) = self.columns.masks(planned.clip.mask, [window], *size, 1, shape[-2:])
+            if tracklets:
+                key = (self.vae_id, source.digest, tracklets.to_json())
+                make = painter(self.vae, source.digest, size, *(value[window] for value in boxes))
+                (named["tracklets"],) = self.columns.of_windows("tracklets", source, [window], key, size, make)
+            name = row_name(source, window)
+            estimated = "" if self.motion_bucket else " (estimated)"
+            yield Row(name, "clips", role, shape, named), f"{name}: motion bucket {bucket}{estimated}, {fps} fps"
+
+    def _image(self, source: Source, window: list[int], size: tuple[int, int], fps: int) -> tuple[str, int]:
+        """File stem of the first frame's column, and the motion bucket in it."""
+
+        def make(frames: list[Tensor]) -> dict[str, Tensor]:
+            pixels = torch.stack([fit(frame, *size) for frame in frames])
+            return {
+                **first_frame(pixels[:1], self.vae, self.clip_vision, f"{source.digest} {window}"),
+                "fps": torch.tensor(float(fps)),
+                "motion_bucket": torch.tensor(float(self.motion_bucket or estimate_motion_bucket(pixels))),
+            }
+
+        key = (self.vae_id, self.vision_id, source.digest), (*size, fps, self.motion_bucket)
+        (stem,) = self.columns.of_windows("image", source, [window], *key, make)
+        return stem, int(load(column_path(self.columns.folder, stem, "image"))[0]["motion_bucket"])
 
 
 def check_tracklets(tracklets: Tracklets, source: Source) -> None:
