@@ -1,4 +1,4 @@
-"""Reads and checks JSON files of limited size, builds dataclasses from them by type hints, and writes options plainly."""
+"""Reads and checks JSON files of limited size, builds dataclasses from them, and makes plain values of options."""
 
 import json
 import stat
