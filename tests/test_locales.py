@@ -64,7 +64,7 @@ def test_names_are_escaped_for_the_front_end_and_tooltips_are_not() -> None:
 
 
 def test_settings_and_commands_are_translated() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (PACK / "web").glob("*js"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (PACK / "web").rglob("*js"))
     for file, label in (("settings", "name"), ("commands", "label")):
         ids = re.findall(rf'id: "(Kinoloom\.[\w.]+)",\s*{label}:', source)
         translated = json.loads((PACK / "locales" / "zh" / f"{file}.json").read_text(encoding="utf-8"))
