@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinoloom.nodes.training.generation import generation
+from kinoloom.nodes.training.generation import generation, workflow
 from kinoloom.trainers import recipes
 from kinoloom.trainers.run.job import Job
 
@@ -93,6 +93,16 @@ def test_what_a_method_names_is_in_its_templates(name: str) -> None:
         nodes = json.loads((WORKFLOWS / f"{template}.json").read_text())["nodes"]
         mine = [n.get("title") or n["type"] for n in nodes if str((n.get("widgets_values") or [""])[0]).startswith("kinoloom/")]
         assert sorted(mine) == sorted(loaders), template
+
+
+def test_each_file_is_in_its_loader_and_the_others_are_bypassed() -> None:
+    def opened(loaders: dict[str, str | None]) -> dict[str, tuple[Any, int]]:
+        nodes = {n.get("title") or n["type"]: n for n in workflow(BOTH, loaders)["nodes"]}
+        return {name: (node["widgets_values"][0], node["mode"]) for name, node in nodes.items() if name in (LOOK, MOVES)}
+
+    look, moves = "run/look.safetensors", "run/moves.safetensors"
+    assert opened({LOOK: look, MOVES: moves}) == {LOOK: (look, 0), MOVES: (moves, 0)}
+    assert opened({LOOK: look, MOVES: None}) == {LOOK: (look, 0), MOVES: (opened({})[MOVES][0], 4)}
 
 
 @pytest.mark.parametrize(

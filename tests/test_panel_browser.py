@@ -264,28 +264,6 @@ def test_a_page_of_another_version_says_what_it_lacks(page: Page) -> None:
     expect(toast(page, "it lacks evaluated, merged. Reload it.")).to_be_visible(timeout=LATER)
 
 
-def test_generate_puts_each_file_into_its_loader_and_bypasses_the_others(page: Page) -> None:
-    def opened(template: str, loaders: dict[str, str | None]) -> dict[str, tuple[str, int]]:
-        page.evaluate(
-            """async (answer) => {
-                const { openGeneration } = await import("/extensions/kinoloom/training/generate.mjs");
-                await openGeneration({ ask: async () => answer }, { id: "1", run_name: "run" });
-            }""",
-            {"template": template, "loaders": loaders},
-        )
-        nodes = page.evaluate("app.graph.nodes.map((n) => [n.title, n.type, n.widgets?.[0]?.value, n.mode])")
-        return {name: (value, mode) for *names, value, mode in nodes for name in names if name in loaders}
-
-    spatial, temporal = "kinoloom/run/run-spatial-000009.safetensors", "kinoloom/run/run-temporal-best-000007.safetensors"
-    both = {"Load LoRA: spatial": spatial, "KinoloomLoadMotionLora": temporal}
-    assert opened("motion_director_both_generate", both) == {
-        "Load LoRA: spatial": (spatial, 0),
-        "KinoloomLoadMotionLora": (temporal, 0),
-    }
-    found = opened("motion_director_both_generate", {**both, "KinoloomLoadMotionLora": None})
-    assert found["Load LoRA: spatial"] == (spatial, 0) and found["KinoloomLoadMotionLora"][1] == 4
-
-
 def test_smoothing_is_tensorboards_and_curves_follow_phases(page: Page) -> None:
     values = [4.0, 2.0, None, 3.0, 1.0]
     weight, mean, count, expected = 0.6, 0.0, 0, []

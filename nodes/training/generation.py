@@ -1,11 +1,15 @@
 """Which shipped workflow generates with a run's files, and where each file goes in it."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ...trainers.run.job import Job
 from ...trainers.run.shown import loader_name
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+BYPASSED = 4  # a mode of nodes in ComfyUI's workflows
 
 
 def generation(job: Job) -> dict[str, Any]:
@@ -25,6 +29,18 @@ def generation(job: Job) -> dict[str, Any]:
             used = {loader: loader_name(made[name]) for loader, name in choice.loaders.items()}
             return {"template": choice.template, "loaders": unused | used}
     raise ValueError(f"run {job.spec.run_name!r} has no file left that a template generates with")
+
+
+def workflow(template: str, loaders: dict[str, str | None]) -> dict[str, Any]:
+    """The shipped workflow with these files in its loaders. A loader is named by its title or type; None bypasses it."""
+    found = json.loads((WORKFLOWS / f"{template}.json").read_text(encoding="utf-8"))
+    for node in found["nodes"]:
+        for name in loaders.keys() & {node.get("title"), node["type"]}:
+            if file := loaders[name]:
+                node["widgets_values"][0] = file
+            else:
+                node["mode"] = BYPASSED
+    return found
 
 
 def newest(job: Job, export: str) -> Path | None:

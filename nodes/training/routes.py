@@ -19,7 +19,7 @@ from ...trainers.run.unreadable import Unreadable
 from ..data.encoding import cache
 from ..data.encoding.cache import data_folder
 from ..folders import FOLDERS
-from .generation import generation
+from .generation import generation, workflow
 from .registry import registry
 from .words import words
 
@@ -56,7 +56,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get("/kinoloom/jobs/{id}/generation")
     async def show_generation(request: web.Request) -> web.Response:
         try:
-            return await answer(generation, find(request))
+            return await answer(generated, find(request))
         except ValueError as error:
             raise refusal(web.HTTPConflict, str(error)) from error
 
@@ -174,6 +174,11 @@ def files(job: Job) -> dict[str, Any]:
                 stat, name = path.stat(), loader_name(path) if has_loras else None
                 found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})
     return {"folder": f"kinoloom/{job.spec.run_name}", "files": found}
+
+
+def generated(job: Job) -> dict[str, Any]:
+    found = generation(job)
+    return {**found, "workflow": workflow(**found)}
 
 
 def sample_path(job: Job, name: str) -> Path:

@@ -3,7 +3,6 @@
 import { el, fill } from "../shared/dom.mjs";
 import { Chart } from "./chart.mjs";
 import { bar, button, duration, icon, size, stateOf, steps, timeLeft } from "./facts.mjs";
-import { openGeneration } from "./generate.mjs";
 import { Samples } from "./samples.mjs";
 import { lossSeries } from "./series.mjs";
 import { hasEnded } from "./words.mjs";
@@ -12,7 +11,7 @@ const LOG_SECONDS = 3;
 const ELSEWHERE = "This run is in use by another ComfyUI with the same base directory. Stop it there.";
 
 export class JobView {
-    /** `host` has back(), setting(name), confirm(title, message) -> Promise, copy(text). */
+    /** `host` has back(), setting(name), copy(text), and as promises confirm(title, message) and openTab(workflow, name). */
     constructor(jobs, id, host) {
         Object.assign(this, { jobs, id, host });
         const part = (className) => el("div", { className });
@@ -100,7 +99,7 @@ export class JobView {
         }
         const name = job.main_file;
         if (name) {
-            const generate = () => this.jobs.attempt(() => openGeneration(this.jobs, job));
+            const generate = () => this.jobs.attempt(() => this.generate(job));
             made.push(button("Generate", "pi-video", "Open the template that generates with it", generate));
             made.push(button("Copy name", "pi-copy", name, () => this.host.copy(name)));
         }
@@ -117,6 +116,11 @@ export class JobView {
 
     deletion(job) {
         return button("Delete", "pi-trash", "Delete the run's record", () => this.delete(job));
+    }
+
+    async generate(job) {
+        const { template, workflow } = await this.jobs.ask(`/${job.id}/generation`);
+        await this.host.openTab(workflow, `${job.run_name}, ${template}`);
     }
 
     async free(job) {

@@ -47,6 +47,7 @@ export class Panel {
             setting: this.setting,
             confirm: (title, message) => app.extensionManager.dialog.confirm({ title, message, type: "delete" }),
             copy,
+            openTab,
         };
     }
 
@@ -100,4 +101,10 @@ async function copy(text) {
         area.remove();
     }
     app.extensionManager.toast.add({ severity: "info", summary: "Copied", detail: text, life: 3000 });
+}
+
+/** Open a workflow in a tab of its own. */
+async function openTab(workflow, name) {
+    await app.refreshComboInNodes(); // the lists of files have grown
+    await app.loadGraphData(workflow, true, true, name);
 }
