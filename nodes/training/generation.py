@@ -32,7 +32,7 @@ def generation(job: Job) -> dict[str, Any]:
 
 
 def workflow(template: str, loaders: dict[str, str | None]) -> dict[str, Any]:
-    """The shipped workflow with these files in its loaders. A loader is named by its title or type; None bypasses it."""
+    """The shipped workflow with these files in its loaders. Loaders are named by title or type; None bypasses one."""
     found = json.loads((WORKFLOWS / f"{template}.json").read_text(encoding="utf-8"))
     for node in found["nodes"]:
         for name in loaders.keys() & {node.get("title"), node["type"]}:
