@@ -28,7 +28,11 @@ def start_comfyui(base: Path) -> None:
 
 def register_pack() -> None:
     """Name the repository's root `kinoloom` without running its __init__.py, which needs a server."""
-    spec = importlib.util.spec_from_file_location(
-        "kinoloom", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    sys.modules["kinoloom"] = importlib.util.module_from_spec(spec)
+    register("kinoloom", PACK)
+
+
+def register(name: str, folder: Path) -> None:
+    """Name a package in `folder` without running its __init__.py."""
+    path, places = folder / "__init__.py", [str(folder)]
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
+    sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -15,4 +15,4 @@ export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 [[ -n "${PYTHON:-}" ]] || RUNTIME="$runtime" bash "$root/scripts/setup.sh" --browser
 cd "$root"
-"${PYTHON:-$runtime/venv/bin/python}" -m pytest -n 0 -m smoke $(grep -l "mark.smoke" tests/test_*.py)
+"${PYTHON:-$runtime/venv/bin/python}" -m pytest -n 0 -m smoke $(grep -l "mark.smoke" tests/*/test_*.py)

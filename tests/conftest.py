@@ -1,33 +1,33 @@
-"""Puts the real ComfyUI (in CPU mode without CUDA) and the pack, as the package `kinoloom`, in front of every test."""
+"""Names the pack `kinoloom` for every test, and makes what several tiers share: tiny models, data and a server."""
 
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_sd
-import tiny_svd
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+import tiny
+from tiny import sd as tiny_sd
+from tiny import svd as tiny_svd
 from toyworld.install import install
 
-import tiny
 from comfy_client import Client, Server, make_base
-from comfy_library import COMFYUI, PACK, register_pack, start_comfyui
+from comfy_library import COMFYUI, PACK, register_pack
 
-PATIENCE = 120_000  # milliseconds for the page, on machines that do much else
 FRONT_END = os.environ.get("FRONT_END_DIR")  # the folder of another index.html than that of the installed front end
 
 
 def pytest_report_header() -> str:
-    import comfyui_version
+    return f"ComfyUI in {COMFYUI}, {FRONT_END or front_end()}"
 
-    front_end = FRONT_END or f"front end {version('comfyui-frontend-package')}"
-    return f"ComfyUI {comfyui_version.__version__} in {COMFYUI}, {front_end}"
+
+def front_end() -> str:
+    """The installed front end and its version, if there is one."""
+    package = "comfyui-frontend-package"
+    return f"{package} {version(package)}" if find_spec("comfyui_frontend_package") else f"no {package}"
 
 
 class _RootIsNoPackage:
@@ -39,25 +39,12 @@ class _RootIsNoPackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoPackage())
-    if not (COMFYUI / "main.py").is_file():
-        pytest.exit(f"no ComfyUI in {COMFYUI}: run `bash scripts/setup.sh`, or set COMFYUI_DIR", returncode=4)
-    config.stash[_BASE] = Path(tempfile.mkdtemp(prefix="kinoloom-tests-"))
-    make_base(config.stash[_BASE], PACK)
-    start_comfyui(config.stash[_BASE])
     register_pack()
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # as the pack does when the server has started: every run walks the rest at its end
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _BASE in config.stash:
-        shutil.rmtree(config.stash[_BASE], ignore_errors=True)
-
-
-_BASE = pytest.StashKey[Path]()
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +64,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inputs(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any]]:
     """The tiny MODEL that a method trains on, and synthetic data for it, prior rows included."""
-    from kinoloom.trainers import recipes  # which import ComfyUI, as only a configured pytest can
+    from kinoloom.trainers import recipes  # which import ComfyUI, as the pure tier cannot
 
     from .runs import load_tiny, write_data
 
@@ -140,29 +127,3 @@ def client(server: Server) -> Iterator[Client]:
     """A front-end session of its own on the running server."""
     with server.client() as connected:
         yield connected
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for found in map(shutil.which, names) if found), None)
-    if path is None:
-        pytest.fail("no Chromium: run `bash scripts/setup.sh --browser`")
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def page(browser: Browser, server: Server) -> Iterator[Page]:
-    """The real front end on the running server, its default workflow loaded: `page.evaluate("app.graph...")`."""
-    context = browser.new_context(base_url=f"http://{server.address}")
-    opened = context.new_page()
-    opened.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    opened.goto("/")
-    opened.wait_for_function(
-        "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
-    )
-    yield opened
-    context.close()

@@ -9,11 +9,10 @@ import comfy.clip_vision
 import comfy.sd
 import comfy.utils
 import folder_paths
-import tiny_sd
 import torch
 from safetensors.torch import save_file
-
-from tiny_weights import Weights
+from tiny import sd as tiny_sd
+from tiny.weights import Weights
 
 VISION = {
     "hidden_size": 32, "image_size": 224, "intermediate_size": 64, "model_type": "clip_vision_model",

@@ -1,6 +1,6 @@
 """Training runs without nodes: synthetic columns on disk, and jobs on them with every recipe at its smallest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from kinoloom.trainers.backbones.animatediff.model import AnimateDiff
 from kinoloom.trainers.backbones.flow.wan import Wan
 from kinoloom.trainers.backbones.svd.model import Svd
 from kinoloom.trainers.core.config import TrainConfig
-from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
+from kinoloom.trainers.core.data import PhaseData, TrainingData, write_column
 from kinoloom.trainers.core.memory import checkpointed_blocks
-from kinoloom.trainers.core.rng import derived_generator
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import load_private
@@ -24,10 +23,10 @@ from kinoloom.trainers.run.checkpoint import Identity, load_state
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.previews import FIRST_FRAMES, PROMPTS, Samples
 from kinoloom.trainers.run.record import Spec, read_record
+from rows import SHAPES, TEXT_LENGTH, TEXT_WIDTH, TOKENS, boxes, image, prompt, random, write_data, write_row  # noqa: F401
 from torch import Tensor
 from toyworld.pack import unet, video_unet
 
-TEXT_WIDTH, TEXT_LENGTH, TOKENS = 768, 12, 5
 SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
 # What makes a run of each method small: a new method adds a line, and is then in every test of the matrix.
 RUNS: dict[str, dict[str, Any]] = {
@@ -44,16 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "clean_learning_rate": 3e-3,
     },
 }
-SHAPES = {
-    "wan": {"frames": (16, 1, 4, 4), "clips": (16, 3, 4, 4)},
-    "animatediff": {"frames": (4, 1, 8, 16), "clips": (4, 3, 8, 16)},  # the deepest level is then 1x2
-    "svd": {"clips": (4, 3, 8, 8)},
-}
 LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
-
-
-def random(*shape: int, name: str) -> Tensor:
-    return torch.randn(shape, generator=derived_generator("test", name))
 
 
 def load_model(path: Path, **options: Any) -> Any:
@@ -83,69 +73,6 @@ def load_tiny(folder: Path, backbone: str) -> Any:
     if backbone == "svd":
         return load_svd(folder, "shallow_svd")
     return load_model(folder / "diffusion_models" / "tiny_wan.safetensors")
-
-
-def prompt(name: str, *, variants: int = 2, tokens: int = TOKENS, width: int = TEXT_WIDTH) -> dict[str, Tensor]:
-    """The column `prompt_embeds` as the encode nodes write it."""
-    return {
-        "prompt_embeds": random(1 + variants, tokens, width, name=f"{name} prompt"),
-        "prompt_length": torch.tensor(TEXT_LENGTH),
-        "prompt_tokens": torch.tensor([tokens, *[tokens - 1] * variants]),
-        "token_mask_prob": torch.tensor(0.1 if variants else 0.0),
-    }
-
-
-def image(name: str, *, height: int, width: int) -> dict[str, Tensor]:
-    """The column `image` as the SVD encode nodes write it, with two noisings of the first frame."""
-    return {
-        "image_embeds": random(1024, name=f"{name} embeds"),
-        "first_frames": random(3, 4, height, width, name=f"{name} first frame"),
-        "augmentations": torch.tensor([0.0, 0.03, 0.08]),
-        "fps": torch.tensor(7.0),
-        "motion_bucket": torch.tensor(127.0),
-    }
-
-
-def boxes(name: str, frames: int, *, height: int, width: int) -> dict[str, Tensor]:
-    """The column `tracklets`, of two objects and two deals of colours."""
-    corner = 0.4 * random(frames, 20, 2, name=f"{name} corner").sigmoid()
-    side = 0.2 + 0.4 * random(frames, 20, 2, name=f"{name} side").sigmoid()
-    places = torch.cat([corner, corner + side, torch.zeros(frames, 20, 3), torch.ones(frames, 20, 1)], dim=-1)
-    mask = torch.zeros(frames, 20)
-    mask[:, :2] = 1
-    return {
-        "boxes": places * mask.unsqueeze(-1),
-        "box_mask": mask,
-        "colors": random(2, 20, 3, name=f"{name} colors").sigmoid(),
-        "painted": random(2, 4, frames, height, width, name=f"{name} painted"),
-    }
-
-
-def write_row(
-    folder: Path, name: str, split: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
-) -> Row:
-    """One sample of random latents; a keyword replaces or adds a column, None leaves it out."""
-    default = {"latents": {"latents": random(*shape, name=name)}, "prompt_embeds": prompt(name)}
-    if shape[0] == 4:
-        size = {"height": shape[-2], "width": shape[-1]}
-        default |= {"image": image(name, **size), "tracklets": boxes(name, shape[1], **size)}
-    written = {column: tensors for column, tensors in {**default, **columns}.items() if tensors is not None}
-    for column, tensors in written.items():
-        write_column(folder, name, column, tensors)
-    return Row(name, split, role, shape, {column: name for column in written})
-
-
-def write_data(
-    folder: Path, backbone: str, *, roles: Iterable[str] = ("train", "prior"), each: int = 2
-) -> TrainingData:
-    """`each` samples of every split and role."""
-    rows = [
-        write_row(folder, f"{role}-{split}-{i}", split, shape, role)
-        for role in roles
-        for split, shape in SHAPES[backbone].items()
-        for i in range(each)
-    ]
-    return TrainingData(str(folder), tuple(rows))
 
 
 def write_samples(folder: Path, backbone: str, **options: Any) -> Samples:

@@ -59,7 +59,7 @@ from steps import (
     table,
     train,
 )
-from tiny_sd import write_motion_module, write_unet
+from tiny.sd import write_motion_module, write_unet
 from torch import Tensor, nn
 
 LAYERS = {"spatial": 192, "temporal": 200}

@@ -45,7 +45,7 @@ from steps import (
     table,
     train,
 )
-from tiny_svd import CONTEXT, write_unet
+from tiny.svd import CONTEXT, write_unet
 from torch import Tensor, nn
 
 CHANNELS, SCALE, HEAD_DIM = 4, 0.18215, 64

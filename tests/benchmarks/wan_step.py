@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from steps import CUDA, DEVICE, DTYPES, Tick, batches, enter_comfyui, growth, make_recipe, measure, prompt, train
-
 from tiny import write_wan
 
 CHANNELS, TEXT_TOKENS, TEXT_DIM, HEAD_DIM = 16, 512, 4096, 128

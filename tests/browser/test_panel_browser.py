@@ -9,10 +9,10 @@ import pytest
 from kinoloom.trainers.run.unreadable import Unreadable
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
-from .server_prompts import write_clips
+from ..server_prompts import write_clips
 from comfy_client import Client, Server, set_widget
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "workflows" / "wan_lora_train.json"
+TEMPLATE = Path(__file__).resolve().parents[2] / "workflows" / "wan_lora_train.json"
 HOSTILE = """<img src="x" onerror="window.hacked = true">"""
 READY = "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
 JOBS = "window.kinoloomJobs"

@@ -18,11 +18,11 @@ from torch import Tensor
 from toyworld.install import IMAGE_VAE, VIDEO_UNET
 from toyworld.install import VISION as VISION_ENCODER
 
-from .media import write_image
-from .server_prompts import write_clips, write_video
+from ..media import write_image
+from ..server_prompts import write_clips, write_video
 from comfy_client import Client, Server, set_widget, to_prompt
 
-FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 FILES = {
     "UNETLoader": ("unet_name", "tiny_wan.safetensors"),

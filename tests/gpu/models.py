@@ -9,13 +9,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import tiny_svd
 import torch
 from steps import TESTS, batches, enter_comfyui, prompt
-from tiny_sd import write_motion_module, write_unet
-from torch import Tensor
-
+from tiny import svd as tiny_svd
 from tiny import write_wan
+from tiny.sd import write_motion_module, write_unet
+from torch import Tensor
 
 SD = (320, 640, 1280, 1280)
 TINY_SD, TINY_SVD, TINY_WAN = (32, 64, 64, 64), (64, 64), {"dim": 128, "blocks": 2, "ffn": 256, "num_heads": 2}

@@ -281,7 +281,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 def test_training_script_makes_files_of_the_same_kind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "toyworld.train", "--share", "0.002", "--output", str(tmp_path)]
-    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
     subprocess.run(command, cwd=scripts.parent / "tests", env=os.environ | {"PYTHONPATH": str(scripts)}, check=True)
     for name in FILES:
         ours, shipped = (load_file(folder / name) for folder in (tmp_path, MODELS))

@@ -27,12 +27,12 @@ from kinoloom.nodes.training import routes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.run.previews import Samples
 
-from .coroutines import result_of
-from .encoders import own_folders
-from .runs import make_config, make_job
+from ..coroutines import result_of
+from ..encoders import own_folders
+from ..runs import make_config, make_job
 
 WAN = "KinoloomTrainWanLora"
-PACK = Path(__file__).parents[1]
+PACK = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets
 from kinoloom.trainers.core.data import TrainingData, column_path
 from torch import Tensor
 
-from .encoders import image_vae, load_wan, own_folders, tiny_vision
-from .media import write_video
+from ..encoders import image_vae, load_wan, own_folders, tiny_vision
+from ..media import write_video
 
 WAN = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 1, "token_variants": 0, "source_fps": 16.0}
 SVD = {"frames_per_clip": 2, "fps": 8.0, "size": 64, "motion_bucket": 9, "source_fps": 8.0}

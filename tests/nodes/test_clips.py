@@ -10,7 +10,7 @@ import torch
 from kinoloom.nodes.data.reading import captions, folder, framing, sources, videos
 from PIL import Image
 
-from .media import write_image, write_video
+from ..media import write_image, write_video
 
 
 def greys(source: sources.Source, indices: list[int]) -> list[int]:

@@ -24,8 +24,8 @@ from kinoloom.trainers.core.rng import derived_generator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .encoders import image_vae, load_wan, own_folders, tiny_vision
-from .media import write_image
+from ..encoders import image_vae, load_wan, own_folders, tiny_vision
+from ..media import write_image
 
 OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "token_variants": 0, "source_fps": 16.0}
 SAMPLED = {

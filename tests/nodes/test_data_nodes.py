@@ -27,8 +27,8 @@ from kinoloom.trainers.run.plain import read
 from kinoloom.trainers.run.previews import Samples
 from PIL import Image
 
-from .encoders import load_wan, own_folders
-from .media import write_image, write_video
+from ..encoders import load_wan, own_folders
+from ..media import write_image, write_video
 
 OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "token_variants": 0, "source_fps": 16.0}
 

@@ -16,7 +16,7 @@ from kinoloom.nodes.data.reading.cutting import ClipPlan, Options
 from kinoloom.nodes.data.reading.folder import Reading, plan_folder
 from PIL import Image
 
-from .media import write_image, write_video
+from ..media import write_image, write_video
 
 OPTIONS = Options(frames_per_clip=5, size=64, single_frames=0)
 

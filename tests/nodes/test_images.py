@@ -4,12 +4,13 @@ import struct
 import zlib
 from pathlib import Path
 
-import icc
 import numpy as np
 import pytest
 import torch
 from kinoloom.nodes.data.reading import folder, images, photos
 from PIL import Image
+
+from . import icc
 
 
 def pixel(path: Path, x: int = 0, y: int = 0) -> list[int]:

@@ -16,8 +16,8 @@ from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.conditions.tracklets import Tracklets
 from kinoloom.trainers.core.data import TrainingData, column_path
 
-from .encoders import image_vae, load_wan, own_folders, tiny_vision
-from .media import write_image, write_video
+from ..encoders import image_vae, load_wan, own_folders, tiny_vision
+from ..media import write_image, write_video
 
 OPTIONS = {"frames_per_clip": 5, "fps": 16.0, "size": 64, "single_frames": 0, "token_variants": 0, "source_fps": 16.0}
 SVD = {"frames_per_clip": 3, "fps": 8.0, "size": 64, "motion_bucket": 9, "source_fps": 8.0}

@@ -8,7 +8,7 @@ import pytest
 
 import locales
 
-PACK = Path(__file__).parents[1]
+PACK = Path(__file__).parents[2]
 DOCS = PACK / "web" / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LANGUAGES = ("en", "zh")

@@ -10,7 +10,7 @@ from typing import Any
 
 import folder_paths
 import pytest
-import tiny_sd
+import tiny
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.nodes import folders
@@ -21,10 +21,10 @@ from kinoloom.nodes.tracklets import control
 from kinoloom.trainers.host.private import load_private
 from kinoloom.trainers.host.weights import merge, require_finite
 from safetensors.torch import load_file, save_file
+from tiny import sd as tiny_sd
 from torch import nn
 
-import tiny
-from .runs import load_animatediff, load_model, load_svd, make_backbone, make_config, motion_lora, random
+from ..runs import load_animatediff, load_model, load_svd, make_backbone, make_config, motion_lora, random
 
 OPENED: list[str] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths
 import pytest
-import tiny_sd
+import tiny
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import from_motion_lora, to_motion_lora
@@ -20,11 +20,11 @@ from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.widgets import NO_FILE
 from kinoloom.trainers.backbones.animatediff.motion_module import MID, PART, Layout, MotionModules
 from kinoloom.trainers.host.source import parts_of
+from tiny import sd as tiny_sd
 from torch import Tensor
 from toyworld.pack import unet as toy_unet
 
-import tiny
-from .runs import load_animatediff, make_backbone, motion_lora
+from ..runs import load_animatediff, make_backbone, motion_lora
 
 BLOCK = "{}.temporal_transformer.transformer_blocks.0"
 QUERY = BLOCK.format("down_blocks.1.motion_modules.0") + ".attention_blocks.1.to_q"

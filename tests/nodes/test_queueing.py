@@ -26,8 +26,8 @@ from kinoloom.trainers.run.job import Job
 
 import nodes
 
-from .coroutines import result_of
-from .runs import Published, finish, make_config, make_job
+from ..coroutines import result_of
+from ..runs import Published, finish, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 TRACKLETS = "KinoloomTrainSvdTracklets"

@@ -20,8 +20,8 @@ from kinoloom.trainers.core.data import TrainingData, column_path
 from PIL import Image
 from torch import Tensor
 
-from .encoders import image_vae, own_folders, tiny_vision
-from .media import write_image, write_video
+from ..encoders import image_vae, own_folders, tiny_vision
+from ..media import write_image, write_video
 
 OPTIONS = {"frames_per_clip": 4, "fps": 8.0, "size": 64, "motion_bucket": 0, "source_fps": 8.0}
 

@@ -15,7 +15,7 @@ from kinoloom.nodes.data.reading import folder, framing, sources, videos
 from kinoloom.nodes.data.reading.cutting import Clip, Options, plan
 from PIL import Image
 
-from .media import ffmpeg, lit, write_timed, write_video
+from ..media import ffmpeg, lit, write_timed, write_video
 
 
 def columns(source: sources.Source, indices: list[int]) -> list[int]:

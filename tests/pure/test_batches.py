@@ -7,7 +7,7 @@ import pytest
 import torch
 from kinoloom.trainers.core.data import Batches, PhaseData, TrainingData, collate
 
-from .runs import write_row
+from ..rows import write_row
 
 SMALL, LARGE = (16, 1, 2, 2), (16, 3, 2, 4)
 

@@ -1,23 +1,16 @@
 """Random draws and noise schedules against closed forms, scipy, ComfyUI's model sampling and diffusers' scheduler."""
 
-import random
-from pathlib import Path
-from typing import Any
-
 import numpy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from kinoloom.trainers import recipes
-from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.losses import masked_mse, sample_timesteps
 from kinoloom.trainers.core.rng import STRATA, Rng, derived_generator
 from kinoloom.trainers.core.schedules import Ddpm, FlowMatch, logit_normal, shift_timesteps
 from scipy.special import expit
 from scipy.stats import kstest, norm
 
-from .runs import finish, load_model, make_config, make_job
-from .runs import random as tensor
+from ..rows import random as tensor
 
 LATENTS, NOISE = tensor(2, 16, 3, 4, 4, name="latents"), tensor(2, 16, 3, 4, 4, name="noise")
 
@@ -88,19 +81,6 @@ def test_an_evaluation_sits_at_its_quantile() -> None:
     assert torch.equal(rng.noise_like(LATENTS), Rng(0, "p", 0).noise_like(LATENTS))
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_a_whole_run_leaves_the_process_wide_generators_alone(
-    name: str, own: tuple[Any, TrainingData], tmp_path: Path
-) -> None:
-    (model, data), config = own, make_config(name, checkpointing="on")
-    states = []
-    for _ in range(2):
-        states.append((torch.random.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate()))
-        if len(states) == 1:
-            finish(make_job(tmp_path, model, data, config, name), model)
-    assert states[0] == states[1]
-
-
 # -- timesteps -------------------------------------------------------------------------------------------------------------
 
 U = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -137,16 +117,6 @@ def test_timesteps_are_the_draws_at_the_samplings_quantiles(sampling: str, strat
 # -- schedules -------------------------------------------------------------------------------------------------------------
 
 T = torch.tensor([0.15, 0.8])
-
-
-def test_flow_matching_is_comfyuis(tiny_models: Path) -> None:
-    sampling = load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors").get_model_object("model_sampling")
-    noisy = FlowMatch().add_noise(LATENTS, NOISE, T)
-    sigma = T.view(2, 1, 1, 1, 1)
-    torch.testing.assert_close(noisy, sampling.noise_scaling(sigma, NOISE, LATENTS))
-    denoised = sampling.calculate_denoised(sigma, FlowMatch().target(LATENTS, NOISE, sigma), noisy)
-    torch.testing.assert_close(denoised, LATENTS, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(FlowMatch.multiplier * T, sampling.timestep(T))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])

@@ -19,7 +19,7 @@ from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.state import State
 from torch import Tensor, nn
 
-from .runs import write_row
+from ..rows import write_row
 
 
 class Toy:

@@ -260,7 +260,7 @@ def test_other_failures_stay_as_they_are() -> None:
 
 
 def test_every_finding_has_a_section_in_the_readme() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     source = Path(advice.__file__).read_text(encoding="utf-8")
     used = set(re.findall(r'(?:Finding\(|kind =|kind, usual_config =)\s*"([a-z-]+)"', source))
     assert len(used) == 9

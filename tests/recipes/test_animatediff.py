@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.supported_models
 import comfy.utils
 import pytest
-import tiny_sd
+import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from diffusers import DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
@@ -28,12 +28,12 @@ from kinoloom.trainers.host.private import load_private, narrow
 from kinoloom.trainers.host.source import ModelSource, carried, parts_of
 from kinoloom.trainers.motion_director import MotionDirector
 from safetensors.torch import load_file, save_file
+from tiny import sd as tiny_sd
 from torch import Tensor, nn
 from torch.nn.functional import group_norm
 from toyworld.pack import unet as toy_unet
 
-import tiny
-from .runs import TEXT_WIDTH, load_animatediff, load_model, make_backbone, make_batch, make_config, motion_lora, random
+from ..runs import TEXT_WIDTH, load_animatediff, load_model, make_backbone, make_batch, make_config, motion_lora, random
 
 SD_WIDTHS, FRAMES, TOKENS = tiny.SD_WIDTHS, 5, 7
 X, T = random(2, 4, FRAMES, 8, 16, name="x"), torch.tensor([20, 700])

@@ -16,7 +16,7 @@ from kinoloom.trainers.run.advice import of_failure
 from kinoloom.trainers.run.checkpoint import load_state, write
 from kinoloom.trainers.run.job import Job
 
-from .runs import Published, assert_same, events, finish, make_config, make_job, state_of
+from ..runs import Published, assert_same, events, finish, make_config, make_job, state_of
 
 WAN_LORA = "KinoloomTrainWanLora"
 

@@ -10,7 +10,7 @@ from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.rng import Rng, derived_generator
 from torch import Tensor
 
-from .runs import make_backbone, make_batch, make_config
+from ..runs import make_backbone, make_batch, make_config
 
 
 def gradients(recipe: Any, data: TrainingData) -> dict[str, Tensor]:

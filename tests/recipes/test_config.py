@@ -18,7 +18,7 @@ from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.run.checkpoint import Identity, load_state
 from kinoloom.trainers.run.job import Job
 
-from .runs import RUNS, Published, events, finish, make_config, make_job, state_of
+from ..runs import RUNS, Published, events, finish, make_config, make_job, state_of
 
 SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
 SVD_LORA, FINETUNE = "KinoloomTrainSvdLora", "KinoloomTrainSvdFinetune"

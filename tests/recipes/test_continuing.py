@@ -17,7 +17,7 @@ from kinoloom.trainers.core.config import FIXED, NOT_TRAJECTORY
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.line import ordinal
 
-from .runs import Published, assert_same, events, make_config, state_of
+from ..runs import Published, assert_same, events, make_config, state_of
 
 WAN, SNS, TRACKLETS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainSvdTracklets"
 Start = Callable[..., Job]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .runs import RUNS, make_backbone, make_config
+from ..runs import RUNS, make_backbone, make_config
 
 GPU = torch.device("meta")
 COPIES = ("_to_copy", "copy_")

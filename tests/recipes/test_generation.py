@@ -10,11 +10,11 @@ from kinoloom.nodes.training.generation import generation, workflow
 from kinoloom.trainers import recipes
 from kinoloom.trainers.run.job import Job
 
-from .runs import make_config, make_job
+from ..runs import make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 FINETUNE, BOXES = "KinoloomTrainSvdFinetune", "KinoloomTrainSvdTracklets"
-WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 LOOK, MOVES = "Load LoRA: spatial", "KinoloomLoadMotionLora"
 IDENTITY, MOTION = "Load LoRA: identity", "Load LoRA: motion"
 BOTH, NEW, STAGES = "motion_director_both_generate", "motion_director_new_subject_generate", "set_and_sequence_generate"

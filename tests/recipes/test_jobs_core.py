@@ -22,6 +22,7 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import pytest
+import tiny
 import torch
 from kinoloom.lora_io.file import SaveError, atomic_write, load, save, write_text
 from kinoloom.nodes.animatediff.loras import with_motion_lora
@@ -40,8 +41,7 @@ from kinoloom.trainers.run.line import Line
 from kinoloom.trainers.run.record import ENDED
 from torch import Tensor, nn
 
-import tiny
-from .runs import (
+from ..runs import (
     LAYERS,
     RUNS,
     SHAPES,
@@ -383,7 +383,7 @@ def test_runs_of_a_killed_process_resume_to_the_same_bits(
         "path": sys.path,
         "folder": str(tmp_path),
         "options": [] if torch.cuda.is_available() else ["--cpu"],
-        "packages": {"kinoloom": str(Path(__file__).parents[1]), "tests": str(Path(__file__).parent)},
+        "packages": {"kinoloom": str(Path(__file__).parents[2]), "tests": str(Path(__file__).parents[1])},
         "models": str(tiny_models),
         "data": {recipes()[name].backbone_class.name: asdict(inputs(name)[1]) for name in RECIPES},
         "runs": kills,

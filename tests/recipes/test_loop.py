@@ -23,7 +23,7 @@ from kinoloom.trainers.run.checkpoint import Identity
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
-from .runs import (
+from ..runs import (
     SHAPES,
     Published,
     assert_same,

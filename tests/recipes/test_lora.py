@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from comfy.ldm.wan.model import WanModel
 from comfy.ops import disable_weight_init
@@ -19,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import tiny
-from .runs import leaves, load_model, make_backbone, make_batch, random, write_data
+from ..runs import leaves, load_model, make_backbone, make_batch, random, write_data
 
 SPATIAL, TEMPORAL = r"blocks\.\d+\.spatial", r"blocks\.\d+\.temporal"
 

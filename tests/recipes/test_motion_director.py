@@ -24,7 +24,7 @@ from kinoloom.trainers.motion_director import MotionDirector, temporal_loss
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
-from .runs import finish, leaves, make_backbone, make_batch, make_config, make_job, random, state_of, write_row
+from ..runs import finish, leaves, make_backbone, make_batch, make_config, make_job, random, state_of, write_row
 
 NAME = MotionDirector.name
 SHAPE, PHOTO = (4, 6, 8, 8), (4, 1, 8, 8)  # more frames than channels

@@ -12,7 +12,7 @@ from kinoloom.trainers.core.optim import effective_rate, make_optimizer, make_sc
 from kinoloom.trainers.run.job import Job
 from torch import Tensor, nn
 
-from .runs import assert_same, events, finish, make_config, make_job, random, state_of
+from ..runs import assert_same, events, finish, make_config, make_job, random, state_of
 
 WAN_LORA, DIRECTOR, TRACKLETS = "KinoloomTrainWanLora", "KinoloomTrainMotionDirector", "KinoloomTrainSvdTracklets"
 START = 1e-3 * random(3, 5, name="parameter")

@@ -34,7 +34,7 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.host.source import ModelSource
 
-from .runs import load_animatediff, load_model, load_svd, make_config
+from ..runs import load_animatediff, load_model, load_svd, make_config
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .runs import load_model, make_backbone, make_batch, make_config, write_data
+from ..runs import load_model, make_backbone, make_batch, make_config, write_data
 
 NAME = "KinoloomTrainWanLora"
 LARGEST_FP8, LARGEST_INT8 = 448, 127

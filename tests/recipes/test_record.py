@@ -17,7 +17,7 @@ from kinoloom.trainers.run.record import Record
 from kinoloom.trainers.run.report import COLUMNS, Report, evenly
 from kinoloom.trainers.run.tally import PACE_STEPS, Tally
 
-from .runs import Published, finish, make_config, make_job
+from ..runs import Published, finish, make_config, make_job
 
 WAN = "KinoloomTrainWanLora"
 PLAN = Plan(True, 3 << 30, 8 << 30, 0.5, 60.0, "asked for")

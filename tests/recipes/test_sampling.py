@@ -35,7 +35,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .runs import (
+from ..runs import (
     SHAPES,
     Published,
     events,

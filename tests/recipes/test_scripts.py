@@ -8,16 +8,16 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import pytest
-import tiny_svd
+import tiny
 import torch
 from kinoloom.trainers.host.private import load_private
 from safetensors import safe_open
+from tiny import svd as tiny_svd
 from toyworld.pack import video_unet
 
-import tiny
-from .runs import random
+from ..runs import random
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 

@@ -17,7 +17,7 @@ from kinoloom.trainers.set_and_sequence import SetAndSequence, choose_prompts
 from scipy.stats import norm
 from torch import Tensor
 
-from .runs import (
+from ..runs import (
     TEXT_LENGTH,
     TOKENS,
     finish,

@@ -25,7 +25,7 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.run.claim import claim_of
 from kinoloom.trainers.run.job import Job
 
-from .runs import Published, finish, make_config, make_job
+from ..runs import Published, finish, make_config, make_job
 
 WAN = "KinoloomTrainWanLora"
 

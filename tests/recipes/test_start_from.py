@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.keys import to_comfy
 from kinoloom.trainers import recipes
 from kinoloom.trainers.run.job import Job
 
-import tiny
-from .runs import Published, assert_same, events, finish, load_model, make_config, make_job, state_of
+from ..runs import Published, assert_same, events, finish, load_model, make_config, make_job, state_of
 
 WAN, SNS, SVD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainSvdLora"
 DIRECTOR = "KinoloomTrainMotionDirector"

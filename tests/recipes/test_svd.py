@@ -9,7 +9,6 @@ import comfy.lora
 import comfy.sd
 import comfy.utils
 import pytest
-import tiny_svd
 import torch
 from kinoloom.lora_io.file import load
 from kinoloom.lora_io.keys import to_comfy
@@ -23,10 +22,11 @@ from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.svd_finetune import SvdFinetune
 from kinoloom.trainers.svd_lora import SvdLora
 from safetensors.torch import save_file
+from tiny import svd as tiny_svd
 from torch import Tensor
 from toyworld.pack import video_unet
 
-from .runs import (
+from ..runs import (
     Published,
     assert_same,
     finish,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from toyworld.pack import video_unet
 
-from .runs import random
+from ..runs import random
 
 CLIPS, FRAMES, RANK = 2, 3, 4
 X = random(CLIPS, FRAMES, 8, 8, 16, name="x")

@@ -31,7 +31,7 @@ from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_weights, soften
 from torch import Tensor, nn
 
-from .runs import (
+from ..runs import (
     assert_same,
     finish,
     leaves,

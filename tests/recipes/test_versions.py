@@ -21,7 +21,7 @@ from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.record import from_json, read_record
 from kinoloom.trainers.run.unreadable import Unreadable
 
-from .runs import finish, make_config, make_job, write_data, write_samples
+from ..runs import finish, make_config, make_job, write_data, write_samples
 
 WAN = "KinoloomTrainWanLora"
 RECORDED = Path(__file__).parent / "recorded"  # <version>/<status>: what a run of rank 1 on Wan's data left behind

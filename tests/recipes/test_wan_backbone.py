@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import pytest
+import tiny
 import torch
 from comfy.ldm.wan.model import WanModel
 from diffusers import WanTransformer3DModel
@@ -34,8 +35,7 @@ from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
 from torch import Tensor
 
-import tiny
-from .runs import (
+from ..runs import (
     TEXT_LENGTH,
     TEXT_WIDTH,
     TOKENS,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers.loaders.lora_conversion_utils import (
     _convert_musubi_wan_lora_to_diffusers,
@@ -18,8 +19,7 @@ from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
 from torch import Tensor
 
-import tiny
-from .runs import finish, load_model, make_config, make_job, random
+from ..runs import finish, load_model, make_config, make_job, random
 
 NAME = "KinoloomTrainSetAndSequence"
 SHAPES = {

@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_base
 import comfy.supported_models
 import pytest
+import tiny
 import torch
 from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
@@ -13,8 +14,7 @@ from kinoloom.trainers.backbones.flow import wan
 from kinoloom.trainers.backbones.flow.wan_kinds import WIDTH_14B, require_wan21
 from safetensors.torch import load_file, save_file
 
-import tiny
-from .runs import load_model, make_config
+from ..runs import load_model, make_config
 
 WAN_LORA = "KinoloomTrainWanLora"
 SMALL = {"dim": 128, "num_heads": 2, "ffn_dim": 128, "num_layers": 1, "out_dim": 16, "text_dim": 64, "in_dim": 16}

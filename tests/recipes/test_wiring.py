@@ -15,7 +15,7 @@ from kinoloom.trainers.set_and_sequence import IDENTITY, SetAndSequence
 from kinoloom.trainers.svd_tracklets import SvdTracklets, box_weights, soften
 from torch import Tensor
 
-from .runs import load_model, make_backbone, make_batch, make_config, random
+from ..runs import load_model, make_backbone, make_batch, make_config, random
 
 BACKBONES = ["KinoloomTrainWanLora", "KinoloomTrainMotionDirector", "KinoloomTrainSvdLora"]
 

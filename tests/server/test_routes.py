@@ -15,9 +15,9 @@ from kinoloom.nodes.training import routes
 from kinoloom.trainers.run.report import POLICY
 from yarl import URL
 
-from .coroutines import result_of
-from .runs import make_config, make_job
-from .server_prompts import train, write_clips
+from ..coroutines import result_of
+from ..runs import make_config, make_job
+from ..server_prompts import train, write_clips
 from comfy_client import Client, PromptError, Server
 
 WAN = "KinoloomTrainWanLora"

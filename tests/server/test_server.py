@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .server_prompts import node, sample, train, write_clips
+from ..server_prompts import node, sample, train, write_clips
 from comfy_client import Client, PromptError, Server, make_base
 
 WAN, SNS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence"
@@ -300,7 +300,7 @@ def test_a_polite_job_waits_while_the_queue_is_busy(on: Client) -> None:
 
 def own_base(tiny_models: Path, folder: Path) -> Path:
     """A base directory with the pack, tiny models and clips."""
-    base = make_base(folder / "base", Path(__file__).resolve().parent.parent)
+    base = make_base(folder / "base", Path(__file__).resolve().parents[2])
     for model in tiny_models.glob("*/*.safetensors"):
         link = base / "models" / model.relative_to(tiny_models)
         link.parent.mkdir(exist_ok=True)

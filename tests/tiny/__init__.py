@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import tiny_svd
 import torch
-from tiny_sd import write_motion_module, write_unet
 from torch import Tensor
 
-from tiny_vae import write_wan_vae
-from tiny_weights import StateDict, Weights, save
+from . import svd as tiny_svd
+from .sd import write_motion_module, write_unet
+from .vae import write_wan_vae
+from .weights import StateDict, Weights, save
 
 SD_WIDTHS = (32, 64, 64, 64)
 CLIP_WIDTH = 768  # core builds CLIP-L at this width whatever the file holds

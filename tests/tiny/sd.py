@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_weights import StateDict, Weights, save
+from .weights import StateDict, Weights, save
 
 LEVELS, BLOCKS = 4, 2
 LATENT_CHANNELS = 4

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import tiny_sd
 import torch
 from torch import Tensor
 
-from tiny_weights import StateDict, Weights, save
+from . import sd as tiny_sd
+from .weights import StateDict, Weights, save
 
 NARROW = (320, 320, 320, 320)  # the least that ComfyUI's own loaders take for SVD
 TINY = (64, 64, 64, 64)  # one head at every level

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_weights import StateDict, Weights, save
+from .weights import StateDict, Weights, save
 
 LATENT_CHANNELS = 16
 COLOURS = 3

@@ -1,7 +1,7 @@
 """Trains the toy world's base models from nothing, on the GPU if there is one: bash scripts/toyworld.sh
 
 On two CPU cores that takes about two and a half hours. Steps and seeds are fixed; another processor still rounds otherwise, so it makes
-other weights of the same kind. tests/test_toyworld.py says how good they have to be.
+other weights of the same kind. tests/learning/test_toyworld.py says how good they have to be.
 """
 
 import argparse

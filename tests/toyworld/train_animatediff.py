@@ -14,6 +14,7 @@ from kinoloom.trainers.backbones.animatediff.motion_module import Attached, Layo
 from kinoloom.trainers.core.schedules import Ddpm
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
+from tiny.weights import save
 from torch import Tensor, nn
 
 from . import world
@@ -22,7 +23,6 @@ from .pack import text_encoder
 from .train_base import initialise
 from .train_image_vae import build as build_vae
 from .train_vae import DEVICE, Optimizer, to_pixels
-from tiny_weights import save
 
 WIDTHS = (64, 64, 64, 64)
 POSITIONS = 32

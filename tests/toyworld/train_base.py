@@ -14,12 +14,12 @@ from comfy.ldm.wan.model import WanModel
 from comfy.utils import load_torch_file
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
+from tiny.weights import save
 from torch import Tensor, nn
 
 from . import train_vae, world
 from .pack.text_encoder import WIDTH, ToyEncoder, tokenize
 from .train_vae import DEVICE
-from tiny_weights import save
 
 DIM, BLOCKS, FFN, HEADS = 256, 5, 768, 4
 CLIPS, STEPS, BATCH = 5000, 6500, 32

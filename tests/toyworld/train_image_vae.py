@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from comfy.latent_formats import SD15
 from comfy.taesd.taesd import TAESD
 from numpy.random import Generator
+from tiny.weights import save
 from torch import Tensor, nn
 
 from .train_vae import DEVICE, Draw, Optimizer, any_clip, base_clip, video_batch
-from tiny_weights import save
 
 NOISE = 0.1  # added to the latents, so that near ones decode alike
 PULL = 1e-3  # towards zero, against the noise

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny_svd
 import torch
 from comfy.utils import load_torch_file
 from kinoloom.trainers.backbones.svd.model import Svd
@@ -14,6 +13,8 @@ from kinoloom.trainers.backbones.svd.objective import SvdConfig, video_loss
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from numpy.random import Generator
+from tiny import svd as tiny_svd
+from tiny.weights import Weights, save
 from torch import Tensor, nn
 
 from . import world
@@ -23,7 +24,6 @@ from .train_animatediff import SCALE
 from .train_base import initialise
 from .train_image_vae import build as build_vae
 from .train_vae import DEVICE, Optimizer, to_pixels
-from tiny_weights import Weights, save
 
 WIDTHS, BLOCKS = (64, 64, 64), 1
 CLIPS, STEPS, BATCH, RATE = 3000, 2500, 12, 2e-3

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from comfy.latent_formats import Wan21
 from comfy.ldm.wan.vae import WanVAE
 from numpy.random import Generator
+from tiny.weights import save
 from torch import Tensor, nn
 
 from . import world
-from tiny_weights import save
 
 Draw = Callable[[Generator], np.ndarray]  # a clip, T H W 3, 8 bits
 

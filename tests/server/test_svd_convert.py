@@ -8,7 +8,6 @@ from typing import Any
 import comfy.sd
 import folder_paths
 import pytest
-import tiny_svd
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -16,11 +15,12 @@ from kinoloom.lora_io.file import load, save
 from kinoloom.lora_io.svd_layouts import convert_unet, lora_to_comfy
 from kinoloom.nodes.svd.convert import ConvertSvd, choices
 from safetensors.torch import load_file
+from tiny import svd as tiny_svd
 from torch import Tensor
 from toyworld.pack import video_unet
 
-from .runs import random
-from .server_prompts import node
+from ..runs import random
+from ..server_prompts import node
 from comfy_client import Client
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ from kinoloom.trainers.conditions import tracklets as core
 from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets
 from playwright.sync_api import Browser, Page, Route
 
-WEB = Path(__file__).resolve().parent.parent / "web" / "tracklets"
+WEB = Path(__file__).resolve().parents[2] / "web" / "tracklets"
 CASES = json.loads((Path(__file__).parent / "tracklet_cases.json").read_text())
 
 

@@ -1,0 +1,1 @@
+from .. import in_comfyui  # noqa: F401
