@@ -18,6 +18,7 @@ from comfy_client import Client, Server, make_base
 from comfy_library import COMFYUI, PACK, register_pack
 
 FRONT_END = os.environ.get("FRONT_END_DIR")  # the folder of another index.html than that of the installed front end
+TIERS = ("pure", "recipes", "nodes", "server", "browser", "learning")  # in the order in which they run
 
 
 def pytest_report_header() -> str:
@@ -40,6 +41,11 @@ class _RootIsNoPackage:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoPackage())
     register_pack()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {tier: place for place, tier in enumerate(TIERS)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import locales
+from ..coroutines import in_thread
 
 PACK = Path(__file__).parents[2]
 DOCS = PACK / "web" / "docs"
@@ -18,7 +19,7 @@ LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)]+)\)")
 
 @pytest.fixture(scope="module")
 def defs() -> dict:
-    return locales.node_defs()
+    return in_thread(locales.node_defs)
 
 
 def phrases() -> dict[str, str]:
@@ -41,7 +42,7 @@ def test_every_text_is_translated_and_no_translation_is_left_over(defs: dict) ->
 
 
 def test_generated_files_are_up_to_date() -> None:
-    made = locales.files()
+    made = in_thread(locales.files)
     assert {path.parent.name for path in made} == set(LANGUAGES)
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.relative_to(PACK)}: run scripts/locales.py"

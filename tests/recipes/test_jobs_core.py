@@ -358,7 +358,7 @@ for name, root in job["packages"].items():
     sys.modules[name] = importlib.util.module_from_spec(spec)
 from pathlib import Path
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.core.plain import read
+from kinoloom.trainers.run.plain import read
 from tests import runs
 from kinoloom.trainers import recipes
 for name, done in job["runs"].items():
