@@ -7,7 +7,7 @@ import pytest
 from kinoloom.nodes.training.words import words
 from kinoloom.trainers.core.events import EVENTS, Event
 
-WEB = Path(__file__).resolve().parent.parent / "web"
+WEB = Path(__file__).resolve().parents[2] / "web"
 MODULES = {
     path.relative_to(WEB).as_posix(): path.read_text(encoding="utf-8")
     for room in ("training", "tracklets", "shared")
