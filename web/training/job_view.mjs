@@ -11,7 +11,7 @@ const LOG_SECONDS = 3;
 const ELSEWHERE = "This run is in use by another ComfyUI with the same base directory. Stop it there.";
 
 export class JobView {
-    /** `host` has back(), setting(name), copy(text); promises come of confirm(title, message), openTab(workflow, name). */
+    /** `host` has back(), setting(name), copy(text); confirm(title, message) and openTab(workflow, name) give promises. */
     constructor(jobs, id, host) {
         Object.assign(this, { jobs, id, host });
         const part = (className) => el("div", { className });
