@@ -11,7 +11,9 @@ const LOG_SECONDS = 3;
 const ELSEWHERE = "This run is in use by another ComfyUI with the same base directory. Stop it there.";
 
 export class JobView {
-    /** `host` has back(), setting(name), copy(text); confirm(title, message) and openTab(workflow, name) give promises. */
+    /**
+     * `host` has back(), setting(name), copy(text), confirm(title, message) -> Promise, openTab(workflow, name) -> Promise.
+     */
     constructor(jobs, id, host) {
         Object.assign(this, { jobs, id, host });
         const part = (className) => el("div", { className });
