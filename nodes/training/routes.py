@@ -49,6 +49,14 @@ def add_routes(routes: web.RouteTableDef) -> None:
         after = number(request, "after", 0, 0, LARGEST_NUMBER)
         return await answer(lambda job: details(job, after), find_any(request))
 
+    add_result_routes(routes)
+    add_change_routes(routes)
+    add_cache_routes(routes)
+
+
+def add_result_routes(routes: web.RouteTableDef) -> None:
+    """What a run has made."""
+
     @routes.get("/kinoloom/jobs/{id}/files")
     async def list_files(request: web.Request) -> web.Response:
         return await answer(files, find(request))
@@ -74,6 +82,10 @@ def add_routes(routes: web.RouteTableDef) -> None:
         path = sample_path(find(request), request.match_info["name"])
         headers = {"Content-Type": "image/webp", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
         return web.FileResponse(path, headers=headers)
+
+
+def add_change_routes(routes: web.RouteTableDef) -> None:
+    """What the panel does to a run."""
 
     @routes.post("/kinoloom/jobs/{id}/stop")
     async def stop(request: web.Request) -> web.Response:
@@ -106,8 +118,6 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.post("/kinoloom/jobs/{id}/delete")
     async def delete(request: web.Request) -> web.Response:
         return await change(request, registry().delete, find_any)
-
-    add_cache_routes(routes)
 
 
 def add_cache_routes(routes: web.RouteTableDef) -> None:
