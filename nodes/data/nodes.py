@@ -11,8 +11,8 @@ from ...trainers.core.data import Row, TrainingData
 from ..lists import by_place, for_each, only, only_each
 from ..widgets import UNCONNECTED, require_one, widget
 from ..wires import TrainingDataType
-from .encoding.columns import frame_step
 from .encoding.text_rows import encode
+from .encoding.vae import frame_step
 from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
 from .priors import PriorClips
 from .reading import captions

@@ -18,7 +18,8 @@ from comfy_api.latest import InputImpl, Types
 from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import nodes as data_nodes
 from kinoloom.nodes.data.encoding import model_keys
-from kinoloom.nodes.data.encoding.columns import Columns, encode_pixels
+from kinoloom.nodes.data.encoding.columns import Columns
+from kinoloom.nodes.data.encoding.vae import encode_pixels
 from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.cutting import Options
 from kinoloom.nodes.training import previews as samples_nodes

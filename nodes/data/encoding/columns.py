@@ -18,6 +18,7 @@ from ..reading.framing import center_crop, fit, latent_mask
 from ..reading.sources import Source
 from . import cache
 from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
+from .vae import encode_pixels
 
 # Raise a number when what its column holds changes, or when files that an earlier version wrote may be wrong.
 VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
@@ -27,19 +28,6 @@ def open_columns(files: int) -> "Columns":
     """For one run of a node that makes or finds so many files. What is over the cache's limit goes first."""
     cache.keep_to_limit(cache.data_folder())
     return Columns(cache.data_folder(), comfy.utils.ProgressBar(files))
-
-
-def frame_step(vae: Any) -> int:
-    """Frames per latent step after the first: 4 for Wan, 1 for an image VAE."""
-    return vae.temporal_compression_decode() or 1
-
-
-def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
-    """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
-    latents = vae.encode(frames)
-    if not latents.isfinite().all():
-        raise ValueError(f"vae: encodes into NaN or infinite values, in {vae.vae_dtype}: expected bf16 or fp32")
-    return (latents[0] if latents.ndim == 5 else latents.movedim(0, 1)).float().cpu()
 
 
 @dataclass(frozen=True)

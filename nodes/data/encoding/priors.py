@@ -11,8 +11,9 @@ from ....trainers.core.data import Row, TrainingData, column_path
 from ..reading.captions import MOTION_TOKEN, SUBJECT_TOKEN
 from ..reading.framing import spread
 from . import model_keys
-from .columns import Columns, encode_pixels, frame_step, open_columns
+from .columns import Columns, open_columns
 from .sampler import Sampler
+from .vae import encode_pixels, frame_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from ..reading.cutting import ClipPlan, Options, assign_roles, log_sizes, row_na
 from ..reading.framing import fit
 from ..reading.sources import Source
 from . import model_keys
-from .columns import Columns, encode_pixels, open_columns
+from .columns import Columns, open_columns
+from .vae import encode_pixels
 
 DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
 NOISINGS = 16  # of each first frame, one of which a training step draws

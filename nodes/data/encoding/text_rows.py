@@ -6,7 +6,8 @@ from ....trainers.core.data import Row, TrainingData
 from ..reading.captions import serves_both, warn_serves_both
 from ..reading.cutting import ClipPlan, Options, assign_roles, frames_by_role, log_sizes, row_name
 from . import model_keys
-from .columns import frame_step, open_columns
+from .columns import open_columns
+from .vae import frame_step
 
 
 def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
