@@ -201,7 +201,7 @@ def test_resuming_a_finished_run_is_refused(ask: Ask) -> None:
     assert status == 409 and "finished" in answer["error"]
 
 
-@pytest.mark.parametrize(("action", "why"), [("restart", "only a run that ended and"), ("earlier", "not wait in line")])
+@pytest.mark.parametrize(("action", "why"), [("restart", "only a run that ended and"), ("earlier", "not waiting in line")])
 def test_what_a_finished_run_cannot_do_is_refused(ask: Ask, action: str, why: str) -> None:
     status, answer = ask("POST", f"/kinoloom/jobs/job7/{action}")
     assert status == 409 and "run 'run 7' is finished" in answer["error"] and why in answer["error"]
