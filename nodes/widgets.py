@@ -1,4 +1,4 @@
-"""Config fields as inputs, and the types on this pack's wires."""
+"""Inputs of nodes: those that options become, and checks of names and files that users choose."""
 
 import os
 import re

@@ -19,11 +19,15 @@ import folder_paths
 import pytest
 from kinoloom.lora_io.file import SaveError
 from kinoloom.nodes import folders
+from kinoloom.nodes.animatediff import loras as motion_loras
+from kinoloom.nodes.tracklets import control
 from kinoloom.nodes.training import ending
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.run.claim import claim_of
 from kinoloom.trainers.run.job import Job
+
+import nodes
 
 from ..runs import Published, finish, make_config, make_job
 
@@ -324,6 +328,19 @@ def test_a_clock_that_goes_back_leaves_the_newest_run_the_newest(
 # -- where files go ------------------------------------------------------------------------------------------------------------
 
 
+def options_of(node: Any, name: str) -> list[str]:
+    (found,) = (given.options for given in node.define_schema().inputs if given.id == name)
+    return found
+
+
+LISTED = {
+    folders.LORAS: lambda: nodes.LoraLoader.INPUT_TYPES()["required"]["lora_name"][0],
+    folders.DIFFUSION_MODELS: lambda: nodes.UNETLoader.INPUT_TYPES()["required"]["unet_name"][0],
+    folders.MOTION_LORAS: lambda: options_of(motion_loras.LoadMotionLora, "lora_name"),
+    folders.TRACKLET_CONTROL: lambda: options_of(control.LoadTrackletControl, "file"),
+}  # what the loader of each folder offers
+
+
 def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
     """Of all choices of its options; a folder that nobody registers would fail when the run saves."""
     written = set()
@@ -336,9 +353,13 @@ def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
     chosen = {option.metadata["file_of"] for recipe in recipes().values() for option in fields(recipe.Config)} - {""}
     assert written | chosen <= folders.FOLDERS.keys()
     assert all(folder_paths.get_folder_paths(folder) for folder in folders.FOLDERS)
+    assert written == LISTED.keys()
     for folder in written:
-        assert ".safetensors" in folder_paths.folder_names_and_paths[folder][1], folder
-        assert folders.output_folder(folder).name == "kinoloom"
+        path = folders.output_folder(folder) / "looked-for.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert str(Path("kinoloom", path.name)) in LISTED[folder](), folder
+        path.unlink()
 
 
 def test_a_finished_run_whose_file_was_deleted_says_so(start: Start, tmp_path: Path, monkeypatch: Any) -> None:
