@@ -12,7 +12,8 @@ const ELSEWHERE = "This run is in use by another ComfyUI with the same base dire
 
 export class JobView {
     /**
-     * `host` has back(), setting(name), copy(text), confirm(title, message) -> Promise, openTab(workflow, name) -> Promise.
+     * `host` has back(), setting(name) and copy(text). Its confirm(title, message) and openTab(workflow, name) return
+     * promises.
      */
     constructor(jobs, id, host) {
         Object.assign(this, { jobs, id, host });
