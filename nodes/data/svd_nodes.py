@@ -9,7 +9,6 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...trainers.backbones.svd.model import SIDE
-from ...trainers.conditions.tracklets import Tracklets
 from ..lists import by_place, for_each, only, only_each
 from ..widgets import UNCONNECTED, require_one, widget
 from ..wires import TrackletsType, TrainingDataType
@@ -17,26 +16,9 @@ from .encoding.svd_rows import LARGEST_BUCKET, SvdOptions, encode
 from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
 from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
-from .reading.sources import Source
-from .reading.tracklet_files import load_tracklets
+from .reading.tracklet_files import read_tracklets
 
 CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
-
-
-def read_tracklets(folder: Path, sources: Iterable[Source]) -> dict[str, Tracklets]:
-    """Tracklets beside clips, by the clip's name: dance.json or dance.csv for dance.mp4 and for the folder dance."""
-    found = {}
-    for source in sources:
-        path = folder / source.name
-        stem = path.name if path.is_dir() else path.stem
-        for file in (folder / f"{stem}.json", folder / f"{stem}.csv"):
-            if file.is_file():
-                try:
-                    found[source.name] = load_tracklets(file, source.width, source.height, source.count)
-                except ValueError as error:
-                    raise ValueError(f"{file.name}: {error}") from error
-                break
-    return found
 
 
 def inputs() -> Iterable[io.Input]:

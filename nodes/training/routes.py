@@ -17,7 +17,6 @@ from ...trainers.run.report import POLICY
 from ...trainers.run.shown import loader_name
 from ...trainers.run.unreadable import Unreadable
 from ..data.encoding import cache
-from ..data.encoding.cache import data_folder
 from ..folders import FOLDERS
 from .generation import generation, workflow
 from .registry import registry
@@ -125,19 +124,19 @@ def add_cache_routes(routes: web.RouteTableDef) -> None:
 
     @routes.get("/kinoloom/cache")
     async def show_cache(request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(cache.state, data_folder()))
+        return web.json_response(await asyncio.to_thread(cache.state, cache.data_folder()))
 
     @routes.post("/kinoloom/cache")
     async def set_limit(request: web.Request) -> web.Response:
         require_own_page(request)
         limit = (await read_object(request)).get("limit_gb")
         try:
-            await asyncio.to_thread(cache.set_limit, data_folder(), limit)
+            await asyncio.to_thread(cache.set_limit, cache.data_folder(), limit)
         except (ValueError, OverflowError) as error:
             raise refusal(web.HTTPBadRequest, str(error)) from error
         except OSError as error:
             raise refusal(web.HTTPConflict, str(error)) from error
-        await asyncio.to_thread(cache.keep_to_limit, data_folder())
+        await asyncio.to_thread(cache.keep_to_limit, cache.data_folder())
         return await show_cache(request)
 
     @routes.post("/kinoloom/cache/free")
@@ -145,7 +144,7 @@ def add_cache_routes(routes: web.RouteTableDef) -> None:
         require_own_page(request)
         await read_object(request)
         try:
-            await asyncio.to_thread(cache.prune, data_folder(), 0)
+            await asyncio.to_thread(cache.prune, cache.data_folder(), 0)
         except OSError as error:
             raise refusal(web.HTTPConflict, str(error)) from error
         return await show_cache(request)

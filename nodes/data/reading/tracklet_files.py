@@ -1,9 +1,11 @@
 """Reads tracklet files."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ....trainers.conditions.tracklet_sources import from_mot
 from ....trainers.conditions.tracklets import Tracklets
+from .sources import Source
 
 
 def load_tracklets(path: Path, width: int, height: int, frames: int | None = None) -> Tracklets:
@@ -13,3 +15,19 @@ def load_tracklets(path: Path, width: int, height: int, frames: int | None = Non
     """
     text = path.read_text(encoding="utf-8-sig")
     return Tracklets.from_json(text) if path.suffix.lower() == ".json" else from_mot(text, width, height, frames)
+
+
+def read_tracklets(folder: Path, sources: Iterable[Source]) -> dict[str, Tracklets]:
+    """Tracklets beside clips, by the clip's name: dance.json or dance.csv for dance.mp4 and for the folder dance."""
+    found = {}
+    for source in sources:
+        path = folder / source.name
+        stem = path.name if path.is_dir() else path.stem
+        for file in (folder / f"{stem}.json", folder / f"{stem}.csv"):
+            if file.is_file():
+                try:
+                    found[source.name] = load_tracklets(file, source.width, source.height, source.count)
+                except ValueError as error:
+                    raise ValueError(f"{file.name}: {error}") from error
+                break
+    return found
