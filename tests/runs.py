@@ -1,6 +1,6 @@
 """Training runs without nodes: synthetic columns on disk, and jobs on them with every recipe at its smallest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kinoloom.trainers.backbones.svd.model import Svd
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, TrainingData, write_column
 from kinoloom.trainers.core.memory import checkpointed_blocks
+from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import load_private
@@ -203,6 +204,15 @@ def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     backbone = kind(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
+
+
+def placements(backbone: Any) -> Iterator[int]:
+    """Have none, half, then all of the blocks recomputed."""
+    blocks = len(backbone.blocks)
+    for count in (0, blocks // 2, blocks):
+        backbone.placement = Placement(recomputed=count)
+        yield count
+    backbone.placement = Placement()
 
 
 def make_batch(backbone: Any, data: TrainingData, split: str = "clips", size: int = 1) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .core.recipe import Export, Generation, Phase
 from .core.rng import Rng, derived_generator
 from .core.transfer import to_device
 from .host.layers import OPERATIONS, make_private
-from .host.weights import require_finite
+from .host.weights import extremes, require_finite
 
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"
@@ -139,7 +139,7 @@ class SvdTracklets:
             tensors, base = read_control(file, self.backbone.module, self.config.soft_boxes)
             self.control.load(tensors)
             fill(self.base, base, "layers of the model do not match")
-            require_finite(self.control, "the control")
+            require_finite(extremes(self.control), "the control")
 
     @staticmethod
     def phases(config: Any) -> list[Phase]:

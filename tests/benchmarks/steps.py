@@ -57,18 +57,19 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) ->
     """A training node's recipe on a private copy of `model`, as a job makes it."""
     from kinoloom.trainers import recipes
     from kinoloom.trainers.core import memory
+    from kinoloom.trainers.core.placement import Placement
     from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
     from kinoloom.trainers.host.device import compute_dtype, torch_device
-    from kinoloom.trainers.host.private import load_private, narrow
+    from kinoloom.trainers.host.private import load_private
 
     method = recipes()[name]
     config = method.Config(steps=1_000_000, validate_every=0, save_every=100_000, **options)
     device = torch_device()
-    private, dtype = load_private(model, device), compute_dtype(config.precision, device)
-    narrow(private, dtype)
+    dtype = compute_dtype(config.precision, device)
+    private = load_private(model, device, Placement(stored=dtype))
     backbone = method.backbone_class(private, parts, device, dtype, TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
-    backbone.checkpointing = config.checkpointing == "on"
+    backbone.placement = Placement(len(backbone.blocks) if config.checkpointing == "on" else 0, dtype)
     return method(backbone, config)
 
 

@@ -197,7 +197,8 @@ def memory(bench: Bench) -> None:
             recipe = bench.recipe(name, precision="bf16", checkpointing=choice, **METHODS[name])
             batch, states = bench.batch(recipe, *size)[0], 4 * memory.count_trainable(recipe.backbone.module)
             free = host().free_memory(recipe.backbone.device)
-            plan = memory.make_plan(recipe.backbone, choice, lambda r=recipe, b=batch: r.losses(b, Rng(0, "c", 0)), states, free)
+            made = memory.make_plan(recipe.backbone, choice, lambda r=recipe, b=batch: r.losses(b, Rng(0, "c", 0)), states, free)
+            recipe.backbone.placement, plan = made
             before = _reset_peak()
             for _, loss in recipe.losses(batch, Rng(0, "check", 0)):
                 loss.backward()

@@ -98,14 +98,15 @@ def _once(path: Path, write: Callable[[Path], None]) -> None:
 def make_recipe(name: str, model: Any, parts: dict[str, Any], device: torch.device, **options: Any) -> Any:
     from kinoloom.trainers import recipes
     from kinoloom.trainers.core import memory
+    from kinoloom.trainers.core.placement import Placement
 
     method = recipes()[name]
     config = method.Config(validate_every=0, **options)
-    private, dtype = host().load_private(model, device), host().compute_dtype(config.precision, device)
-    host().narrow(private, dtype)
+    dtype = host().compute_dtype(config.precision, device)
+    private = host().load_private(model, device, Placement(stored=dtype))
     backbone = method.backbone_class(private, parts, device, dtype, host().TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
-    backbone.checkpointing = config.checkpointing == "on"
+    backbone.placement = Placement(len(backbone.blocks) if config.checkpointing == "on" else 0, dtype)
     return method(backbone, config)
 
 

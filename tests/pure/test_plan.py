@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from kinoloom.trainers.core.memory import make_plan
+from kinoloom.trainers.core.placement import Placement
 from torch import Tensor
 
 
@@ -24,8 +25,8 @@ class Wide(torch.nn.Module):
 def test_the_plan_keeps_the_activations_of_one_block_at_a_time() -> None:
     resident: list[int] = []
     module = torch.nn.Sequential(*(Wide(resident) for _ in range(6)))
-    backbone = SimpleNamespace(module=module, blocks=list(module), checkpointing=False)
+    backbone = SimpleNamespace(module=module, blocks=list(module), placement=Placement())
     x = torch.zeros(16 << 20)
-    plan = make_plan(backbone, "auto", lambda: iter([module(x)]), 0, 1 << 40)
+    _, plan = make_plan(backbone, "auto", lambda: iter([module(x)]), 0, 1 << 40)
     assert plan.memory_needed > 6 * x.nbytes
     assert resident[-1] - resident[1] < 3 * x.nbytes, [r >> 20 for r in resident]

@@ -21,10 +21,11 @@ from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.trainers.backbones.animatediff import model as animatediff
 from kinoloom.trainers.backbones.animatediff.motion_module import Attached, MotionModules, Positions, read
 from kinoloom.trainers.core.data import Row, TrainingData
+from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.schedules import Ddpm
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
-from kinoloom.trainers.host.private import load_private, narrow
+from kinoloom.trainers.host.private import load_private
 from kinoloom.trainers.host.source import ModelSource, carried, parts_of
 from kinoloom.trainers.motion_director import MotionDirector
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,17 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm
 from toyworld.pack import unet as toy_unet
 
-from ..runs import TEXT_WIDTH, load_animatediff, load_model, make_backbone, make_batch, make_config, motion_lora, random
+from ..runs import (
+    TEXT_WIDTH,
+    load_animatediff,
+    load_model,
+    make_backbone,
+    make_batch,
+    make_config,
+    motion_lora,
+    placements,
+    random,
+)
 
 SD_WIDTHS, FRAMES, TOKENS = tiny.SD_WIDTHS, 5, 7
 X, T = random(2, 4, FRAMES, 8, 16, name="x"), torch.tensor([20, 700])
@@ -481,20 +492,19 @@ def test_gradients_under_dropout_are_the_same_when_activations_are_recomputed(
                 up.copy_(random(*up.shape, name=path) / 10)
     batch, found = make_batch(recipe.backbone, data), []
     parameters = [p for p in recipe.backbone.module.parameters() if p.requires_grad]
-    for recipe.backbone.checkpointing in (False, True):
+    for _ in placements(recipe.backbone):
         for _, loss in recipe.losses(batch, Rng(0, "clips", 0)):
             loss.backward()
         found.append([p.grad for p in parameters])
         recipe.backbone.module.zero_grad(set_to_none=True)
     assert len(parameters) == 2 * (192 + 200) and all(grad.abs().max() > 0 for grad in found[0])
-    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+    assert all(torch.equal(plain, again) for plain, *others in zip(*found, strict=True) for again in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_frozen_weights_are_kept_in_half_precision_and_lora_factors_in_fp32(dtype: torch.dtype, applied: Any) -> None:
     cpu, full = torch.device("cpu"), make_backbone(applied)
-    private, parts = load_private(applied, cpu), parts_of(applied)
-    narrow(private, dtype)
+    private, parts = load_private(applied, cpu, Placement(stored=dtype)), parts_of(applied)
     backbone = animatediff.AnimateDiff(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
     matrices = {name: p.dtype for name, p in backbone.module.named_parameters() if p.ndim in (2, 4)}
     assert set(matrices.values()) == {dtype}

@@ -10,7 +10,7 @@ from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.rng import Rng, derived_generator
 from torch import Tensor
 
-from ..runs import make_backbone, make_batch, make_config
+from ..runs import make_backbone, make_batch, make_config, placements
 
 
 def gradients(recipe: Any, data: TrainingData) -> dict[str, Tensor]:
@@ -37,8 +37,7 @@ def test_compiled_blocks_have_no_graph_breaks_and_the_same_gradients(name: str, 
     for block in {type(block): block for block in recipe.backbone.blocks}.values():
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     checkpointed_blocks(recipe.backbone)
-    for checkpointing in (False, True):
-        recipe.backbone.checkpointing = checkpointing
+    for _ in placements(recipe.backbone):
         found = gradients(recipe, data)
         assert found.keys() == expected.keys() and found
         for key, gradient in found.items():

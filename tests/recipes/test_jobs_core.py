@@ -32,6 +32,7 @@ from kinoloom.trainers.core.data import PhaseData, TrainingData
 from kinoloom.trainers.core.loop import Session, train, validation_loss
 from kinoloom.trainers.core.memory import count_trainable, make_plan
 from kinoloom.trainers.core.optim import make_optimizer
+from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.host.source import ModelSource, parts_of
@@ -954,7 +955,7 @@ def largest_block(losses: Callable[[], Iterator], backbone: Any) -> int:
         calls[block] = tuple(map(leaf, args)), {key: leaf(value) for key, value in kwargs.items()}
 
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in backbone.blocks]
-    backbone.checkpointing = False
+    backbone.placement = Placement()
     list(losses())
     for handle in handles:
         handle.remove()
@@ -980,10 +981,11 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
 
     trainable = count_trainable(backbone.module)
     assert trainable == sum(p.numel() for g in recipe.param_groups(phase) for p in g["params"])
-    plans = {choice: make_plan(backbone, choice, losses, 12 * trainable, 1 << 40) for choice in ("off", "on")}
+    made = {choice: make_plan(backbone, choice, losses, 12 * trainable, 1 << 40) for choice in ("off", "on")}
+    plans = {choice: plan for choice, (_, plan) in made.items()}
     measured = {}
     for choice in plans:
-        backbone.checkpointing = choice == "on"
+        backbone.placement = made[choice][0]
         measured[choice] = measured_bytes(lambda: list(losses()), backbone.module) + 12 * trainable
     measured["on"] += largest_block(losses, backbone)
     for choice, plan in plans.items():
@@ -991,10 +993,10 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
         assert measured[choice] / 2 < plan.memory_needed < measured[choice] * 2, (choice, plan, measured)
     needed = plans["off"].memory_needed
     assert plans["on"].memory_needed < needed
-    roomy, tight = (make_plan(backbone, "auto", losses, 12 * trainable, n) for n in (needed * 2, needed))
+    roomy, tight = (make_plan(backbone, "auto", losses, 12 * trainable, n)[1] for n in (needed * 2, needed))
     assert (roomy.checkpointing, roomy.memory_needed) == (False, needed)
     assert (tight.checkpointing, tight.memory_needed) == (True, plans["on"].memory_needed)
-    hopeless = make_plan(backbone, "off", losses, 12 * trainable, 1000)
+    _, hopeless = make_plan(backbone, "off", losses, 12 * trainable, 1000)
     assert "may run out of memory" in hopeless.reason and not hopeless.checkpointing
 
 

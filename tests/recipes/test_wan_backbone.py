@@ -25,11 +25,12 @@ from kinoloom.trainers.backbones.flow import wan
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.losses import denoising_loss
+from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS, sdpa
 from kinoloom.trainers.host.device import compute_dtype
 from kinoloom.trainers.host.layers import Rope
-from kinoloom.trainers.host.private import load_private, narrow
+from kinoloom.trainers.host.private import load_private
 from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
@@ -46,6 +47,7 @@ from ..runs import (
     make_batch,
     make_config,
     make_job,
+    placements,
     random,
     write_row,
 )
@@ -159,10 +161,10 @@ def test_gradients_are_the_same_when_activations_are_recomputed(model: Any, data
     parameters = [p for p in backbone.module.parameters() if p.requires_grad]
     assert len(parameters) == 40
     grads = []
-    for backbone.checkpointing in (False, True):
+    for _ in placements(backbone):
         loss = denoising_loss(backbone, batch, Rng(0, "p", 0), torch.tensor([0.4]))
         grads.append(torch.autograd.grad(loss, parameters))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) for a, *others in zip(*grads, strict=True) for b in others)
     assert all(g.abs().max() > 0 for g in grads[0])
 
 
@@ -399,9 +401,8 @@ def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None
 def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: Any, data: TrainingData) -> None:
     gradients = []
     for narrowed in (False, True):
-        private = load_private(model, torch.device("cpu"))
-        if narrowed:
-            narrow(private, torch.bfloat16)
+        placement = Placement(stored=torch.bfloat16 if narrowed else None)
+        private = load_private(model, torch.device("cpu"), placement)
         module = private.diffusion_model
         assert module.blocks[0].ffn[0].weight.dtype == (torch.bfloat16 if narrowed else torch.float32)
         assert module.patch_embedding.weight.dtype == torch.float32, "computed in fp32 by the model"

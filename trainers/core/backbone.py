@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Row
+from .placement import Placement
 from .transfer import to_device
 
 PIXELS = 8  # of a latent's side, for most VAEs
@@ -83,7 +84,7 @@ class Backbone(Protocol):
     """A frozen model on a private copy of a MODEL.
 
     `name` is written into files. `lora_targets` maps a group of layers to a regular expression over module paths of
-    `module`. `blocks` are what gradient checkpointing recomputes; they read `checkpointing` at every call.
+    `module`. `blocks` are what gradient checkpointing recomputes; they read `placement` at every call.
     """
 
     name: ClassVar[str]
@@ -91,7 +92,7 @@ class Backbone(Protocol):
     blocks: list[nn.Module]
     schedule: Schedule
     lora_targets: dict[str, str]
-    checkpointing: bool
+    placement: Placement
     device: torch.device
 
     def __init__(

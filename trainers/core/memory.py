@@ -1,6 +1,7 @@
 """Gradient checkpointing per block, and the choice whether a run needs it."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .events import Plan
+from .placement import Placement
 
 HEADROOM = 0.9  # of the free memory; the rest is fragmentation and other programs
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")  # as backends say it
@@ -16,43 +18,46 @@ WORKSPACE = 1.2  # saved activations -> peak: kernels' scratch space and the gra
 
 
 def checkpointed_blocks(backbone: Backbone) -> None:
-    """Make every block of a private module recompute its activations in backward while `backbone.checkpointing` is set.
+    """Make blocks of a private module recompute their activations in backward where `backbone.placement` says so.
 
     The generators are not replayed: nothing in a block is random, and restoring the process-wide state would disturb
     samplers that run at the same time.
     """
-    for block in backbone.blocks:
-        block.forward = _recomputing(block.forward, backbone)
+    for index, block in enumerate(backbone.blocks):
+        block.forward = _recomputing(block.forward, backbone, index)
 
 
-def _recomputing(forward: Callable, backbone: Backbone) -> Callable:
+def _recomputing(forward: Callable, backbone: Backbone, index: int) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        if backbone.checkpointing and torch.is_grad_enabled():
+        if index < backbone.placement.recomputed and torch.is_grad_enabled():
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return forward(*args, **kwargs)
 
     return run
 
 
-def make_plan(backbone: Backbone, choice: str, losses: Callable[[], Iterable], states: int, available: int) -> Plan:
+def make_plan(
+    backbone: Backbone, choice: str, losses: Callable[[], Iterable], states: int, available: int
+) -> tuple[Placement, Plan]:
     """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's losses are `losses()`.
 
     A forward pass of each, which keeps no block's activations, tells what the blocks would keep for backward.
     `states` is what gradients and the optimizer take, `available` the free memory with the model loaded, both in bytes.
     """
-    backbone.checkpointing = False
+    backbone.placement = replace(backbone.placement, recomputed=0)
     kept, entries = _measure_blocks(backbone, losses)
     full = int(states + WORKSPACE * sum(kept))
     lean = int(states + WORKSPACE * (max(kept) + sum(entries)))
     fits = full <= HEADROOM * available
-    backbone.checkpointing = choice == "on" or (choice == "auto" and not fits)
-    needed = lean if backbone.checkpointing else full
+    recompute = choice == "on" or (choice == "auto" and not fits)
+    needed = lean if recompute else full
     reason = {"on": "asked for", "off": "turned off by request"}.get(
         choice, "the run fits" if fits else "needed to fit"
     )
     if needed > HEADROOM * available:
         reason += "; may run out of memory: use a smaller size, fewer frames or a smaller batch"
-    return Plan(backbone.checkpointing, needed, available, None, None, reason)
+    plan = Plan(recompute, needed, available, None, None, reason)
+    return replace(backbone.placement, recomputed=len(backbone.blocks) if recompute else 0), plan
 
 
 def _measure_blocks(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[list[int], list[int]]:

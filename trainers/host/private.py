@@ -10,16 +10,18 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from ..core.placement import AS_IT_IS, Placement
 from .layers import make_private
 from .source import ModelSource
-from .weights import not_finite, require_finite
+from .weights import extremes, not_finite, require_finite
 
 
-def load_private(model: Any, device: torch.device) -> Any:
+def load_private(model: Any, device: torch.device, placement: Placement = AS_IT_IS) -> Any:
     """A frozen private BaseModel on `device`, with upstream LoRA patches merged. `model` is a MODEL or a ModelSource.
 
-    ComfyUI's model manager does not manage it: it is never unloaded, and changes to it do not affect other workflows.
-    Call it outside inference mode, in the run's thread.
+    Layers move to the device one by one. It never holds more than the weights as `placement` stores them and one layer
+    as it was in the file. ComfyUI's model manager does not manage the copy: it is never unloaded, and changes to it do
+    not affect other workflows. Call it outside inference mode, in the run's thread.
     """
     assert not torch.is_inference_mode_enabled()
     if isinstance(model, ModelSource):
@@ -27,14 +29,21 @@ def load_private(model: Any, device: torch.device) -> Any:
     else:
         private = model.clone(disable_dynamic=True, force_deepcopy=True)
     module = private.model.diffusion_model
-    for child in module.modules():
-        _cast_stored(child)
-    private.patch_model(device_to=device)
-    require_finite(module, f"model: {Path(str(private.cached_patcher_init[1][0])).name}")
+    limits: dict[str, torch.Tensor] = {}
+    for name, layer in module.named_modules():
+        _cast_stored(layer)
+        _bring(private, layer, name, device)
+        limits |= extremes(layer, name, recurse=False)
+        if placement.stored:
+            _narrow(layer, placement.stored)
+    private.model.to(device)  # what is not of the layers, such as the noise schedule
+    require_finite(limits, f"model: {Path(str(private.cached_patcher_init[1][0])).name}")
+    if placement.stored == torch.float16:
+        _require_fp16(module)
     module.requires_grad_(False)
     for child in module.modules():
         if isinstance(child, comfy.ops.CastWeightBiasOp):
-            child.comfy_cast_weights = True
+            child.comfy_cast_weights, child.comfy_force_cast_weights = True, private.force_cast_weights
     make_private(module)
     assert not any(p.is_inference() for p in module.parameters())
     logging.info("Kinoloom: private copy of %s on %s", type(private.model).__name__, device)
@@ -49,15 +58,27 @@ def _cast_stored(layer: nn.Module) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def narrow(private: Any, dtype: torch.dtype) -> None:
-    """Cast wider matrices and 2-D kernels to `dtype` once, instead of in every forward. Results are the same.
+def _bring(private: Any, layer: nn.Module, name: str, device: torch.device) -> None:
+    """Move a layer's own tensors to the device, and merge the patches of the MODEL `private` into them there.
 
-    ValueError names a weight with values too large for `dtype`.
+    ComfyUI leaves out patches of layers that hold other layers with weights, and so does this.
     """
-    for layer in private.diffusion_model.modules():
-        weight = layer._parameters.get("weight")
-        plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
-        if plain and weight.dtype.itemsize >= dtype.itemsize:
-            weight.data = weight.data.to(dtype)
-    if dtype == torch.float16 and (name := not_finite(private.diffusion_model)):
+    names = [own for own, _ in layer.named_parameters()]
+    if not any("." in own for own in names):
+        for own in names:
+            private.patch_weight_to_device(f"diffusion_model.{name}.{own}", device_to=device)
+    layer._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def _narrow(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a wider matrix or 2-D kernel to `dtype` once, instead of in every forward. Results are the same."""
+    weight = layer._parameters.get("weight")
+    plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
+    if plain and weight.dtype.itemsize >= dtype.itemsize:
+        weight.data = weight.data.to(dtype)
+
+
+def _require_fp16(module: nn.Module) -> None:
+    """ValueError names a weight with values too large for fp16, in which the module is stored."""
+    if name := not_finite(extremes(module)):
         raise ValueError(f"precision='fp16': weight {name} of the model is too large for it. Choose bf16 or fp32")

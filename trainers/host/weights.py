@@ -77,26 +77,30 @@ def merge(module: nn.Module, patches: dict[str, list]) -> None:
             parameter.data = merged.to(parameter.dtype)  # a new tensor: the file's may be mapped read-only
 
 
-def require_finite(module: nn.Module, what: str) -> None:
-    """ValueError names the first parameter with NaN or infinite values. `what` is the name of the module's file."""
-    if name := not_finite(module):
+def require_finite(limits: dict[str, Tensor], what: str) -> None:
+    """ValueError names the first parameter with NaN or infinite values, by its `extremes`. `what` is its file."""
+    if name := not_finite(limits):
         raise ValueError(
             f"{what}: weight {name} of the model holds NaN or infinity, and nothing can be trained on it. Get the file "
             "again, or leave out the LoRA that was put on it"
         )
 
 
-def not_finite(module: nn.Module) -> str:
-    """The name of the first parameter with NaN or infinite values, or ""."""
-    extremes = {name: _extremes(parameter) for name, parameter in module.named_parameters() if parameter.numel()}
-    if not extremes:
+def not_finite(limits: dict[str, Tensor]) -> str:
+    """The name of the first parameter with NaN or infinite values, by its `extremes`, or ""."""
+    if not limits:
         return ""
-    finite = torch.stack(list(extremes.values())).isfinite().cpu()  # waits for the device only once
-    return next((name for name, fine in zip(extremes, finite.tolist(), strict=True) if not fine), "")
+    finite = torch.stack(list(limits.values())).isfinite().cpu()  # waits for the device only once
+    return next((name for name, fine in zip(limits, finite.tolist(), strict=True) if not fine), "")
+
+
+def extremes(module: nn.Module, name: str = "", recurse: bool = True) -> dict[str, Tensor]:
+    """For each parameter a scalar that is finite exactly if all its values are. `name` is the module's own."""
+    found = module.named_parameters(name, recurse)
+    return {path: _extremes(parameter) for path, parameter in found if parameter.numel()}
 
 
 def _extremes(parameter: Tensor) -> Tensor:
-    """A scalar that is finite exactly if all values of the parameter are."""
     values = parameter.dequantize() if isinstance(parameter, QuantizedTensor) else parameter.data
     if values.dtype.itemsize == 1:
         values = values.to(torch.bfloat16)

@@ -26,7 +26,7 @@ from .log import run_log
 from .previews import Samples
 from .record import ENDED, Kept, Spec
 from .shown import Shown
-from .training import Training
+from .training import Training, loaded_as
 
 POLL_SECONDS = 0.1
 KEPT_BYTES = 10**9  # of the state of a finished run, with keep_state auto
@@ -238,9 +238,10 @@ class Job(Shown):
         self.environment = environment()
         self.make_room()
         device = torch_device()
-        carried, private = parts_of(self._model), load_private(self._model, device)
+        placement = loaded_as(self.recipe_class, self.config, device)
+        carried, private = parts_of(self._model), load_private(self._model, device, placement)
         self._model = None  # the MODEL of other workflows may go from memory now
-        training = Training(self, private, carried, device, self._emit, self._should_stop)
+        training = Training(self, private, carried, device, placement, self._emit, self._should_stop)
         self.total = self.steps_of(self.config)
         state = self._load_state()
         self._advise()

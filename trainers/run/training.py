@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from ..core.config import TrainConfig
 from ..core.data import PhaseData
 from ..core.events import Event, Plan, Step, to_json
 from ..core.loop import Session, train
 from ..core.memory import checkpointed_blocks, count_trainable, make_plan
 from ..core.optim import STATE_BYTES
+from ..core.placement import Placement
 from ..core.recipe import Phase, Recipe
 from ..core.rng import Rng
 from ..core.state import State
 from ..host.attention import TRANSFORMER_OPTIONS
 from ..host.device import compute_dtype, free_memory, release
-from ..host.private import narrow
 from .checkpoint import save_state
 from .export import export_files
 from .previews import Sampling
@@ -29,10 +30,16 @@ PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
 WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
 
 
+def loaded_as(method: type[Recipe], config: TrainConfig, device: torch.device) -> Placement:
+    """The placement that a model is loaded with, before a plan: where a run writes whole files, not rounded."""
+    whole = any(export.keys == "model" for export in method.exports(config).values())
+    return Placement(stored=None if whole else compute_dtype(config.precision, device))
+
+
 class Training:
     """What the loop needs of the run around it, from the loaded model to the end of `go`.
 
-    `private` is a private comfy BaseModel on `device`, `carried` the modules that ride on it.
+    `private` is a private comfy BaseModel on `device`, as `placement` says, `carried` the modules that ride on it.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Training:
         private: Any,
         carried: dict[str, Any],
         device: torch.device,
+        placement: Placement,
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
     ) -> None:
@@ -49,10 +57,9 @@ class Training:
         self._warm_up: list[float] = []
         self.dtype = compute_dtype(run.config.precision, device)
         method = run.recipe_class
-        if not any(export.keys == "model" for export in method.exports(run.config).values()):
-            narrow(private, self.dtype)  # else the file would hold the model's own weights rounded
         self.latent_format = private.latent_format
         self.backbone = method.backbone_class(private, carried, device, self.dtype, TRANSFORMER_OPTIONS)
+        self.backbone.placement = placement
         checkpointed_blocks(self.backbone)
         self.recipe: Recipe = method(self.backbone, run.config)
 
@@ -85,7 +92,7 @@ class Training:
 
         trainable, free = count_trainable(self.backbone.module), free_memory(self.device)
         states = trainable * (4 + (0 if state.step else STATE_BYTES[c.optimizer]))  # fp32 gradients and moments
-        made = make_plan(self.backbone, c.checkpointing, losses, states, free)
+        self.backbone.placement, made = make_plan(self.backbone, c.checkpointing, losses, states, free)
         self._warm_up = []
         self._show(replace(made, note=self.run.note))
 
@@ -105,9 +112,10 @@ class Training:
 
     def spare(self, step: int) -> bool:
         """Whether a step that ran out of memory needs less now."""
-        if self.backbone.checkpointing:
+        placement, blocks = self.backbone.placement, len(self.backbone.blocks)
+        if placement.recomputed == blocks:
             return False
-        self.backbone.checkpointing = True
+        self.backbone.placement = replace(placement, recomputed=blocks)
         reason = f"step {step} ran out of memory without it"
         self._show(replace(self.run.plan, checkpointing=True, reason=reason))
         return True

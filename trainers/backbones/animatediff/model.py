@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.backbone import Grid, prepare_latents, prompts
+from ...core.placement import Placement
 from ...core.schedules import Ddpm
-from ...host.weights import merge_lora, require_finite
+from ...host.weights import extremes, merge_lora, require_finite
 from .motion_module import PART, Attached, MotionModule, MotionModules, read, require_layout
 
 LATENT_CHANNELS = 4
@@ -61,7 +62,7 @@ class AnimateDiff:
         motion = MotionModules(self.layout, device="meta").load(tensors)
         carried[PART].patch(motion)
         motion.to(device, dtype).requires_grad_(False)
-        require_finite(motion, f"motion_module: {Path(carried[PART].path).name}")
+        require_finite(extremes(motion), f"motion_module: {Path(carried[PART].path).name}")
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)
@@ -70,7 +71,7 @@ class AnimateDiff:
         self.device, self.dtype = device, dtype
         self.width = text_width(model)
         self.transformer_options = transformer_options
-        self.checkpointing = False
+        self.placement = Placement()
 
     @staticmethod
     def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:

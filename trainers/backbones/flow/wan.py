@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...core.backbone import Grid, prepare_latents, prompts
 from ...core.config import TrainConfig, knob
+from ...core.placement import Placement
 from ...core.schedules import FlowMatch
 from ...host.source import file_of
 from .wan_kinds import kind_of, require_wan21
@@ -63,7 +64,7 @@ class Wan:
         self.device, self.dtype = device, dtype
         self.process_latent_in = model.process_latent_in
         self.transformer_options = transformer_options
-        self.checkpointing = False
+        self.placement = Placement()
 
     @staticmethod
     def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:

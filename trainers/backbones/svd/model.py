@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.backbone import Grid, prepare_latents
+from ...core.placement import Placement
 from ...core.schedules import Edm
 from ...core.transfer import to_device
 
@@ -47,7 +48,7 @@ class Svd:
         self.device, self.dtype = device, dtype
         self.embed, self.process_latent_in = model.embedder, model.process_latent_in
         self.transformer_options = transformer_options
-        self.checkpointing = False
+        self.placement = Placement()
         for name, module in self.module.named_modules():
             if type(module).__name__ == "SpatialVideoTransformer":
                 module.register_forward_hook(_contiguous_output)
