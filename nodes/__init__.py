@@ -34,10 +34,10 @@ class Kinoloom(ComfyExtension):
 
 
 async def spare_collector(app: object) -> None:
-    """Spare the garbage collector what ComfyUI's start made, hundreds of thousands of objects that live to its end.
+    """Exclude the hundreds of thousands of objects of ComfyUI's start, which live to its end, from garbage collection.
 
-    Every run, and ComfyUI after prompts, walks all others. Now every pack is loaded and no prompt holds a model yet,
-    which would never be freed if it were frozen.
+    Every run, and ComfyUI after prompts, collects garbage. At this point all packs are loaded but no model, which could
+    never be freed once excluded.
     """
     gc.collect()
     gc.freeze()

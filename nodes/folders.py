@@ -13,7 +13,7 @@ TRACKLET_CONTROL = "tracklet_control"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """added: by the pack, to those of ComfyUI. has_loras: its loaders take a LoRA by its name."""
+    """added: whether the pack adds the folder to ComfyUI's. has_loras: whether loaders list LoRAs from it."""
 
     added: bool = False
     has_loras: bool = False
@@ -40,6 +40,6 @@ register()
 
 
 def output_folder(name: str) -> Path:
-    """kinoloom/ in the first place of this model folder, but for models/unet, the old name of diffusion_models."""
+    """kinoloom/ in the first path of a model folder, except models/unet, the old name of diffusion_models."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(name)]
     return next((folder for folder in folders if folder.name != "unet"), folders[0]) / "kinoloom"

@@ -1,4 +1,4 @@
-"""Modules of the pack in a sampler's model: they load with it, and are at work in its UNet's forward and only in it."""
+"""Adds modules of the pack to a sampler's model: they load with it and are active only in its UNet's forward."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of a sampler's UNet: frames [N, C, h, w] of a clip for each of `prompts`, one clip after the other.
+    """One forward of a sampler's UNet, with frames [N, C, h, w] of one clip for each of `prompts`.
 
-    A prompt is 0 if it is the positive one and 1 if it is the negative one.
+    A prompt is 0 for the positive and 1 for the negative conditioning.
     """
 
     unet: nn.Module
@@ -33,7 +33,7 @@ class Forward:
         frames, rest = divmod(len(self.x), len(self.prompts))
         if rest:
             raise ValueError(
-                f"a batch of {len(self.x)} images for {len(self.prompts)} prompts cannot be parted into clips"
+                f"a batch of {len(self.x)} images for {len(self.prompts)} prompts cannot be split into clips"
             )
         return frames
 
@@ -42,9 +42,9 @@ AtWork = Callable[[Forward], AbstractContextManager[dict[str, Any]]]
 
 
 def hooked(model: Any, name: str, patcher: Any, field: str, at_work: AtWork) -> Any:
-    """A copy of a MODEL with the patcher's module in it, in the place of one that it had under `name`.
+    """A copy of a MODEL with the patcher's module, which replaces a module of the same `name`.
 
-    The module is at work within `at_work(forward)`, whose value has the keyword arguments of the forward that change.
+    The module is active inside `at_work(forward)`, whose value is the changed keyword arguments of the forward.
     ValueError names `field` if the module's `require_fit(unet)` refuses the model.
     """
     try:
@@ -65,7 +65,7 @@ def hooked(model: Any, name: str, patcher: Any, field: str, at_work: AtWork) -> 
 
 
 def as_loaded(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """How ComfyUI makes a module with these weights: its layers cast to the input, its type, and where it waits."""
+    """Arguments with which ComfyUI creates a module of these weights: casting layers, storage type and device."""
     size = sum(tensor.numel() for tensor in tensors.values())
     return {
         "operations": comfy.ops.manual_cast,
@@ -75,6 +75,6 @@ def as_loaded(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def patcher_of(module: nn.Module, kind: type = comfy.model_patcher.ModelPatcher) -> Any:
-    """A patcher of this `kind` that loads the module and patches it as ComfyUI does a diffusion model."""
+    """A patcher of this `kind`, which loads and patches the module as ComfyUI does with a diffusion model."""
     management = comfy.model_management
     return kind(module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())

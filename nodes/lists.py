@@ -1,4 +1,4 @@
-"""Inputs of nodes that take lists whole: a value for each clip by its place, or one for all."""
+"""Inputs that are lists: one value for each clip, or one value for all clips."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -12,12 +12,12 @@ def listed(value: Any) -> list:
 
 
 def joined(texts: Any) -> str:
-    """The lines of a text, or of all texts of a list."""
+    """The text, or all texts of a list joined as lines."""
     return "\n".join(listed(texts))
 
 
 def only(field: str, value: Any) -> Any:
-    """The one value of an input that cannot differ from clip to clip."""
+    """The single value of an input that is the same for all clips."""
     values = listed(value)
     if len(values) != 1:
         raise ValueError(f"{field}: found a list of {len(values)}, expected one value for all clips")
@@ -29,7 +29,7 @@ def only_each(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_place(field: str, value: Any, count: int, *, shared: bool = True) -> list:
-    """`count` values; a single one is for all clips if it may be `shared`."""
+    """`count` values, one for each clip. A single value is repeated if it may be `shared`."""
     values = listed(value)
     if len(values) == 1 and shared:
         return values * count
@@ -41,7 +41,7 @@ def by_place(field: str, value: Any, count: int, *, shared: bool = True) -> list
 
 
 def for_each(make: Callable[[T], R], items: Iterable[T], name: Callable[[T], str]) -> list[R]:
-    """`make` of every item; one ValueError names all items that it refuses, and why."""
+    """`make(item)` for every item. One ValueError names all items that it refuses and says why."""
     made, problems = [], []
     for item in items:
         try:

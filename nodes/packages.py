@@ -1,4 +1,4 @@
-"""Raises when it is imported where a package is missing that only runs import, after all else was done."""
+"""Raises on import if a required package is missing that is otherwise imported only when a run starts."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Inputs of nodes: those that options become, and checks of names and files that users choose."""
+"""Node inputs: widgets made from knobs, and checks of names and files."""
 
 import os
 import re
@@ -10,13 +10,13 @@ import folder_paths
 from comfy_api.latest import io
 
 NO_FILE = "none"
-UNCONNECTED = object()  # an input's default in validate_inputs, where what arrives by wire is None
-LONGEST_NAME = 100  # bytes; a file name of at most 255 holds it several times over
+UNCONNECTED = object()  # default of an input in validate_inputs, where None means a connected input
+LONGEST_NAME = 100  # bytes; a file name, at most 255 bytes long, holds it together with other parts
 DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
 
 
 def require_name(field: str, value: str) -> str:
-    """The value of this input without spaces around it. ValueError unless it may name files and folders everywhere."""
+    """The value without spaces around it. ValueError unless it is a valid file name on every system."""
     name = value.strip() if isinstance(value, str) else ""
     if not re.fullmatch(r"[\w-]([\w .-]*[\w-])?", name) or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
@@ -24,7 +24,7 @@ def require_name(field: str, value: str) -> str:
             f"{LONGEST_NAME} bytes"
         )
     if DEVICE.fullmatch(name):
-        raise ValueError(f"{field}={value!r}: expected another name, because Windows keeps this one for a device")
+        raise ValueError(f"{field}={value!r}: expected another name, because Windows reserves this one for a device")
     return name
 
 
@@ -36,7 +36,7 @@ def require_one(images: Any, video: Any, absent: Any = UNCONNECTED) -> bool:
 
 
 def model_file(field: str, folder: str, name: str) -> Path:
-    """The file that an input chose from a model folder; ValueError if it is not there, or not inside."""
+    """The path of a file chosen from a model folder. ValueError if it does not exist or is outside the folder."""
     path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     if path is None:
         raise ValueError(f"{field}={name!r}: expected a file in the model folder {folder}")
@@ -44,14 +44,14 @@ def model_file(field: str, folder: str, name: str) -> Path:
 
 
 def files_state(folder: str, *names: str | None) -> str:
-    """Changes when one of these model files does. A name that arrives by wire is None here: any file of the folder."""
+    """A fingerprint of these model files. None means a connected input, and covers all files of the folder."""
     wanted = folder_paths.get_filename_list(folder) if None in names else sorted({*names} - {NO_FILE, ""})
     paths = [path for name in wanted if (path := folder_paths.get_full_path(folder, name))]
     return repr([(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]])
 
 
 def widget(option: Field) -> io.Input:
-    """The input that a knob becomes."""
+    """The node input for a knob."""
     extra, name, default = option.metadata, option.name, option.default
     shared: dict[str, Any] = {"tooltip": extra["tooltip"], "advanced": extra["advanced"]}
     if extra["file_of"]:

@@ -1,7 +1,7 @@
-"""MotionDirector for AnimateDiff (Zhao et al. 2023, arXiv 2310.08465): the motion of a clip, apart from its look.
+"""MotionDirector for AnimateDiff (Zhao et al. 2023, arXiv 2310.08465): learns a clip's motion apart from its look.
 
-A spatial LoRA on the image model takes up the look of single frames, so that a temporal LoRA on the motion modules,
-trained together with it on whole clips, is left with the motion.
+A spatial LoRA on the image model learns the look from single frames. A temporal LoRA on the motion modules, trained
+together with it on whole clips, then learns only the motion.
 """
 
 import math
@@ -33,7 +33,7 @@ MOTION_FOLDER = "animatediff_motion_lora"
 CUSTOM = "custom"
 PRESET_RANK = {"low": 32, "preferred": 64, "best": 64}
 ADAMW = {"learning_rate": 5e-4, "spatial_learning_rate": 1e-4, "weight_decay": 0.01}
-PRESET_RATES = {  # Lion wants a tenth of the rates, and ten times the decay
+PRESET_RATES = {  # Lion needs a tenth of AdamW's learning rates and ten times its weight decay
     "AdamW": ADAMW,
     "AdamW8bit": ADAMW,
     "Lion": {"learning_rate": 5e-5, "spatial_learning_rate": 1e-5, "weight_decay": 0.1},
@@ -43,7 +43,7 @@ TEMPORAL_LAYERS = {"all": "temporal", "attention": "temporal_attention"}
 
 
 class MotionDirector:
-    """Each step trains the spatial LoRA on one frame, and the temporal one on the clip with the spatial one at work."""
+    """Each step trains the spatial LoRA on one frame, then the temporal one on the clip with the spatial one active."""
 
     name = "KinoloomTrainMotionDirector"
     title = "Train MotionDirector"
@@ -58,14 +58,14 @@ class MotionDirector:
     class Config(LoraConfig):
         preset: str = knob(
             "preferred",
-            "Sets rank, the two learning rates and weight_decay, Lion's too. Encode the clips at size 256 for low, 384 "
-            "for preferred, 512 for best. custom takes what is typed below.",
+            "Sets rank, the two learning rates and weight_decay, for AdamW and Lion. Encode the clips at size 256 for "
+            "low, 384 for preferred, 512 for best. custom uses the values below.",
             choices=(*PRESET_RANK, CUSTOM),
         )
         train: str = knob(
             "both",
-            "both separates motion from look. spatial learns the look alone, from photos too; temporal the motion "
-            "alone, with more of the look in it.",
+            "both separates motion from look. spatial trains only the LoRA of the look, also on photos. temporal "
+            "trains only the motion LoRA, which then holds more of the look.",
             choices=("both", SPATIAL, TEMPORAL),
         )
         steps: int = knob(500, "Optimizer steps. About 300 per clip; half of that with Lion.", min=1, max=1_000_000)
@@ -76,50 +76,50 @@ class MotionDirector:
             LoraConfig,
             "learning_rate",
             5e-4,
-            "Of the temporal LoRA, if preset is custom. Lion wants a tenth of AdamW's.",
+            "Learning rate of the temporal LoRA, if preset is custom. Lion needs a tenth of AdamW's.",
         )
         spatial_learning_rate: float = changed(
             LoraConfig,
             "learning_rate",
             1e-4,
-            "Of the spatial LoRA, if preset is custom. Lower it if the look is memorised.",
+            "Learning rate of the spatial LoRA, if preset is custom. Lower it if the look is memorised.",
         )
         optimizer: str = changed(
             LoraConfig,
             "optimizer",
             "AdamW",
-            "Lion learns in half the steps. The presets know the rates of AdamW and Lion.",
+            "Lion needs half the steps. The presets have learning rates for AdamW and Lion only.",
         )
         max_grad_norm: float = changed(
             LoraConfig,
             "max_grad_norm",
             0.0,
-            "Gradients longer than this are shortened to it. 0, as in the paper, turns clipping off.",
+            "Upper limit of the gradient norm. 0, as in the paper, turns clipping off.",
         )
         spatial_loras: int = knob(
             1,
-            "1 learns one look from all clips. The number of clips gives each its own, which suits clips of different "
-            "subjects in the same motion.",
+            "1 trains one look for all clips. The number of clips trains one look for each: for clips of different "
+            "subjects with the same motion.",
             min=1,
             max=64,
             advanced=True,
         )
         spatial_layers: str = knob(
             "all",
-            "Layers of the image model that learn the look. The fewer are those of the paper.",
+            "Layers of the image model that learn the look. The paper trains self-attention and feed-forward.",
             choices=tuple(SPATIAL_LAYERS),
             advanced=True,
         )
         temporal_layers: str = knob(
             "all",
-            "Layers of the motion modules that learn. attention makes a file like AnimateDiff's own motion LoRAs, "
-            "which more programs read.",
+            "Layers of the motion modules that are trained. attention writes a file with the layers of AnimateDiff's "
+            "own motion LoRAs, which more programs read.",
             choices=tuple(TEMPORAL_LAYERS),
             advanced=True,
         )
         spatial_off_prob: float = knob(
             0.2,
-            "Share of steps in which the temporal LoRA trains without the spatial one, and so learns to work alone.",
+            "Share of steps that train the temporal LoRA without the spatial one, so that it also works alone.",
             min=0.0,
             max=1.0,
             step=0.05,
@@ -127,34 +127,34 @@ class MotionDirector:
         )
         debias_weight: float = knob(
             1.0,
-            "Weight of the loss that compares frames with one of them and so leaves out what they share, the look. 0 "
-            "turns it off.",
+            "Weight of the debiased loss, which compares every frame with a random one and so ignores the look that "
+            "frames share. 0 turns it off.",
             min=0.0,
             max=100.0,
             step=0.05,
             advanced=True,
         )
         dropout: float = knob(
-            0.1, "Share of each LoRA layer's output that is dropped in training.", min=0.0, max=0.9, step=0.05,
+            0.1, "Dropout on the output of each LoRA layer.", min=0.0, max=0.9, step=0.05,
             advanced=True,
         )  # fmt: skip
         start_from: str = changed(
             LoraConfig,
             "start_from",
             "",
-            "The spatial LoRA to begin from: of the same base model, rank and layers. Training both needs "
-            "start_from_motion too.",
+            "A spatial LoRA to start from, of the same base model, rank and layers. Training both also needs "
+            "start_from_motion.",
         )
         start_from_motion: str = knob(
             "",
-            "The temporal LoRA to begin from: of the same rank and layers.",
+            "A temporal LoRA to start from, of the same rank and layers.",
             file_of=MOTION_FOLDER,
             advanced=True,
             added=1,
         )
         domain_adapter: str = knob(
             "",
-            "AnimateDiff's domain adapter (v3_sd15_adapter), merged before training. Choose it if you use it after.",
+            "AnimateDiff's domain adapter (v3_sd15_adapter), merged before training. Use it if you generate with it.",
             file_of="loras",
             advanced=True,
         )
@@ -166,8 +166,8 @@ class MotionDirector:
                 return
             if self.optimizer not in PRESET_RATES:
                 raise ValueError(
-                    f"optimizer={self.optimizer!r}: the presets know the rates of {', '.join(PRESET_RATES)}; set "
-                    f"preset to {CUSTOM} and type the learning rates"
+                    f"optimizer={self.optimizer!r}: the presets have learning rates for {', '.join(PRESET_RATES)}; set "
+                    f"preset to {CUSTOM} and set the learning rates"
                 )
             defaults = {option.name: option.default for option in fields(self)}
             for name, value in {"rank": PRESET_RANK[self.preset], **PRESET_RATES[self.optimizer]}.items():
@@ -184,7 +184,7 @@ class MotionDirector:
                 if file and self.train not in ("both", part):
                     raise ValueError(f"{option}={Path(file).name!r}: expected none with train={self.train!r}")
                 if not file and self.train == "both" and any(files.values()):
-                    raise ValueError(f"{option}='': expected the {part} LoRA too, for both are trained")
+                    raise ValueError(f"{option}='': expected the {part} LoRA too, because both are trained")
             if self.start_from and self.spatial_loras > 1:
                 raise ValueError(
                     f"start_from={Path(self.start_from).name!r}: expected none with spatial_loras={self.spatial_loras}"
@@ -268,7 +268,7 @@ class MotionDirector:
         return [group for name, rate in rates.items() for group in self.lora.param_groups(name, rate, ratio)]
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        """The spatial loss on a random frame, then the temporal one, of the same latents, timestep and noise."""
+        """The spatial loss on a random frame, then the temporal loss, with the same latents, timestep and noise."""
         yield from self._losses(batch, rng)
         if "prior" in batch and self.config.prior_weight:
             for name, loss in self._losses(batch["prior"], rng.fork("prior")):
@@ -298,7 +298,7 @@ class MotionDirector:
                 yield TEMPORAL, temporal_loss(pred, target, anchor, c.debias_weight, batch.get("mask"))
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """With the look, but for several looks, which are each one clip's own."""
+        """Predicts with the spatial LoRA, unless there is one for each clip."""
         looks = spatial_groups(self.config)
         self.lora.set_dropout(0.0, Rng(self.config.seed, PHASE, 0))
         with self.lora.without(*(looks if len(looks) > 1 else [])):
@@ -308,7 +308,7 @@ class MotionDirector:
         return self.lora.export(name)
 
     def metadata(self, name: str) -> dict[str, str]:
-        """`model_type` and `rank` as other MotionDirector tools write them; LoRA managers know SD1.5 as `sd_v1`."""
+        """`model_type` and `rank` as in other MotionDirector tools, and `sd_v1`, which LoRA managers read as SD1.5."""
         image_model = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
         return {
             **(image_model if name != TEMPORAL else {}),
@@ -320,7 +320,7 @@ class MotionDirector:
 
 
 def spatial_groups(config: Any) -> list[str]:
-    """Names of the spatial LoRAs: one for all clips, or one for each."""
+    """Names of the spatial LoRAs: one for all clips, or one for each clip."""
     if config.train == TEMPORAL:
         return []
     count = config.spatial_loras
@@ -328,7 +328,7 @@ def spatial_groups(config: Any) -> list[str]:
 
 
 def own_group(config: Any, batch: Batch) -> str | None:
-    """The spatial LoRA of a batch; a clip that is not trained on has none where each has its own."""
+    """The spatial LoRA of a batch. None for a validation clip if each training clip has its own."""
     groups = spatial_groups(config)
     if len(groups) <= 1:
         return next(iter(groups), None)
@@ -336,7 +336,7 @@ def own_group(config: Any, batch: Batch) -> str | None:
 
 
 def pick_frames(rng: Rng, purpose: str, count: int, frames: int) -> Tensor:
-    """A random frame for each of `count` clips [count]."""
+    """A random frame number for each of `count` clips: [count]."""
     picked = [torch.randint(frames, (), generator=rng.generator(purpose, rng.sample + i)) for i in range(count)]
     return torch.stack(picked)
 
@@ -351,9 +351,9 @@ def _mask_at(batch: Batch, frame: Tensor) -> Tensor | None:
 
 
 def temporal_loss(pred: Tensor, target: Tensor, anchor: Tensor, debias_weight: float, mask: Tensor | None) -> Tensor:
-    """MSE, and the same of phi(e)_i = sqrt(2) e_i - e_anchor, which leaves out what all frames share (paper, eq. 7).
+    """MSE plus the debiased MSE on phi(e)_i = sqrt(2) e_i - e_anchor, which ignores the shared look (paper, eq. 7).
 
-    pred, target [B C F H W], anchor [B]. Phi is linear, so it is applied to the difference.
+    pred, target [B C F H W], anchor [B]. phi is linear, so it is applied to the difference.
     """
     plain = masked_mse(pred, target, mask)
     if not debias_weight:

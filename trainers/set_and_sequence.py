@@ -1,7 +1,7 @@
 """Set-and-Sequence for Wan 2.1 (Abdal et al. 2025, arXiv 2502.14844): the look from a set of frames, then the motion.
 
-Notation of the paper on our names, per layer: A1 = lora_down, B1 = identity lora_up, B2 = motion lora_up;
-W' = W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
+The paper's symbols for each layer: A1 is lora_down, B1 is the identity's lora_up, B2 is the motion's lora_up.
+The weights are W + A1 B1 after stage 1 and W + A1 B1 + A1 B2 after stage 2.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class SetAndSequence:
         )
         sequence_steps: int = knob(
             900,
-            "Optimizer steps of stage 2, the motion. 0 stops after the look; complex motion wants up to 2500.",
+            "Optimizer steps of stage 2, the motion. 0 stops after the look. Complex motion needs up to 2500.",
             min=0,
             max=1_000_000,
         )
@@ -56,12 +56,12 @@ class SetAndSequence:
             LoraConfig,
             "start_from",
             "",
-            "A LoRA whose look stage 1 begins from: an identity file or a plain LoRA, of the same base model and rank.",
+            "A LoRA from which stage 1 starts: an identity file or a plain LoRA, of the same base model and rank.",
         )
         identity_file: str = knob(
             "",
-            "Start stage 2 from this identity LoRA instead of training stage 1 (set_steps 0). LoRAs for Wan of other "
-            "trainers can be read too.",
+            "The identity LoRA for stage 2, instead of training stage 1 (set_steps 0). Wan LoRAs of other trainers "
+            "work too.",
             file_of="loras",
             advanced=True,
         )
@@ -87,7 +87,8 @@ class SetAndSequence:
         sequence_dropout: float = knob(0.5, "The same for stage 2.", min=0.0, max=0.99, step=0.05, advanced=True)
         token_mask_prob: float = knob(
             0.1,
-            "Share of prompt tokens hidden in each pass, so that context carries the subject. 0 turns it off.",
+            "Share of prompt tokens masked in each pass, so that the LoRA does not depend on single words. 0 turns it "
+            "off.",
             min=0.0,
             max=0.9,
             step=0.05,
@@ -95,7 +96,7 @@ class SetAndSequence:
         )
         self_conditioning_prob: float = knob(
             0.0,
-            "Must stay 0: Wan has no input for it. Kept for configurations of the paper.",
+            "Only 0 is allowed: Wan has no input for self-conditioning. The option exists for the paper's settings.",
             min=0.0,
             max=1.0,
             advanced=True,
@@ -121,8 +122,8 @@ class SetAndSequence:
             super().__post_init__()
             if self.self_conditioning_prob:
                 raise ValueError(
-                    f"self_conditioning_prob={self.self_conditioning_prob}: expected 0. Self-conditioning belongs "
-                    "to the paper's own model; Wan has no input that could carry it"
+                    f"self_conditioning_prob={self.self_conditioning_prob}: expected 0, because Wan has no input for "
+                    "self-conditioning"
                 )
             if not self.set_steps and not self.identity_file:
                 raise ValueError("set_steps=0: expected above 0, or an identity_file to start stage 2 from")
@@ -134,13 +135,13 @@ class SetAndSequence:
             if self.start_from and self.identity_file:
                 raise ValueError(
                     f"start_from={Path(self.start_from).name!r}: expected none beside an identity_file, which "
-                    "replaces the stage that start_from begins"
+                    "replaces stage 1"
                 )
             if not self.set_steps and not self.sequence_steps:
                 raise ValueError("sequence_steps=0: expected above 0 when set_steps is 0, or there is nothing to train")
 
         def starts(self) -> dict[str, Start]:
-            """Stage 1 begins from a look: an identity, or a plain LoRA."""
+            """Stage 1 may start from an identity file or a plain LoRA."""
             if not self.start_from:
                 return {}
 
@@ -173,7 +174,7 @@ class SetAndSequence:
     def exports(config: Any) -> dict[str, Export]:
         identity = {IDENTITY: Export("the look alone", SET)}
         stage_two = {
-            MOTION: Export("the motion alone; works only on top of the identity of the same run", SEQUENCE),
+            MOTION: Export("the motion alone; works only together with the identity of the same run", SEQUENCE),
             COMBINED: Export("look and motion in one file", SEQUENCE),
         }
         return (identity if config.set_steps else {}) | (stage_two if config.sequence_steps else {})
@@ -200,7 +201,7 @@ class SetAndSequence:
         self.dropout, self.shift = stages[phase.name]
 
     def _start_sequence(self) -> None:
-        """Freeze A1 and B1 as the identity file holds them, rounding included, and add a zero B2 on A1."""
+        """Freeze A1 and B1, rounded as in the identity file, and add a zero B2 that shares A1."""
         if self.config.identity_file:
             self.lora.load_group(IDENTITY, read_identity(self.config, self.backbone.module))
         elif self.config.save_precision == "fp16":
@@ -231,7 +232,7 @@ class SetAndSequence:
         return denoising_loss(self.backbone, {**batch, "prompt_embeds": prompts}, rng, t)
 
     def _draw_masks(self, rng: Rng) -> None:
-        """B' = B * M / (1 - p) with P(M = 0) = p, one M per layer and pass (paper eq. 10), on the trained B only."""
+        """B' = B * M / (1 - p) with P(M = 0) = p, one mask M per layer and pass (paper eq. 10), for the trained B."""
         keep = 1 - self.dropout
         generator = rng.generator("masks", device=self.backbone.device)
 
@@ -260,7 +261,7 @@ class SetAndSequence:
         }
 
     def metadata(self, name: str) -> dict[str, str]:
-        """`sns.stage`: which part; `sns.basis_side`: A is the down factor; files of one identity have one hash."""
+        """`sns.stage` names the export, `sns.basis_side` says that A is lora_down. Each identity has its own hash."""
         return {
             "sns.version": "1",
             "sns.stage": name,
@@ -277,13 +278,13 @@ class SetAndSequence:
 
 
 def read_identity(config: Any, module: nn.Module, bases: Collection[str] = ()) -> dict[str, Tensor]:
-    """The factors of the identity file. ValueError if it is no identity for the layers of a Wan `module`."""
+    """The factors of the identity file. ValueError if it is not an identity for the layers of the Wan `module`."""
     path, rank = Path(config.identity_file), config.rank
     with naming("identity_file", config.identity_file):
         layers = layer_shapes(module, Wan.lora_targets["all"])
         tensors = read_wan_lora(path, layers, rank, MOTION_STAGES, bases)
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} or {float(rank)}
-    for alpha in alphas:  # B1 counts alpha / rank times; at another scale it is another identity
+    for alpha in alphas:  # with another scale alpha / rank, A1 B1 would be another identity
         if not math.isclose(alpha, config.alpha or rank, rel_tol=1e-3):
             raise ValueError(
                 f"identity_file={path.name!r}: was trained with alpha {alpha:g} at rank {rank}, but alpha="
@@ -293,10 +294,10 @@ def read_identity(config: Any, module: nn.Module, bases: Collection[str] = ()) -
 
 
 def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:
-    """[B, K+1, L, D] to [B, L, D]: the clean encoding, or one whose tokens are hidden with `probability`.
+    """Mask prompt tokens with `probability`: one encoding [B, L, D] of each caption's [B, K+1, L, D].
 
-    Encodings made from captions with tokens removed are used where the data has them at that probability. Otherwise
-    rows of the clean encoding are zeroed, which looks like padding, the end token excepted.
+    Uses the stored encodings of captions with dropped tokens if the data has them at that probability. Otherwise sets
+    rows of the clean encoding to zero, which looks like padding. The end token is kept.
     """
     prompts = batch["prompt_embeds"]
     if not probability:

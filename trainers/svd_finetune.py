@@ -25,7 +25,7 @@ LAYERS = {
 
 
 class SvdFinetune:
-    """The base model's own objective on its own weights, in fp32; the rest stays frozen in half precision."""
+    """The base model's own loss. Trained weights are fp32; all others stay frozen in half precision."""
 
     name = "KinoloomTrainSvdFinetune"
     title = "Train SVD Fine-tune"
@@ -35,25 +35,26 @@ class SvdFinetune:
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SvdConfig):
-        steps: int = knob(5000, "Optimizer steps. Some dozen clips want 2000 to 10000.", min=1, max=1_000_000)
+        steps: int = knob(5000, "Optimizer steps. Some dozen clips need 2000 to 10000.", min=1, max=1_000_000)
         layers: str = knob(
             "temporal attention",
-            "What is trained: a quarter of the model, all of its temporal layers, or everything, which looks best and "
-            "takes 16 bytes per weight with AdamW, 24 GB in all; AdamW8bit and Adafactor take less.",
+            "Trained layers: temporal attention (a quarter of the model), all temporal layers, or all layers. all "
+            "gives the best results. It takes 24 GB with AdamW, 16 bytes per weight; AdamW8bit and Adafactor take "
+            "less.",
             choices=tuple(LAYERS),
         )
         learning_rate: float = changed(
             SvdConfig,
             "learning_rate",
             1e-5,
-            "Lower it if the loss jumps or colours drift; raise it if nothing is learned. Prodigy wants 1.0.",
+            "Lower it if the loss jumps or colours drift. Raise it if nothing is learned. Use 1.0 for Prodigy.",
         )
         validate_every: int = changed(
             SvdConfig,
             "validate_every",
             500,
-            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a model. 0 "
-            "turns them off.",
+            "Steps between measurements of the loss on fixed noise. Each new lowest loss saves a model. 0 turns them "
+            "off.",
         )
         save_every: int = changed(
             SvdConfig,
@@ -81,15 +82,15 @@ class SvdFinetune:
 
     @staticmethod
     def generations(config: Any) -> list[Generation]:
-        return []  # svd_finetune trains and generates in one
+        return []  # the template svd_finetune both trains and generates
 
     def start(self, phase: Phase) -> None:
         for parameter in self.trained.values():
             if parameter.dtype.itemsize < 2:
                 raise ValueError(
-                    f"model: stored as {parameter.dtype}, expected fp16, bf16 or fp32, for its weights are saved again"
+                    f"model: stored as {parameter.dtype}, expected fp16, bf16 or fp32, as all weights are saved again"
                 )
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # the file's may be mapped read-only
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the file may be mapped read-only
             parameter.requires_grad_(True)
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
@@ -99,7 +100,7 @@ class SvdFinetune:
         return video_losses(self.backbone, batch, rng, self.config)
 
     def export(self, name: str) -> dict[str, Tensor]:
-        """Every weight under ComfyUI's own name."""
+        """All weights, with ComfyUI's key names."""
         return {key: value.detach().cpu() for key, value in self.backbone.module.state_dict().items()}
 
     def metadata(self, name: str) -> dict[str, str]:
@@ -109,7 +110,7 @@ class SvdFinetune:
         return copied(self.trained)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """ValueError if the state is that of other layers."""
+        """ValueError if the state is for other layers."""
         fill(self.trained, state, "fine-tune state: layers do not match")
 
 

@@ -1,4 +1,4 @@
-"""LoRA for Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127): clips from their first frames."""
+"""LoRA for Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127), which animates a first frame."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .host.source import base_identities
 
 
 class SvdLora(PlainLora):
-    """The base model's own objective on the linear layers of its spatial and temporal attention."""
+    """The base model's own loss, with LoRAs on the linear layers of its spatial and temporal attention."""
 
     name = "KinoloomTrainSvdLora"
     title = "Train SVD LoRA"
@@ -32,11 +32,11 @@ class SvdLora(PlainLora):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SvdConfig, LoraConfig):
-        steps: int = knob(1000, "Optimizer steps. A few clips want 500 to 2000.", min=1, max=1_000_000)
+        steps: int = knob(1000, "Optimizer steps. A few clips need 500 to 2000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",
-            "Attention that gets a LoRA. temporal learns how things move and leaves the look alone. Queries and keys "
-            "of cross-attention are left out: it looks at one token, so they change nothing.",
+            "Attention layers with a LoRA. temporal learns motion and keeps the look. Queries and keys of "
+            "cross-attention are left out: with its single token they have no effect.",
             choices=tuple(Svd.lora_targets),
             advanced=True,
         )
@@ -55,13 +55,13 @@ class SvdLora(PlainLora):
 
 
 def read_svd_lora(file: Path, layers: Collection[str], bases: Collection[str]) -> dict[str, Tensor]:
-    """ValueError for another spelling than ComfyUI's."""
+    """A LoRA with ComfyUI's key names. ValueError for other formats."""
     tensors, metadata = load(file)
     require_base(metadata, bases)
     try:
         named = from_comfy(tensors)
     except ValueError as error:
-        raise ValueError(f"{error}. Convert SVD Model gives LoRAs of other trainers ComfyUI's names") from error
+        raise ValueError(f"{error}. Convert SVD Model renames LoRAs of other trainers for ComfyUI") from error
     check_pairs(named, "LoRA")
     return named
 

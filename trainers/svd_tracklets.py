@@ -1,7 +1,7 @@
 """Tracklet control of Stable Video Diffusion: objects follow given boxes (TrackDiffusion, arXiv 2312.00651).
 
-Self-tracking (Boximator, arXiv 2402.01566) comes first: the model learns to paint each object's box in its colour, and
-so ties tokens to places; then clean clips unlearn the paint and keep the tie.
+Phase 1, self-tracking (Boximator, arXiv 2402.01566), teaches the model to paint each object's box in its colour, which
+links box tokens to positions. Phase 2 trains on clean clips: the model stops painting and keeps the link.
 """
 
 import re
@@ -30,15 +30,15 @@ from .host.weights import extremes, require_finite
 PAINTED, CLEAN = "self-tracking", "clean"
 CONTROL = "tracklets"
 MODULE = "tracklet_control"
-GROWTH = 0.5  # a soft box reaches beyond the hard one by up to this share of its side, on each edge
+GROWTH = 0.5  # a soft box is wider than the hard one by up to this share of its side, on each edge
 
 
 class SvdTracklets:
-    """Trains position net, fusers, time mixers and the first and last layer; everything else is frozen."""
+    """Trains the position net, fusers, time mixers and the first and last layer. All other layers are frozen."""
 
     name = "KinoloomTrainSvdTracklets"
     title = "Train SVD Tracklets"
-    description = "Teaches Stable Video Diffusion to move objects along boxes, from clips whose objects are tracked."
+    description = "Teaches Stable Video Diffusion to move objects along boxes, from clips with tracked objects."
     backbone_class = Svd
     columns = ("latents", "image", "tracklets")
 
@@ -46,41 +46,45 @@ class SvdTracklets:
     class Config(SvdConfig):
         self_tracking_steps: int = knob(
             20_000,
-            "Optimizer steps on clips with painted boxes. The sampled videos should show the boxes at its end; "
-            "control_file goes on if not.",
+            "Optimizer steps on clips with painted boxes. At the end sampled videos should show the boxes. If not, "
+            "continue with control_file.",
             min=0,
             max=1_000_000,
         )
         clean_steps: int = knob(
-            10_000, "Optimizer steps on clean clips, which take the paint away again.", min=0, max=1_000_000
+            10_000, "Optimizer steps on clean clips, after which the boxes are no longer painted.", min=0, max=1_000_000
         )
         learning_rate: float = changed(
             SvdConfig,
             "learning_rate",
             2e-4,
-            "Of self-tracking. Lower it if the loss jumps; raise it if no boxes appear. Prodigy wants 1.0.",
+            "Learning rate of self-tracking. Lower it if the loss jumps. Raise it if no boxes appear. Use 1.0 for "
+            "Prodigy.",
         )
         clean_learning_rate: float = changed(
-            SvdConfig, "learning_rate", 3e-5, "Of the clean steps. Raise it if boxes stay visible. Prodigy wants 1.0."
+            SvdConfig,
+            "learning_rate",
+            3e-5,
+            "Learning rate of the clean steps. Raise it if boxes stay visible. Use 1.0 for Prodigy.",
         )
         control_file: str = knob(
             "",
-            "A control to go on from: painting for more self-tracking, or for the clean steps once you have seen "
-            "boxes.",
+            "A control file to continue from: a painting file, for more self-tracking or, if samples show boxes, for "
+            "the clean steps.",
             file_of="tracklet_control",
             advanced=True,
         )
         soft_boxes: float = knob(
             0.0,
-            "Share of boxes that are widened at random and marked soft, so that a box may also mean somewhere in here. "
-            "0.8 for tracklets with soft key frames; a file trained with 0 ignores them.",
+            "Share of boxes that are widened at random and marked soft: the object is somewhere inside. Use 0.8 for "
+            "tracklets with soft key frames. A control trained with 0 treats them as hard.",
             min=0.0,
             max=1.0,
             step=0.05,
         )
         box_weight: float = knob(
             1.0,
-            "Weight of the loss inside boxes against outside. Try 2 if small objects are ignored.",
+            "Weight of the loss inside boxes, relative to outside. Try 2 if small objects are ignored.",
             min=1.0,
             max=100.0,
             step=0.5,
@@ -97,8 +101,8 @@ class SvdTracklets:
             SvdConfig,
             "validate_every",
             1000,
-            "Steps between measurements of the loss on fixed noise. Each that is the best so far saves a file. 0 turns "
-            "them off.",
+            "Steps between measurements of the loss on fixed noise. Each new lowest loss saves a file. 0 turns them "
+            "off.",
         )
         save_every: int = changed(
             SvdConfig,
@@ -127,10 +131,10 @@ class SvdTracklets:
             name: parameter for name, parameter in backbone.module.named_parameters() if re.fullmatch(BASE_LAYERS, name)
         }
         for parameter in self.base.values():
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # the file's may be mapped read-only
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the file may be mapped read-only
         if config.control_file:
             self._go_on_from(Path(config.control_file))
-        self.controlled = Controlled(backbone.module, self.control).__enter__()  # for good: the copy is the run's own
+        self.controlled = Controlled(backbone.module, self.control).__enter__()  # never left: the model is private
         backbone.module.add_module(MODULE, self.control)
 
     @torch.no_grad()
@@ -199,12 +203,12 @@ class SvdTracklets:
         return video_loss(self.backbone, batch, rng, c)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """`batch` holds boxes [B, T, 20, 8] and box_mask [B, T, 20], which is 0 where the learned null stands."""
+        """`batch` holds boxes [B, T, 20, 8] and box_mask [B, T, 20], where 0 stands for the learned null token."""
         self.controlled.boxes, self.controlled.mask = (batch[name].flatten(0, 1) for name in ("boxes", "box_mask"))
         return self.backbone.predict(noisy_latents, t, batch)
 
     def export(self, name: str) -> dict[str, Tensor]:
-        """The control under TrackDiffusion's names in ComfyUI's layout, and the trained layers of the base model."""
+        """The control, with TrackDiffusion's names in ComfyUI's layout, and the trained layers of the base model."""
         tensors = {**self.control.tensors(), **self.base}
         return {key: value.detach().cpu() for key, value in tensors.items()}
 
@@ -215,7 +219,7 @@ class SvdTracklets:
         return copied(self._trained())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """ValueError if the state is of another architecture."""
+        """ValueError if the state is for another architecture."""
         fill(self._trained(), state, "tracklet state: layers do not match")
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -225,7 +229,7 @@ class SvdTracklets:
 def read_control(
     file: Path, unet: nn.Module, soft_boxes: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a control, and those of them that are the base model's. ValueError if it is none for this UNet."""
+    """The tensors of a control file, and its tensors of the base model. ValueError if it does not fit this UNet."""
     tensors, _ = load(file)
     widths, numbers, base = read(tensors)
     if widths != (here := widths_of(unet)):
@@ -246,7 +250,7 @@ def read_control(
 
 
 def soften(boxes: Tensor, share: float, rng: Rng) -> Tensor:
-    """Boxes [B, T, 20, 8], of which a random share is widened on every side and marked soft, 0 in the last place."""
+    """Widen a random share of the boxes [B, T, 20, 8] on every side, and mark them soft: 0 as the last number."""
     generator = rng.generator("soft boxes")
     soft = torch.rand(boxes.shape[:-1], generator=generator) < share
     reach = GROWTH * torch.rand(*boxes.shape[:-1], 4, generator=generator)
@@ -257,7 +261,7 @@ def soften(boxes: Tensor, share: float, rng: Rng) -> Tensor:
 
 
 def box_weights(boxes: Tensor, mask: Tensor, size: tuple[int, int], weight: float) -> Tensor:
-    """Weights [B, 1, T, h, w] of mean 1 for each clip, `weight` times as high in boxes [B, T, 20, 8] as outside."""
+    """Loss weights [B, 1, T, h, w] with mean 1 for each clip, `weight` times higher inside boxes than outside."""
     height, width = size
     y, x = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     x1, y1, x2, y2 = (edge.unsqueeze(-1) for edge in boxes[..., :4].unbind(-1))

@@ -1,4 +1,4 @@
-"""Plain LoRA for Wan 2.1 text-to-video on clips and photos: the baseline."""
+"""A plain LoRA for Wan 2.1 text-to-video, trained on clips and photos: the baseline method."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .host.source import base_identities
 
 
 class WanLora(PlainLora):
-    """Flow matching on every linear layer of every block; one photo is a clip of one frame."""
+    """Flow matching, with LoRAs on every linear layer of every block. A photo is a clip of one frame."""
 
     name = "KinoloomTrainWanLora"
     title = "Train Wan LoRA"
@@ -29,16 +29,16 @@ class WanLora(PlainLora):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(WanConfig, LoraConfig):
-        steps: int = knob(500, "Optimizer steps. One clip wants 300 to 1000.", min=1, max=1_000_000)
+        steps: int = knob(500, "Optimizer steps. One clip needs 300 to 1000.", min=1, max=1_000_000)
         target_layers: str = knob(
             "all",
-            "Layers that get a LoRA. Attention alone makes a smaller file that changes less.",
+            "Layers with a LoRA. Attention alone gives a smaller file with a weaker effect.",
             choices=tuple(Wan.lora_targets),
             advanced=True,
         )
         timestep_sampling: str = knob(
             "logit_normal",
-            "Which noise levels are trained most: the middle, or all alike.",
+            "Distribution of noise levels: logit_normal prefers the middle, uniform trains all equally.",
             choices=("logit_normal", "uniform"),
             advanced=True,
         )
@@ -52,7 +52,7 @@ class WanLora(PlainLora):
         )
 
         def starts(self) -> dict[str, Start]:
-            """From any but a motion file of Set-and-Sequence, which works only on top of another."""
+            """A Wan LoRA may start from any file except Set-and-Sequence's motion file, which is not a whole LoRA."""
             refused = ("motion",)
             return plain_start(self, Wan.lora_targets, lambda file, _, bases: read_any_wan_lora(file, refused, bases))
 

@@ -1,1 +1,1 @@
-"""Motion modules and motion LoRAs on a MODEL."""
+"""Nodes that apply motion modules and motion LoRAs to a MODEL."""

@@ -1,4 +1,4 @@
-"""Motion LoRAs in ComfyUI: on the motion module of a MODEL, and merged into one file."""
+"""Nodes that apply a motion LoRA to a MODEL's motion module, and that merge motion LoRAs into one file."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ LORA_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
 def with_motion_lora(model: Any, tensors: dict[str, Tensor], strength: float, name: str) -> Any:
-    """`model` with a motion LoRA on its motion module. ValueError if a layer of the LoRA has no place there."""
+    """`model` with a motion LoRA on its motion module. ValueError if the module lacks a layer of the LoRA."""
     if not model.get_additional_models_with_key(PART):
         raise ValueError("model: has no motion module. Put Apply Motion Module before the motion LoRA")
     if strength == 0:
@@ -52,7 +52,7 @@ def with_motion_lora(model: Any, tensors: dict[str, Tensor], strength: float, na
 
 
 def require_same_layers(first: dict[str, Tensor], *others: dict[str, Tensor]) -> None:
-    """ValueError if a layer of one motion LoRA is of another width in the next."""
+    """ValueError if a layer has another width in another motion LoRA."""
     for other in others:
         for key in first.keys() & other.keys():
             side = 1 if ".lora_down." in key else 0
@@ -78,7 +78,7 @@ class LoadMotionLora(io.ComfyNode):
             node_id="KinoloomLoadMotionLora",
             display_name="Load Motion LoRA",
             category="Kinoloom/animatediff",
-            description="Puts a motion LoRA on a model's motion module. Chain several to add their motions.",
+            description="Applies a motion LoRA to a model's motion module. Chain several to add their motions.",
             search_aliases=["animatediff lora", "motiondirector"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Apply Motion Module."),
@@ -108,7 +108,7 @@ class LoadMotionLoraModel(io.ComfyNode):
             node_id="KinoloomLoadMotionLoraModel",
             display_name="Load Motion LoRA Model",
             category="Kinoloom/animatediff",
-            description="Puts a motion LoRA from another node, such as Training Result, on a model's motion module.",
+            description="Applies a motion LoRA from another node, such as Training Result, to a model's motion module.",
             inputs=[
                 io.Model.Input("model", tooltip="A model from Apply Motion Module."),
                 io.LoraModel.Input("lora", tooltip="The motion LoRA: lora of Training Result."),
@@ -130,16 +130,16 @@ class MergeMotionLoras(io.ComfyNode):
             display_name="Merge Motion LoRAs",
             category="Kinoloom/animatediff",
             is_output_node=True,
-            description="Saves two motion LoRAs as one, or one in the spelling that every loader reads.",
+            description="Merges two motion LoRAs into one file, or rewrites one with key names for every loader.",
             search_aliases=["convert motion lora"],
             inputs=[
-                io.Combo.Input("lora_1", options=lora_choices(), tooltip="A motion LoRA in any spelling."),
+                io.Combo.Input("lora_1", options=lora_choices(), tooltip="A motion LoRA in any known format."),
                 io.Float.Input("strength_1", tooltip="How much of it goes in.", **LORA_STRENGTH),
                 io.Combo.Input(
                     "lora_2",
                     options=[NO_FILE, *lora_choices()],
                     default=NO_FILE,
-                    tooltip="Another, or none to convert.",
+                    tooltip="The second motion LoRA, or none to convert only the first.",
                 ),
                 io.Float.Input("strength_2", tooltip="How much of it goes in.", **LORA_STRENGTH),
                 io.String.Input("name", default="merged", tooltip="Name of the new file; a number is added if taken."),
@@ -149,7 +149,7 @@ class MergeMotionLoras(io.ComfyNode):
                     min=0,
                     max=1024,
                     advanced=True,
-                    tooltip="Rank of the result. 0 keeps everything, at the sum of the ranks. Lower makes it smaller.",
+                    tooltip="Rank of the result. 0 merges exactly, with the sum of the ranks. Lower makes it smaller.",
                 ),
             ],
             outputs=[
@@ -160,13 +160,13 @@ class MergeMotionLoras(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool:
-        if name is not None:  # does not arrive by wire
+        if name is not None:  # not a connected input
             require_name("name", name)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, lora_1: str | None = None, lora_2: str | None = None, **_: Any) -> str:
-        """Of a name that arrives by wire any file counts, but for what this node made, which never changes."""
+        """A fingerprint of the files. A connected input covers all files, except merged ones, which never change."""
         others = [name for name in lora_choices() if Path(name).parent != Path(output_folder(MOTION_LORAS).name)]
         chosen = [name for given in (lora_1, lora_2) for name in (others if given is None else [given])]
         return files_state(MOTION_LORAS, *chosen)

@@ -1,4 +1,4 @@
-"""AnimateDiff in ComfyUI: motion modules on a MODEL, in any sampler."""
+"""Nodes that load motion modules and apply them to a MODEL, for any sampler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ from ..widgets import files_state
 from ..wires import EvolvedModelType, MotionModuleType
 
 LINEAR, KEEP = "linear (AnimateDiff)", "the model's own"
-LONGEST = 128  # frames of a window
+LONGEST = 128  # most frames of a window
 
 
 def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
-    """A patcher of the MotionModules in a file. ValueError says what the file is if not that."""
+    """A patcher of the MotionModules in a file. ValueError says what another file holds instead."""
     loaded = load_tensors(Path(path))
     try:
         layout, tensors = read(loaded)
@@ -39,7 +39,7 @@ def load_motion_module(path: str, disable_dynamic: bool = False) -> Any:
 
 
 def from_evolved(model: Any) -> Any:
-    """AnimateDiff-Evolved's MOTION_MODEL as ours: the same file and the same motion LoRAs."""
+    """Convert AnimateDiff-Evolved's MOTION_MODEL to this pack's: the same file and motion LoRAs."""
     name = model.model.mm_info.mm_name
     patcher = load_motion_module(folder_paths.get_full_path_or_raise(MOTION_MODELS, name))
     patcher.patches = {key: list(patches) for key, patches in model.patches.items()}
@@ -81,8 +81,8 @@ class ApplyMotionModule(io.ComfyNode):
             node_id="KinoloomApplyMotionModule",
             display_name="Apply Motion Module",
             category="Kinoloom/animatediff",
-            description="Makes a Stable Diffusion 1.5 model an AnimateDiff video model, for training and for any "
-            "sampler: the images of a latent batch become the frames of one clip.",
+            description="Turns a Stable Diffusion 1.5 model into an AnimateDiff video model, for training and for any "
+            "sampler. The images of a latent batch become the frames of one clip.",
             search_aliases=["animatediff", "context windows"],
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion 1.5 model, with LoRAs if you like."),
@@ -96,9 +96,9 @@ class ApplyMotionModule(io.ComfyNode):
                     default=16,
                     min=2,
                     max=LONGEST,
-                    tooltip="Frames that move together. Longer clips are made of overlapping windows of so many. Keep "
-                    "it at the length that the module, or the motion LoRA, was trained on. A Context Windows node "
-                    "before this one has precedence.",
+                    tooltip="Frames that are sampled together; longer clips are sampled in overlapping windows of this "
+                    "length. Use the length that the module or the motion LoRA was trained on. A Context Windows node "
+                    "before this one takes precedence.",
                 ),
                 io.Int.Input(
                     "context_overlap",
@@ -112,7 +112,7 @@ class ApplyMotionModule(io.ComfyNode):
                     options=[LINEAR, KEEP],
                     default=LINEAR,
                     advanced=True,
-                    tooltip="Noise levels for sampling. Motion modules are trained on the linear ones.",
+                    tooltip="Noise schedule for sampling. Motion modules are trained with the linear one.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For samplers, motion LoRA loaders and Train MotionDirector.")],
@@ -120,7 +120,7 @@ class ApplyMotionModule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, context_length: int | None = None, context_overlap: int | None = None) -> bool:
-        """ValueError for widgets that do not fit together; what arrives by wire is None."""
+        """ValueError for widgets that do not fit together. Connected inputs are None."""
         require_windows(context_length or LONGEST, context_overlap or 0)
         return True
 
@@ -145,7 +145,7 @@ class ApplyMotionModule(io.ComfyNode):
 
 
 def require_frames(motion: MotionModules, length: int, overlap: int) -> None:
-    """ValueError unless the modules take windows of so many frames."""
+    """ValueError unless the motion modules can sample windows of `length` frames with this overlap."""
     layout = motion.layout
     if length > layout.positions:
         raise ValueError(
@@ -162,7 +162,7 @@ def require_windows(length: int, overlap: int) -> None:
 
 
 def linear_betas() -> Any:
-    """ComfyUI's noise prediction on the betas that motion modules are trained on."""
+    """ComfyUI's noise-prediction sampling with the linear betas of motion modules' training."""
 
     class LinearBetas(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
         pass
@@ -171,7 +171,7 @@ def linear_betas() -> Any:
 
 
 def set_windows(model: Any, length: int, overlap: int) -> None:
-    """Sample latent batches longer than `length` in windows of so many frames, unless windows are set already."""
+    """Sample latent batches longer than `length` in windows of that length, unless windows are already set."""
     if "context_handler" in model.model_options:
         return
     model.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(

@@ -1,1 +1,1 @@
-"""Training data: from clips and photos to encoded rows."""
+"""Training data: reads clips and photos and encodes them as rows."""

@@ -21,7 +21,7 @@ from .reading.sources import Source, from_tensor
 
 
 def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
-    """The clips and photos of one of these inputs; those of a list are numbered."""
+    """The clips and photos of the connected input. Items of a list are numbered."""
     require_one(images, video, None)
     name, given = ("images", listed(images)) if video is None else ("video", listed(video))
     if not given:
@@ -41,7 +41,7 @@ def clip_sources(images: Any, video: Any, fps: float) -> list[Source]:
 
 
 def video_source(video: Any) -> Source:
-    """The VIDEO's file, from its start to its end where it is trimmed; else its frames in memory."""
+    """The source of a VIDEO: its file, trimmed to its start and end, or its frames in memory."""
     if isinstance(video, InputImpl.VideoFromFile):
         file = video.get_stream_source()
         try:
@@ -72,7 +72,7 @@ def folder_and_role() -> list[io.Input]:
 
 
 def check_folder_options(role: str | None, hold_out: int | None) -> bool:
-    """ValueError for widgets that do not fit, alone or together; what arrives by wire is None."""
+    """ValueError for widgets with wrong values, alone or together. Connected inputs are None."""
     if hold_out is not None:
         check(Options.__dataclass_fields__["hold_out"], hold_out)
     check_role(role or "train", hold_out or 0)
@@ -92,14 +92,14 @@ def alpha_as_mask() -> io.Input:
         "alpha_as_mask",
         default=False,
         advanced=True,
-        tooltip="Take the transparency of photos and frames as their mask: only what is opaque counts. A mask file "
-        "goes first. Transparent parts are shown white in either case.",
+        tooltip="Use the transparency of photos and frames as their mask: only opaque pixels count. A mask file takes "
+        "precedence. Transparent parts become white in either case.",
     )
 
 
 def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
-    """The data, with lines that are shown on the node."""
+    """The node's output: the data, and lines of text that the node shows."""
     text = "\n".join(lines)
-    if node.hidden:  # in a prompt
+    if node.hidden:  # set while a prompt runs
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
     return io.NodeOutput(data, ui={"text": (text,)})

@@ -1,4 +1,4 @@
-"""Nodes that make training data."""
+"""Nodes that encode training data."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -30,7 +30,7 @@ def vae_and_text_encoder() -> list[io.Input]:
 
 
 def clip_widgets(frames: str) -> list[io.Input]:
-    """The options for cutting and encoding clips; `frames` names what does not tell its own frame rate."""
+    """The widgets for cutting and encoding clips. `frames` names the inputs that have no frame rate of their own."""
     return [
         *(widget(option) for option in fields(Options)),
         io.Float.Input(
@@ -40,7 +40,7 @@ def clip_widgets(frames: str) -> list[io.Input]:
             max=240.0,
             step=0.01,
             advanced=True,
-            tooltip=f"Frame rate of {frames}. Change it if they were not taken at 16 frames per second.",
+            tooltip=f"Frame rate of {frames}. Change it if it is not 16 frames per second.",
         ),
     ]
 
@@ -52,8 +52,8 @@ class EncodeClips(io.ComfyNode):
             node_id="KinoloomEncodeClips",
             display_name="Encode Training Clips",
             category="Kinoloom/data",
-            description="Encodes a clip, or a list of clips and photos, with captions for training. What was encoded "
-            "before is taken from disk.",
+            description="Encodes a clip, or a list of clips and photos, with captions for training. Encoded clips are "
+            "cached on disk.",
             is_input_list=True,
             search_aliases=["dataset", "video lora", "training data"],
             inputs=[
@@ -61,8 +61,8 @@ class EncodeClips(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The frames of the clip, or one photo. A list, such as Load Image-Text (from Folder) "
-                    "gives, holds a clip or photo in each item. Connect either this or video.",
+                    tooltip="The frames of the clip, or one photo. Each item of a list, such as the output of Load "
+                    "Image-Text (from Folder), is a clip or photo. Connect either this or video.",
                 ),
                 io.Video.Input(
                     "video",
@@ -72,22 +72,21 @@ class EncodeClips(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the loss counts: one mask per frame, or one for "
-                    "all. Connect it to train on the subject and not its surroundings.",
+                    tooltip="White where the loss counts: one mask per frame, or one for all. Connect it to train on "
+                    "the subject and not its surroundings.",
                 ),
                 io.String.Input(
                     "caption",
                     multiline=True,
-                    tooltip="What is seen: subject and surroundings. For "
-                    "Set-and-Sequence describe the appearance here, with [v] before the subject. Read literally: "
-                    "(word:1.2) weighs nothing. A list holds one for each clip.",
+                    tooltip="The appearance: subject and surroundings. For Set-and-Sequence write [v] before the "
+                    "subject. Captions are read literally: (word:1.2) is not a weight. A list holds one caption for "
+                    "each clip.",
                 ),
                 io.String.Input(
                     "motion_caption",
                     multiline=True,
                     default="",
-                    tooltip="The caption again "
-                    "and what happens, with [u] before the motion. Leave it empty to use caption for all.",
+                    tooltip="The caption again and the motion, with [u] before the motion. If empty, caption is used.",
                 ),
                 *clip_widgets("images"),
             ],
@@ -185,7 +184,7 @@ class CombineData(io.ComfyNode):
             node_id="KinoloomCombineData",
             display_name="Combine Training Data",
             category="Kinoloom/data",
-            description="Joins training data; what is in both counts once.",
+            description="Joins training data. Clips that are in both are used once.",
             search_aliases=["merge datasets", "concatenate training data"],
             inputs=[
                 TrainingDataType.Input("data_1", tooltip="Training data."),

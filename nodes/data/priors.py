@@ -12,7 +12,7 @@ from ..wires import TrainingDataType
 from .encoding.priors import PriorOptions, add_priors, read_prompts
 from .encoding.sampler import Sampler
 
-LIKE_GENERATION = "Use what you use for generation."
+LIKE_GENERATION = "Use the same as for generation."
 
 
 class PriorClips(io.ComfyNode):
@@ -23,21 +23,21 @@ class PriorClips(io.ComfyNode):
             node_id="KinoloomPriorClips",
             display_name="Generate Prior Clips",
             category="Kinoloom/data",
-            description="Adds clips that the untrained model generates, at the sizes and lengths of the data. Training "
-            "on them as well keeps the model from forgetting other subjects. Made only once.",
+            description="Adds clips that the untrained model generates, in the sizes and lengths of the data. Training "
+            "on them too keeps the model from forgetting other subjects. They are cached on disk.",
             is_input_list=True,
             search_aliases=["regularization", "prior preservation", "class images"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be trained, without LoRAs, with your shift."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
-                TrainingDataType.Input("data", tooltip="The encoded clips, which say size and length."),
+                TrainingDataType.Input("data", tooltip="The encoded clips. Prior clips get their sizes and lengths."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     tooltip="One prompt per line: appearance, then motion, such "
                     "as 'A man in a blue shirt. He walks in a park.' Use ordinary subjects of the same "
-                    "kind, without [v] and [u]; about 16 lines. (word:1.2) weighs a word, as in CLIP Text Encode.",
+                    "kind, without [v] and [u], in about 16 lines. (word:1.2) is a weight, as in CLIP Text Encode.",
                 ),
                 io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt. " + LIKE_GENERATION),
                 *(made for advanced, made in options if not advanced),
@@ -54,7 +54,7 @@ class PriorClips(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts: Any = None) -> bool:
-        if None not in listed(prompts):  # does not arrive by wire
+        if None not in listed(prompts):  # not a connected input
             read_prompts(joined(prompts))
         return True
 

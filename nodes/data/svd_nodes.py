@@ -18,18 +18,18 @@ from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
 from .reading.tracklet_files import read_tracklets
 
-CAPTIONS = ("single_frames", "token_variants")  # options of models that read text or train on single frames
+CAPTIONS = ("single_frames", "token_variants")  # options of models that take text or train on single frames
 
 
 def inputs() -> Iterable[io.Input]:
-    """The widgets that both nodes end with."""
+    """The last widgets of both nodes."""
     yield from (widget(option) for option in fields(SvdOptions) if option.name not in CAPTIONS)
     yield io.Int.Input(
         "motion_bucket",
         default=0,
         min=0,
         max=LARGEST_BUCKET,
-        tooltip="How much moves, which the model is told: 127 is usual. 0 estimates it for each clip, and shows it.",
+        tooltip="Amount of motion, a condition of the model: 127 is usual. 0 estimates it for each clip and shows it.",
     )
     yield io.Float.Input(
         "source_fps",
@@ -38,7 +38,7 @@ def inputs() -> Iterable[io.Input]:
         max=240.0,
         step=0.01,
         advanced=True,
-        tooltip="Frame rate of images and folders of frames, which do not tell their own.",
+        tooltip="Frame rate of images and folders of frames.",
     )
 
 
@@ -56,8 +56,8 @@ class EncodeSvdClips(io.ComfyNode):
             node_id="KinoloomEncodeSvdClips",
             display_name="Encode Training Clips (SVD)",
             category="Kinoloom/data",
-            description="Encodes a clip, or a list of clips, for training Stable Video Diffusion. What was encoded "
-            "before is taken from disk.",
+            description="Encodes a clip, or a list of clips, for training Stable Video Diffusion. Encoded clips are "
+            "cached on disk.",
             is_input_list=True,
             search_aliases=["dataset", "image to video training data", "stable video diffusion"],
             inputs=[
@@ -73,7 +73,7 @@ class EncodeSvdClips(io.ComfyNode):
                 TrackletsType.Input(
                     "tracklets",
                     optional=True,
-                    tooltip="Boxes of the objects in the clip, over all of its frames. For Train SVD Tracklets.",
+                    tooltip="Boxes of the objects in all frames of the clip. For Train SVD Tracklets.",
                 ),
                 *inputs(),
             ],
@@ -115,8 +115,8 @@ class SvdClipsFromFolder(io.ComfyNode):
             display_name="Training Clips from Folder (SVD)",
             category="Kinoloom/data",
             description="Encodes the videos and folders of numbered frames in a folder of ComfyUI's input folder for "
-            "training Stable Video Diffusion. It needs no captions. Tracklets of dance.mp4 are dance.json, or "
-            "dance.csv as trackers write it (MOT Challenge).",
+            "training Stable Video Diffusion. It needs no captions. Tracklets of dance.mp4 are dance.json, or a "
+            "tracker's dance.csv (MOT Challenge).",
             search_aliases=["dataset", "image to video training data", "load folder"],
             inputs=[
                 *encoders(),

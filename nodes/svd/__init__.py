@@ -1,1 +1,1 @@
-"""Stable Video Diffusion: model files."""
+"""Nodes for Stable Video Diffusion's model files."""

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: models and LoRAs by ComfyUI's names in diffusers', and back."""
+"""Converts models and LoRAs of Stable Video Diffusion between ComfyUI's and diffusers' key names."""
 
 from pathlib import Path, PurePath
 
@@ -12,7 +12,7 @@ from ...lora_io.svd_layouts import layout_of, lora_to_comfy, lora_to_diffusers, 
 from ..folders import DIFFUSERS, DIFFUSION_MODELS, LORAS, output_folder
 
 FILES = (".safetensors", ".sft")
-NAMELESS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # what every such file is called
+NAMELESS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # default file names
 OTHER = {"comfyui": "diffusers", "diffusers": "comfyui"}
 
 
@@ -26,12 +26,12 @@ def choices() -> list[str]:
 
 
 def _is_unet(name: PurePath) -> bool:
-    """unet/ is a pipeline's, unet_ema/ is what a trainer keeps beside it."""
+    """Whether a file is in a folder unet/ of a pipeline or unet_ema/ of a trainer."""
     return name.parent.name.startswith("unet") and name.name.startswith("diffusion_pytorch_model")
 
 
 def convert_unet_file(source: Path, title: str, folder: Path) -> Path:
-    """Copy a model into `folder` in the other layout. ValueError if it is no whole UNet of SVD."""
+    """Copy a model into `folder` in the other layout. ValueError if it is not a complete UNet of SVD."""
     keys, metadata = load_names(source)
     layout = layout_of(keys)
     names = unet_names(keys, OTHER[layout])
@@ -41,7 +41,7 @@ def convert_unet_file(source: Path, title: str, folder: Path) -> Path:
 
 
 def convert_lora_file(source: Path, title: str, folder: Path) -> Path:
-    """Write a LoRA into `folder` in the other layout. ValueError if it is none for SVD."""
+    """Write a LoRA into `folder` in the other layout. ValueError if it is not a LoRA for SVD."""
     tensors, metadata = load(source)
     if any(key.startswith(PREFIX) for key in tensors):
         layout, converted = "comfyui", lora_to_diffusers(tensors)
@@ -53,7 +53,7 @@ def convert_lora_file(source: Path, title: str, folder: Path) -> Path:
 
 
 def _described(metadata: dict[str, str], source: Path, layout: str) -> dict[str, str]:
-    """The source's metadata but for its scale, which is in the tensors now, and where the file is from."""
+    """The source's metadata without the LoRA scale, which is now in the tensors, plus the source's name."""
     kept = {name: value for name, value in metadata.items() if name != METADATA}
     return {"format": "pt", **kept, "kinoloom.converted": f"{source.name} to the layout of {OTHER[layout]}"}
 
@@ -63,7 +63,7 @@ def _converted(title: str, layout: str) -> str:
 
 
 def _title(name: PurePath) -> str:
-    """A file's name, or that of the nearest folder with one of its own."""
+    """A file's name, or the nearest folder's name if the file has a default name."""
     if not name.stem.startswith(NAMELESS):
         return name.stem
     return next((part for part in reversed(name.parent.parts) if not part.startswith("unet")), name.stem)
@@ -77,15 +77,15 @@ class ConvertSvd(io.ComfyNode):
             display_name="Convert SVD Model",
             category="Kinoloom/svd",
             is_output_node=True,
-            description="Copies a Stable Video Diffusion model, or a LoRA for one, from diffusers' layout, in which "
-            "SVD_Xtend saves, to ComfyUI's, or back. What it computes stays the same.",
+            description="Copies a Stable Video Diffusion model or LoRA from diffusers' layout, in which SVD_Xtend "
+            "saves, to ComfyUI's, or back. The copy computes the same results.",
             search_aliases=["convert svd lora", "svd_xtend", "diffusers to comfyui"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=choices(),
-                    tooltip="A UNet in models/diffusion_models, or in a diffusers folder in models/diffusers, or a "
-                    "LoRA in models/loras. From diffusers' layout it goes to ComfyUI's, and the other way round.",
+                    tooltip="A UNet in models/diffusion_models, a diffusers folder in models/diffusers, or a LoRA in "
+                    "models/loras. diffusers' layout is converted to ComfyUI's, and the reverse.",
                 )
             ],
             outputs=[io.String.Output("path", tooltip="The new file, in kinoloom/ of diffusion_models or loras.")],
@@ -94,7 +94,7 @@ class ConvertSvd(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         folder, _, name = file.partition("/")
-        if folder not in (DIFFUSION_MODELS, DIFFUSERS, LORAS):  # may arrive by wire
+        if folder not in (DIFFUSION_MODELS, DIFFUSERS, LORAS):  # may be a connected input
             raise ValueError(f"file={file!r}: expected a file in {DIFFUSION_MODELS}/, {DIFFUSERS}/ or {LORAS}/")
         source = Path(folder_paths.get_full_path_or_raise(folder, name))
         convert, kind = (convert_lora_file, LORAS) if folder == LORAS else (convert_unet_file, DIFFUSION_MODELS)

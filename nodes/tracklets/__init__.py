@@ -1,1 +1,1 @@
-"""Boxes that objects follow: drawing, loading and applying them."""
+"""Nodes that draw, load and apply tracklets: boxes that objects follow."""

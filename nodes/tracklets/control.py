@@ -1,4 +1,4 @@
-"""Tracklet control in ComfyUI: boxes that objects of a Stable Video Diffusion video follow, in any sampler."""
+"""Nodes that load a tracklet control and apply it to a Stable Video Diffusion MODEL, for any sampler."""
 
 import logging
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from ..wires import TrackletControlType, TrackletsType
 
 
 def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
-    """A patcher of the TrackletControl in a file, and the layers of the base model that were trained with it."""
+    """A patcher of a file's TrackletControl, and the base model's layers that were trained with it."""
     tensors = load_tensors(Path(path))
     try:
         widths, numbers, base = read(tensors)
@@ -48,7 +48,7 @@ class LoadTrackletControl(io.ComfyNode):
             node_id="KinoloomLoadTrackletControl",
             display_name="Load Tracklet Control",
             category="Kinoloom/tracklets",
-            description="Loads what Train SVD Tracklets learned.",
+            description="Loads a tracklet control from Train SVD Tracklets.",
             search_aliases=["boximator", "trackdiffusion", "box control"],
             inputs=[
                 io.Combo.Input(
@@ -60,7 +60,7 @@ class LoadTrackletControl(io.ComfyNode):
                     "path",
                     optional=True,
                     force_input=True,
-                    tooltip="path of Training Result, to go on in the same graph. Takes the place of file.",
+                    tooltip="path of Training Result, to sample in the same workflow. Replaces file.",
                 ),
             ],
             outputs=[TrackletControlType.Output(display_name="control", tooltip="For Apply Tracklets.")],
@@ -68,7 +68,7 @@ class LoadTrackletControl(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None, path: str | None = "") -> bool:
-        """ValueError for a file that is not there; what arrives by wire is None."""
+        """ValueError for a missing file. Connected inputs are None."""
         if file is not None and path == "":
             control_file(file)
         return True
@@ -89,13 +89,13 @@ class ApplyTracklets(io.ComfyNode):
             node_id="KinoloomApplyTracklets",
             display_name="Apply Tracklets",
             category="Kinoloom/tracklets",
-            description="Has the objects of a Stable Video Diffusion video follow boxes; for KSampler and CFG Guider.",
+            description="Makes objects of a Stable Video Diffusion video follow boxes. For KSampler and CFG Guider.",
             search_aliases=["boximator", "trackdiffusion", "box control", "motion control"],
             inputs=[
-                io.Model.Input("model", tooltip="The SVD model that the control was trained on, or one like it."),
+                io.Model.Input("model", tooltip="The SVD model that the control was trained on, or a similar one."),
                 TrackletControlType.Input("control", tooltip="From Load Tracklet Control."),
                 TrackletsType.Input(
-                    "tracklets", tooltip="The boxes. They are fitted to the video's shape and number of frames."
+                    "tracklets", tooltip="The boxes. They are fitted to the video's aspect ratio and number of frames."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For samplers.")],
@@ -119,9 +119,9 @@ class ApplyTracklets(io.ComfyNode):
 
 @dataclass(frozen=True)
 class Boxes:
-    """Tracklets for a control to follow; the negative's images get the null tokens.
+    """The tracklets that a control follows. The negative conditioning gets null tokens.
 
-    Time mixers are set here and not as patches, which dynamic VRAM applies to layers alone.
+    Time mixers are set here instead of by patches, which dynamic VRAM applies only to layers.
     """
 
     control: TrackletControl
@@ -146,7 +146,7 @@ class Boxes:
 
 @contextmanager
 def replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Parameters of a module have these values within."""
+    """Replace parameters of a module by these values inside the `with` block."""
     parameters = {name: module.get_parameter(name) for name in values}
     before = {name: parameter.data for name, parameter in parameters.items()}
     try:

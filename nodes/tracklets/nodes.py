@@ -35,23 +35,23 @@ class DrawTracklets(io.ComfyNode):
             node_id="KinoloomTracklets",
             display_name="Draw Tracklets",
             category=CATEGORY,
-            description="Says where objects of a video shall be: draw boxes on the first frame and move them through "
-            "the clip. Each move makes a key frame; between key frames boxes glide.",
+            description="An editor for boxes that objects follow: draw boxes on the first frame and move them through "
+            "the clip. Each move makes a key frame; between key frames boxes are interpolated.",
             search_aliases=["bounding box", "trajectory", "motion control", "boximator", "box animation"],
             has_intermediate_output=True,  # else the editor gets no first frame when the node is cached
             inputs=[
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The first frame, to draw on. Connect Load Image to see it at once; others show after Run.",
+                    tooltip="The first frame, to draw on. An image of Load Image is shown at once, others after a run.",
                 ),
-                *size_widgets("to be made. Boxes drawn for another shape are cut as a central crop is.", 8),
+                *size_widgets("to generate. Boxes for another aspect ratio are cropped like a centre crop.", 8),
                 io.Int.Input(
                     "frames",
                     default=14,
                     min=1,
                     max=MAX_FRAMES,
-                    tooltip="Frames of the video to be made. Boxes drawn for another number keep their time.",
+                    tooltip="Frames of the video to generate. Boxes for another number of frames keep their time.",
                 ),
                 io.String.Input(
                     "json",
@@ -59,7 +59,7 @@ class DrawTracklets(io.ComfyNode):
                     default="",
                     dynamic_prompts=False,
                     socketless=True,
-                    tooltip="What the editor draws, as JSON; its button JSON shows it. Edit it for exact numbers.",
+                    tooltip="The editor's boxes as JSON. The button JSON shows it. Edit it for exact numbers.",
                 ),
             ],
             outputs=[
@@ -70,7 +70,7 @@ class DrawTracklets(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, json: str | None = None) -> bool:
-        """ValueError for a text that is no tracklets; None arrives by wire."""
+        """ValueError for text that is not tracklets. None is a connected input."""
         if json and json.strip():
             Tracklets.from_json(json)
         return True
@@ -84,7 +84,7 @@ class DrawTracklets(io.ComfyNode):
 
 
 def save_frame(image: Tensor, cls: type[io.ComfyNode]) -> list[dict[str, str]]:
-    """Leave [1, H, W, C] in the temp folder for the editor; says where."""
+    """Save an image [1, H, W, C] in the temp folder for the editor, and return its place."""
     return ui.ImageSaveHelper.save_images(
         image[..., :3], "kinoloom_tracklets", io.FolderType.temp, cls, compress_level=1
     )
@@ -97,8 +97,8 @@ class LoadTracklets(io.ComfyNode):
             node_id="KinoloomLoadTracklets",
             display_name="Load Tracklets",
             category=CATEGORY,
-            description="Reads boxes from a file in ComfyUI's input folder: JSON as Draw Tracklets makes it, or the "
-            "CSV of MOT Challenge, which trackers write.",
+            description="Reads boxes from a file in ComfyUI's input folder: the JSON of Draw Tracklets, or a tracker's "
+            "CSV in MOT Challenge format.",
             search_aliases=["bounding box", "mot challenge", "tracking csv", "trajectory"],
             inputs=[
                 io.Combo.Input("file", options=input_files(), tooltip="A .json or .csv file of the input folder."),
@@ -119,8 +119,8 @@ class LoadTracklets(io.ComfyNode):
                     max=240.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Frame rate to convert to, 0 for every frame. Set it if your model makes fewer frames per "
-                    "second than the tracked video has; for CSV only.",
+                    tooltip="Frame rate to convert to, 0 for every frame. Set it if your model generates fewer frames "
+                    "per second than the tracked video has; for CSV only.",
                 ),
                 io.Int.Input(
                     "frames",
@@ -129,7 +129,7 @@ class LoadTracklets(io.ComfyNode):
                     max=MAX_FRAMES,
                     optional=True,
                     advanced=True,
-                    tooltip="Frames of the tracked video, 0 up to the last box. Set it where objects leave before the "
+                    tooltip="Frames of the tracked video, 0 up to the last box. Set it if all objects leave before the "
                     "end; for CSV only.",
                 ),
             ],
@@ -138,7 +138,7 @@ class LoadTracklets(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> float | str:
-        """The file's content; never the same for a file that arrives by wire, which is None here."""
+        """A hash of the file's content. NaN, which equals nothing, if the file is a connected input."""
         return float("nan") if file is None else hashlib.sha256(input_file(file).read_bytes()).hexdigest()
 
     @classmethod
@@ -161,7 +161,7 @@ def input_files() -> list[str]:
 
 
 def input_file(name: str) -> Path:
-    """ValueError if that is not a file in the input folder."""
+    """The path of a file in the input folder. ValueError if there is none."""
     path = Path(folder_paths.get_annotated_filepath(name))
     if not path.is_file():
         raise ValueError(f"file={name!r}: expected a .json or .csv file in {folder_paths.get_input_directory()}")
@@ -175,18 +175,18 @@ class TrackletsFromMasks(io.ComfyNode):
             node_id="KinoloomTrackletsFromMasks",
             display_name="Tracklets from Masks",
             category=CATEGORY,
-            description="The bounding boxes of one object's masks, such as a video segmentation makes. Chain nodes for "
+            description="Makes boxes from one object's masks, for example of a video segmentation. Chain nodes for "
             "more objects.",
             search_aliases=["bounding box", "segmentation", "mask to box", "sam"],
             inputs=[
-                io.Mask.Input("masks", tooltip="One mask per frame, of one object. What is above 0.5 counts."),
+                io.Mask.Input("masks", tooltip="One mask of the object per frame. Pixels above 0.5 count."),
                 TrackletsType.Input(
                     "tracklets",
                     optional=True,
-                    tooltip="Tracklets of the same frames to add the object to. Connect it to have several objects.",
+                    tooltip="Tracklets of the same frames, to which the object is added, for several objects.",
                 ),
                 io.String.Input(
-                    "name", default="", tooltip="What the object is called. Leave it empty for object 1, object 2, …"
+                    "name", default="", tooltip="The object's name. Leave it empty for object 1, object 2, …"
                 ),
             ],
             outputs=[TrackletsType.Output(display_name="tracklets", tooltip="The boxes.")],
@@ -226,15 +226,15 @@ class PreviewTracklets(io.ComfyNode):
                     default=4,
                     min=1,
                     max=64,
-                    tooltip="Pixels. Keep 4 for training on painted boxes; change it to see them better.",
+                    tooltip="In pixels. Training on painted boxes uses 4. Raise it to see the boxes better.",
                 ),
                 io.Boolean.Input(
                     "skip_first",
                     default=False,
-                    tooltip="Leave the first frame clean, as for training on painted boxes.",
+                    tooltip="Paint nothing on the first frame, as for training on painted boxes.",
                 ),
                 io.Boolean.Input(
-                    "labels", default=False, tooltip="Write ids and names too. Switch it off for training."
+                    "labels", default=False, tooltip="Also write ids and names. Turn it off for training."
                 ),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The painted frames.")],
@@ -257,7 +257,7 @@ class PreviewTracklets(io.ComfyNode):
 
 
 def write_labels(frame: Tensor, tracklets: Tracklets, boxes: Tensor, mask: Tensor) -> Tensor:
-    """A frame [H, W, 3] with id and name in the corner of each box [20, 8] that is there."""
+    """A frame [H, W, 3] with id and name in the corner of each present box [20, 8]."""
     height, width = frame.shape[:2]
     picture = Image.fromarray((frame.cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)

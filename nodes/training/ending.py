@@ -1,4 +1,4 @@
-"""What is done before the server ends, however it is told to."""
+"""Saves runs before the server exits, whichever signal ends it."""
 
 import atexit
 import signal
@@ -6,21 +6,21 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service stops, its terminal or window closes
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service stops, a terminal or window closes
 
 
 def before_the_end(shutdown: Callable[[], None]) -> None:
     atexit.register(shutdown)
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # other threads may not set signal handlers
         for name in ENDING_SIGNALS:
             save_first(name, shutdown)
 
 
 def save_first(name: str, shutdown: Callable[[], None]) -> None:
-    """Let what this signal did until now wait for `shutdown`. A second signal does not wait."""
+    """Call `shutdown` before a signal's earlier handler. A second signal does not wait for it."""
     number = getattr(signal, name, None)
     before = number and signal.getsignal(number)
-    if before in (None, signal.SIG_IGN):  # not of this system, or of another program's making, or ignored
+    if before in (None, signal.SIG_IGN):  # not on this system, not set from Python, or ignored
         return
 
     def end(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which shipped workflow generates with a run's files, and where each file goes in it."""
+"""Chooses the shipped workflow that generates with a run's files, and the file for each of its loaders."""
 
 import json
 import os
@@ -13,14 +13,14 @@ BYPASSED = 4  # a mode of nodes in ComfyUI's workflows
 
 
 def generation(job: Job) -> dict[str, Any]:
-    """The workflow's name, and for each of its loaders the file to load, or None for one that is bypassed.
+    """The workflow's name, and the file for each of its loaders, or None for a loader to bypass.
 
-    ValueError if no shipped workflow generates with what the run made.
+    ValueError if no shipped workflow generates with the run's files.
     """
     offered = job.recipe_class.generations(job.config)
     if not offered:
         title = job.recipe_class.title
-        raise ValueError(f"No template generates with what {title} makes: load its model in a workflow of yours")
+        raise ValueError(f"No template generates with the files of {title}: load the model in your own workflow")
     made = {name: path for name in job.recipe_class.exports(job.config) if (path := newest(job, name))}
     for choice in offered:
         if made.keys() >= set(choice.loaders.values()):
@@ -28,7 +28,7 @@ def generation(job: Job) -> dict[str, Any]:
             unused: dict[str, str | None] = {loader: None for loaders in same for loader in loaders}
             used = {loader: loader_name(made[name]) for loader, name in choice.loaders.items()}
             return {"template": choice.template, "loaders": unused | used}
-    raise ValueError(f"run {job.spec.run_name!r} has no file left that a template generates with")
+    raise ValueError(f"run {job.spec.run_name!r} has no file on disk that a template generates with")
 
 
 def workflow(template: str, loaders: dict[str, str | None]) -> dict[str, Any]:
@@ -44,6 +44,6 @@ def workflow(template: str, loaders: dict[str, str | None]) -> dict[str, Any]:
 
 
 def newest(job: Job, export: str) -> Path | None:
-    """The file of a part of the run, else the best one so far; None if neither is on disk."""
+    """The last saved file of an export, else its best so far. None if neither is on disk."""
     files = (Path(job.files[label]) for label in (export, f"{export}-best") if label in job.files)
     return next((path for path in files if os.path.isfile(path)), None)

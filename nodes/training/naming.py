@@ -1,4 +1,4 @@
-"""Which run a name means, and whether it is the run that is asked for."""
+"""Finds the run that a name means, and decides whether it goes on or a new run starts."""
 
 from ...trainers.core.config import TrainConfig
 from ...trainers.run.checkpoint import Identity
@@ -7,7 +7,7 @@ from ...trainers.run.record import Spec
 
 
 def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
-    """Whether a finished run is the one that is asked for, or becomes it by more steps; ValueError if it cannot."""
+    """Whether a finished run equals the requested one, or can be made longer to it. ValueError if it cannot."""
     if identity.changes(job.spec.identity):
         return False
     job.require_reachable(config)
@@ -22,7 +22,7 @@ def goes_on(job: Job, identity: Identity, config: TrainConfig) -> bool:
 
 
 def same_name(one: str, other: str) -> bool:
-    """As folders on Windows and macOS compare."""
+    """Whether two names are equal as folders on Windows and macOS, where case does not matter."""
     return one.casefold() == other.casefold()
 
 
@@ -31,10 +31,10 @@ def asked_as(spec: Spec) -> str:
 
 
 def may_be_meant(job: Job, run_name: str, identity: Identity) -> bool:
-    """Whether who asks for `run_name` may mean this job, whose name is `run_name`, perhaps with a number.
+    """Whether `run_name` may mean this job, whose name is `run_name` or `run_name` with a number.
 
-    Not if it was asked for by another name, but for two cases, where it also has to be made of the same: its own name
-    was typed, or an earlier version started it, which did not note what was asked for.
+    A job that was requested under another name is not meant. Two exceptions hold if the identity is equal: `run_name`
+    is the job's full name, or an earlier version started the job and did not store the requested name.
     """
     if same_name(asked_as(job.spec), run_name):
         return True

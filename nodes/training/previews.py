@@ -1,4 +1,4 @@
-"""Nodes that say what a run samples while it trains."""
+"""Nodes that choose the samples of a run: prompts or first frames."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,21 +22,21 @@ from ..widgets import widget
 from ..wires import TrackletsType, TrainingSamplesType
 from .train import knobs
 
-MOST = 16  # samples at a time
-LIKE_TRAINING = "Use what the clips were encoded with."
+MOST = 16  # most samples at a time
+LIKE_TRAINING = "Use the same as for the clips."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """How often is sampled, and how."""
+    """Sampler settings, and the number of steps between samples."""
 
     steps: int = knob(20, "Sampling steps. Fewer are faster and rougher.", min=1, max=1000)
-    cfg: float = knob(6.0, "Guidance. Use what you use for generation.", min=0.0, max=100.0, step=0.1)
-    seed: int = knob(0, "Seed of the first sample; the others follow. It stays the same all along.", min=0, max=2**53)
+    cfg: float = knob(6.0, "Guidance. Use the same as for generation.", min=0.0, max=100.0, step=0.1)
+    seed: int = knob(0, "Seed of the first sample; the others follow. It does not change in a run.", min=0, max=2**53)
     sample_every: int = knob(
         100,
-        "Steps between samples. They are also made before the first step and at the end of each phase. Raise it if "
-        "samples take much of the time.",
+        "Training steps between samples. Samples before the first step and at the end of each phase are added. Raise "
+        "it if sampling takes too much time.",
         min=1,
         max=1_000_000,
     )
@@ -57,7 +57,7 @@ class PromptOptions(SampleOptions):
     )  # fmt: skip
     shift: float = knob(
         5.0,
-        "Above 1 samples more at high noise, for Wan: the shift that you generate with. AnimateDiff ignores it.",
+        "Above 1 samples more at high noise, for Wan: use the shift that you generate with. AnimateDiff ignores it.",
         min=0.1,
         max=100.0,
         step=0.1,
@@ -71,20 +71,20 @@ class FirstFrameOptions(SampleOptions):
         512, "Side of a square with as many pixels as a sample gets. " + LIKE_TRAINING, min=64, max=2048, step=16
     )
     frames: int = knob(14, "Length: 14 for svd, 25 for svd_xt. " + LIKE_TRAINING, min=2, max=256)
-    fps: int = knob(7, "Frames per second, which the model is told. " + LIKE_TRAINING, min=1, max=240)
-    motion_bucket: int = knob(127, "How much moves, which the model is told.", min=1, max=LARGEST_BUCKET)
+    fps: int = knob(7, "Frames per second, a condition of the model. " + LIKE_TRAINING, min=1, max=240)
+    motion_bucket: int = knob(127, "The amount of motion, a condition of the model.", min=1, max=LARGEST_BUCKET)
     cfg: float = knob(2.5, "Guidance of the last frame; it rises evenly from 1.", min=0.0, max=100.0, step=0.1)
 
 
 def read_prompts(prompts: str) -> tuple[str, ...]:
-    """The lines with something in them; ValueError for none, or too many."""
+    """The lines that are not empty. ValueError if there are none or too many."""
     names = tuple(line.strip() for line in prompts.splitlines() if line.strip())
     require_count("prompts", len(names))
     return names
 
 
 def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
-    """ValueError for no prompt, or too many."""
+    """The samples of prompts. ValueError if there are no prompts or too many."""
     names = read_prompts(prompts)
     columns = open_columns(len(names) + 1)
     clip_id = model_keys.of_text_encoder(clip)
@@ -98,7 +98,7 @@ def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOption
 def sample_first_frames(
     vae: Any, clip_vision: Any, images: Tensor, tracklets: Tracklets | None, options: FirstFrameOptions
 ) -> Samples:
-    """One of each image [N, H, W, C], cropped to multiples of 64, all under the same boxes."""
+    """One sample for each image [N, H, W, C], cropped to multiples of 64, all with the same boxes."""
     require_count("images", len(images))
     given = vars(options).copy()
     width, height = bucket(images.shape[2], images.shape[1], given.pop("size") ** 2, SIDE)
@@ -137,8 +137,8 @@ class SamplePrompts(io.ComfyNode):
             node_id="KinoloomSamplePrompts",
             display_name="Sample Prompts",
             category="Kinoloom/training",
-            description="Prompts of which a run makes small videos while it trains, for Wan and AnimateDiff. Connect "
-            "it to samples of a Train node. What is learned stays the same to the bit.",
+            description="Samples small videos of your prompts while a run trains, for Wan and AnimateDiff. Connect it "
+            "to samples of a Train node. It does not change the trained weights.",
             is_input_list=True,
             search_aliases=["preview", "validation prompts"],
             inputs=[
@@ -146,11 +146,11 @@ class SamplePrompts(io.ComfyNode):
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="One prompt per line, with [v] and [u] if the captions have them. Try one as in the "
-                    "captions, one in other surroundings, and one of another subject. (word:1.2) weighs a word, as in "
+                    tooltip="One prompt per line, with [v] and [u] if the captions have them. Try one like the "
+                    "captions, one with other surroundings, and one of another subject. (word:1.2) is a weight, as in "
                     "CLIP Text Encode.",
                 ),
-                io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt of all."),
+                io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt of all samples."),
                 *(widget(option) for option in knobs(PromptOptions)),
             ],
             outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
@@ -158,7 +158,7 @@ class SamplePrompts(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts: Any = None) -> bool:
-        if None not in listed(prompts):  # does not arrive by wire
+        if None not in listed(prompts):  # not a connected input
             read_prompts(joined(prompts))
         return True
 
@@ -175,17 +175,17 @@ class SampleFirstFrames(io.ComfyNode):
             node_id="KinoloomSampleFirstFrames",
             display_name="Sample First Frames (SVD)",
             category="Kinoloom/training",
-            description="First frames of which a run makes small videos while it trains Stable Video Diffusion. "
-            "Connect it to samples of a Train node. What is learned stays the same to the bit.",
+            description="Samples small videos of your first frames while a Stable Video Diffusion run trains. Connect "
+            "it to samples of a Train node. It does not change the trained weights.",
             is_input_list=True,
             search_aliases=["preview", "validation images"],
             inputs=[
                 *encoders(),
-                io.Image.Input("images", tooltip="One or more first frames, such as of clips that are not trained on."),
+                io.Image.Input("images", tooltip="One or more first frames, also of clips that are not trained on."),
                 TrackletsType.Input(
                     "tracklets",
                     optional=True,
-                    tooltip="Boxes that objects follow in all samples, for Train SVD Tracklets. Without them none do.",
+                    tooltip="Boxes that objects follow in all samples, for Train SVD Tracklets.",
                 ),
                 *(widget(option) for option in knobs(FirstFrameOptions)),
             ],
@@ -202,7 +202,7 @@ class SampleFirstFrames(io.ComfyNode):
 
 
 def one_batch(images: list[Tensor]) -> Tensor:
-    """The images of a list as a batch; all samples of a run are of one size."""
+    """The images of a list as one batch. ValueError if their sizes differ."""
     sizes = dict.fromkeys(f"{image.shape[2]}x{image.shape[1]}" for image in images)
     if len(sizes) != 1:
         raise ValueError(f"images: found the sizes {', '.join(sizes) or 'of none'}, expected one size for all")

@@ -1,4 +1,4 @@
-"""The job registry (the pack's only module-level state) and its websocket events."""
+"""The registry of runs, which is the pack's only module-level state, and its websocket events."""
 
 import threading
 import time
@@ -36,27 +36,27 @@ from .shelf import Shelf, remove, require_here
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 60
 ROOM_SECONDS = 10
-MADE_AGAIN = "Put it back, or train it anew: delete the run on the Training tab, or choose another run name"
+MADE_AGAIN = "Put it back, or train it again: delete the run on the Training tab, or choose another run name"
 
 
 def output_folders(run_name: str, exports: dict[str, Export]) -> dict[str, str]:
-    """Where a run writes these files, by the model folder that their loaders look in."""
+    """The folder into which a run writes its exports, by model folder."""
     return {export.folder: str(output_folder(export.folder) / run_name) for export in exports.values()}
 
 
 class Registry(Shelf):
-    """All jobs of this ComfyUI's folder, those of earlier server runs and of others that use the folder included."""
+    """All jobs in this ComfyUI's folder, including those of earlier servers and of other ComfyUIs with this folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.voided: list[Spec] = []  # of runs that were deleted, or started without their nodes
-        self.waiters = 0  # nodes in the queue that wait for a run
+        self.voided: list[Spec] = []  # runs that were deleted or started from the panel
+        self.waiters = 0  # queued nodes that wait for a run
         self.line = Line()
         self.room_wanted = threading.Event()
         self.look(now=True)
 
     def change(self, job: Job | Unreadable, act: Callable[[Any], None]) -> None:
-        """Do this to a run; ValueError if another ComfyUI has it going."""
+        """Run `act` on a run. ValueError if another ComfyUI is training it."""
         self.look(now=True)
         require_here(job)
         act(job)
@@ -73,7 +73,7 @@ class Registry(Shelf):
         return self.jobs[job_id]
 
     def newest(self, run_name: str) -> Job | None:
-        """The last job that was asked for as `run_name`, which may have been given a number, or is called so."""
+        """The last job that was requested as `run_name`, perhaps with a number added, or that has this name."""
         jobs = list(self.jobs.values())
         asked = [job for job in jobs if same_name(asked_as(job.spec), run_name)]
         return self._last(asked or [job for job in jobs if same_name(job.spec.run_name, run_name)])
@@ -85,7 +85,7 @@ class Registry(Shelf):
         return max(jobs, key=lambda job: job.spec.created, default=None)
 
     def _now(self) -> float:
-        """The time, but after the start of every run so far: the newest run is the last, though the clock goes back."""
+        """The time, but later than every run's start, so that the newest run is last even if the clock goes back."""
         return max([time.time(), *(job.spec.created + 1e-3 for job in self.jobs.values())])
 
     def start(
@@ -98,10 +98,9 @@ class Registry(Shelf):
         run_name: str,
         samples: Samples | None = None,
     ) -> Job:
-        """The job for these inputs: a new one, an earlier one that goes on, or a finished one as it is.
+        """The job for these inputs: a new one, an earlier one that resumes, or a finished one.
 
-        ValueError if a run of this name is unfinished and was made of something else, naming what changed, or if it
-        cannot go on with these options.
+        ValueError if a run of this name cannot resume: it names the changed inputs, or the options that do not fit.
         """
         run_name = require_name("run_name", run_name)
         source = ModelSource.of(model)
@@ -110,7 +109,7 @@ class Registry(Shelf):
             name, job = self._claim(run_name, identity, config)
             if job is not None and not job.spec.asked_as:
                 job.spec = replace(job.spec, asked_as=run_name)
-            over = job is not None and job.is_over  # asked once: a run that ends meanwhile is not started again
+            over = job is not None and job.is_over  # read once: a run that ends in between is not started again
             if job is not None and (job.status != "finished" or job.steps_of(config) > job.kept_steps):
                 job.reconfigure(config, samples, identity)
                 if over:
@@ -136,7 +135,7 @@ class Registry(Shelf):
         return job
 
     def _claim(self, run_name: str, identity: Identity, config: TrainConfig) -> tuple[str, Job | None]:
-        """The job to go on with, or None and a name whose files are nobody's: `run_name`, perhaps with a number."""
+        """The job to resume, or None and an unused name: `run_name`, with a number if it is taken."""
         name, number = run_name, 1
         while True:
             earlier = self.called(name)
@@ -159,7 +158,7 @@ class Registry(Shelf):
             name = f"{run_name}-{number}"
 
     def resume(self, job: Job) -> None:
-        """Go on with a paused job, or with an ended one from its checkpoint."""
+        """Resume a paused job, or an ended one from its checkpoint."""
         with self.alone():
             require_here(job)
             if not job.is_over:
@@ -171,7 +170,7 @@ class Registry(Shelf):
                 raise ValueError(f"run {job.spec.run_name!r} is {job.status}. {more}")
 
     def restart(self, job: Job) -> None:
-        """Start again a run that ended before it saved anything."""
+        """Start a run again that ended before it saved anything."""
         with self.alone():
             require_here(job)
             if not job.is_over or not job.dead_end or job.files:
@@ -181,7 +180,7 @@ class Registry(Shelf):
             self._start_alone(job)
 
     def free(self, job: Job) -> None:
-        """Remove the state that an ended run could go on from; ValueError while it runs."""
+        """Delete an ended run's state, so that it cannot go on. ValueError while it runs."""
         with self.alone():
             require_here(job)
             if not job.is_over:
@@ -190,20 +189,20 @@ class Registry(Shelf):
         job.moved()
 
     def _start_alone(self, job: Job) -> None:
-        """Without its nodes, whose earlier results are void."""
+        """Start a job from the panel, without its nodes. Their cached outputs are stale then."""
         job.spec.source.require_reloadable()
         job.start(None)
         self.voided.append(job.spec)
 
     def move(self, job: Job, by: int) -> None:
-        """Earlier (-1) or later (1) in line; ValueError if it does not wait."""
+        """Move a job one place earlier (-1) or later (1) in line. ValueError if it is not waiting."""
         try:
             self.line.move(job, by)
         except ValueError as error:
             raise ValueError(f"run {job.spec.run_name!r} is {job.status}: {error}") from error
 
     def delete(self, job: Job | Unreadable) -> None:
-        """Remove the record, the checkpoint and the samples, never what the run made; ValueError while it runs."""
+        """Delete the record, the checkpoint and the samples, but no exports. ValueError while the run is active."""
         with self.alone():
             require_here(job)
             if not job.is_over:
@@ -224,16 +223,16 @@ class Registry(Shelf):
         announce({"job": {"id": job.folder.name}, "event": DELETED})
 
     def times_voided(self, run_name: str) -> int:
-        """How often what the nodes of a run of this name gave became void, since the server started."""
+        """A number that changes when cached outputs of this run's nodes become stale."""
         return sum(any(same_name(run_name, name) for name in (asked_as(spec), spec.run_name)) for spec in self.voided)
 
     def busy(self, job: Job) -> bool:
-        """Whether `job` should wait: the queue has work, the run is polite, and that work is not waiting for a run."""
+        """Whether `job` should pause: `pause_when_busy` is on, and the queue has work other than waiting for a run."""
         working = PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
         return job.config.pause_when_busy and working and not self.waiters
 
     def make_room(self) -> None:
-        """Have the queue's thread, the only one that may, take ComfyUI's models off the card; give up if it is busy."""
+        """Let the queue's thread, the only one that may, unload ComfyUI's models. Gives up if that thread is busy."""
         self.room_wanted.set()
         if not self.waiters:
             PromptServer.instance.prompt_queue.set_flag("unload_models", True)
@@ -287,7 +286,7 @@ def announce(message: dict) -> None:
 
 
 def trained_file(path: str) -> str:
-    """`path`; ValueError unless a run has made that file."""
+    """`path`. ValueError unless it is an existing export of a run."""
     known = {file for job in registry().jobs.copy().values() for file in job.files.copy().values()}
     if path not in known:
         raise ValueError(f"path={path!r}: expected the file of a training run, from Training Result")

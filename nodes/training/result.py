@@ -1,4 +1,4 @@
-"""Training Result and Load Trained Model: what a run gives to the rest of the workflow."""
+"""Training Result and Load Trained Model, which pass a run's results to the workflow."""
 
 import logging
 from pathlib import Path
@@ -26,16 +26,16 @@ class TrainingResult(io.ComfyNode):
             node_id="KinoloomTrainingResult",
             display_name="Training Result",
             category="Kinoloom/training",
-            description="Waits for a training job and gives its LoRA. Cancel stops the job cleanly: what it learned so "
-            "far is saved, and running the workflow again resumes it.",
+            description="Waits for a training job and outputs its LoRA. Cancel stops the job after the current step. "
+            "Its result so far is saved, and running the workflow again resumes it.",
             inputs=[TrainingJobType.Input("job", tooltip="A job from one of the Train nodes.")],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The run's main LoRA, for Load LoRA Model."),
                 io.String.Output("path", tooltip="Its file. LoRA loaders list it under kinoloom/<run name>."),
                 io.LossMap.Output("loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.Int.Output("steps", tooltip="Optimizer steps made."),
+                io.Int.Output("steps", tooltip="Number of optimizer steps."),
                 io.LoraModel.Output(
-                    "all_loras", is_output_list=True, tooltip="Every part of the run, one after the other."
+                    "all_loras", is_output_list=True, tooltip="All LoRAs of the run."
                 ),
                 io.String.Output("all_paths", is_output_list=True, tooltip="Their files, in the same order."),
             ],
@@ -55,7 +55,7 @@ class TrainingResult(io.ComfyNode):
         if not found.parts:
             raise RuntimeError(f"Training run {name!r} ended before it saved anything")
         if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
-            lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of what it made")
+            lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of its file")
             loras = [lora]
         else:
             loras = [load(Path(path))[0] for path in map(trained_file, found.parts)]
@@ -64,7 +64,7 @@ class TrainingResult(io.ComfyNode):
 
 
 def _wait(job: Job, node_id: str) -> None:
-    """Show progress and the plan until the job ends; Cancel stops it, and the cancel goes on once it has saved."""
+    """Show progress and the plan until the job ends. Cancel stops the job, and takes effect when it has saved."""
     bar, shown = None, None
     try:
         while not job.ended.wait(POLL_SECONDS):
@@ -90,8 +90,7 @@ class TrainedModel(io.ComfyNode):
             node_id="KinoloomTrainedModel",
             display_name="Load Trained Model",
             category="Kinoloom/training",
-            description="Loads the model that a fine-tune run made, in the same graph. Load Diffusion Model lists it "
-            "too.",
+            description="Loads the model of a fine-tune run in the same workflow. Load Diffusion Model lists it too.",
             search_aliases=["fine-tune", "load checkpoint"],
             inputs=[io.String.Input("path", force_input=True, tooltip="path of Training Result.")],
             outputs=[io.Model.Output(tooltip="The fine-tuned model.")],

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: GET shows, POST from this server's own pages changes; no name from a client is used as a path."""
+"""HTTP routes for runs. POST is only accepted from this server's pages. No name from a client is used as a path."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from .generation import generation, workflow
 from .registry import registry
 from .words import words
 
-PAGE = 100  # jobs
+PAGE = 100  # most jobs in an answer
 LARGEST_PAGE = 1000
 LOG_LINES = 200
 LARGEST_BODY = 1 << 16  # bytes
@@ -120,7 +120,7 @@ def add_change_routes(routes: web.RouteTableDef) -> None:
 
 
 def add_cache_routes(routes: web.RouteTableDef) -> None:
-    """What the data cache holds, its limit, and freeing what nothing needs."""
+    """Routes for the data cache: its size, its limit, and deleting unused files."""
 
     @routes.get("/kinoloom/cache")
     async def show_cache(request: web.Request) -> web.Response:
@@ -151,7 +151,7 @@ def add_cache_routes(routes: web.RouteTableDef) -> None:
 
 
 class ReportPage(web.Response):
-    """Its policy is set last: ComfyUI puts its own, which lets scripts run, on every answer if --disable-api-nodes."""
+    """A report, with its content policy set last: --disable-api-nodes sets ComfyUI's policy, which allows scripts."""
 
     async def prepare(self, request: web.BaseRequest) -> Any:
         self.headers["Content-Security-Policy"] = f"{POLICY}; sandbox"
@@ -166,7 +166,7 @@ def page(offset: int, limit: int) -> str:
 
 def details(job: Job | Unreadable, after: int) -> dict[str, Any]:
     registry().look(now=job.elsewhere)
-    epoch = job.epoch  # before the history: a cut in between is then noticed
+    epoch = job.epoch  # read before the history, so that the client notices a cut in between
     history = job.history[after:]
     place = {"history": history, "next": after + len(history), "epoch": epoch}
     config = {} if isinstance(job, Unreadable) else job.spec.config
@@ -174,12 +174,12 @@ def details(job: Job | Unreadable, after: int) -> dict[str, Any]:
 
 
 def files(job: Job) -> dict[str, Any]:
-    """What lies in the run's output folders, whole files only."""
+    """The complete files in a run's output folders."""
     found = []
     for kind, folder in job.spec.outputs.items():
         has_loras = kind in FOLDERS and FOLDERS[kind].has_loras
         for path in sorted(Path(folder).glob("[!.]*.safetensors")) if os.path.isdir(folder) else ():
-            with suppress(FileNotFoundError):  # the best one so far, just replaced
+            with suppress(FileNotFoundError):  # a best file that was just replaced
                 stat, name = path.stat(), loader_name(path) if has_loras else None
                 found.append({"name": path.name, "bytes": stat.st_size, "modified": stat.st_mtime, "lora_name": name})
     return {"folder": f"kinoloom/{job.spec.run_name}", "files": found}
@@ -191,7 +191,7 @@ def generated(job: Job) -> dict[str, Any]:
 
 
 def sample_path(job: Job, name: str) -> Path:
-    """The file of a sample, by its name alone."""
+    """The path of a sample of the job by file name. 404 if there is none."""
     path = job.samples_folder / name
     if not re.fullmatch(SAMPLE_NAME, name) or not path.is_file() or path.is_symlink():
         raise refusal(web.HTTPNotFound, "unknown sample")
@@ -213,7 +213,7 @@ def find_any(request: web.Request) -> Job | Unreadable:
 
 
 async def answer(make: Callable[[Any], Any], job: Job | Unreadable) -> web.Response:
-    """What may read files or be long is made beside the server's loop."""
+    """Make an answer in a thread, because it may read files and block the server."""
     text = await asyncio.to_thread(lambda: json.dumps(make(job)))
     return web.json_response(text=text)
 
@@ -230,7 +230,7 @@ async def change(request: web.Request, act: Callable[[Any], None], find: Callabl
 
 
 def require_own_page(request: web.Request) -> None:
-    """403 if a browser says that the page of another origin asks. https://web.dev/articles/fetch-metadata"""
+    """403 for a request from the page of another origin. https://web.dev/articles/fetch-metadata"""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     named = origin is None or origin.split("://")[-1].lower() == request.host.lower()
     own = site in ("same-origin", "none") if site else named
@@ -239,7 +239,7 @@ def require_own_page(request: web.Request) -> None:
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
-    """The body, a JSON object; an empty one for none."""
+    """The body as a JSON object, {} for an empty body."""
     body = b""
     async for chunk in request.content.iter_any():
         body += chunk
@@ -260,7 +260,7 @@ async def read_object(request: web.Request) -> dict[str, Any]:
 
 
 def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    """A whole number of the query."""
+    """A whole number from the query string."""
     text = request.query.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
         raise refusal(web.HTTPBadRequest, f"{name}={text[:20]!r}: expected {low}..{high}")

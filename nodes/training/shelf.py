@@ -1,4 +1,4 @@
-"""The runs that lie in a folder, which other ComfyUIs may use too."""
+"""The runs in a folder, which other ComfyUIs may use too."""
 
 import logging
 import shutil
@@ -14,11 +14,11 @@ from ...trainers.run.record import Spec, read_record, stamp_of
 from ...trainers.run.unreadable import Unreadable
 
 NAMES_SECONDS = 10
-LOOK_SECONDS = 2  # between two looks at what others did
+LOOK_SECONDS = 2  # seconds between two scans of the folder
 
 
 class Shelf:
-    """jobs and unreadable: by id, which is the name of a run's folder. names: held by who starts or deletes a run."""
+    """jobs and unreadable: by id, the name of a run's folder. names: a lock, held while a run starts or is deleted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,7 +28,7 @@ class Shelf:
         self.names = Claim(folder / "names.lock")
 
     def _job(self, spec: Spec) -> Job:
-        """A job of these values; ValueError if there cannot be one."""
+        """A job from its spec. ValueError if the spec is wrong."""
         raise NotImplementedError
 
     def find(self, job_id: str) -> Job | Unreadable | None:
@@ -39,7 +39,7 @@ class Shelf:
         return sorted(found, key=lambda job: -(job.created if isinstance(job, Unreadable) else job.spec.created))
 
     def look(self, now: bool = False) -> None:
-        """Take in what another ComfyUI, or a hand, did to the runs that this one does not have going."""
+        """Read changes to runs that are not active here, made by another ComfyUI or by hand."""
         with self.lock:
             if not now and time.monotonic() < self.look_again:
                 return
@@ -75,10 +75,10 @@ class Shelf:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other ComfyUI starts or deletes a run meanwhile, and what it did is known."""
+        """Inside the `with` block no other ComfyUI starts or deletes a run, and its earlier changes are read."""
         with self.lock:
             if not self.names.take(NAMES_SECONDS):
-                raise ValueError("another ComfyUI with the same base directory starts a run: try again")
+                raise ValueError("another ComfyUI with the same base directory is starting a run: try again")
             try:
                 self.look(now=True)
                 yield
@@ -92,7 +92,7 @@ def require_here(job: Job | Unreadable) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Of a link the link alone."""
+    """Delete a folder, or a link without its target."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():

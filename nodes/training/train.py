@@ -25,7 +25,7 @@ from .registry import registry
 
 
 def knobs(config_class: type) -> list[Field]:
-    """In the order of the widgets: what a method adds before what others share, rare ones after, added ones last."""
+    """The knobs in the order of the widgets: a method's own, then shared, then advanced, then added ones."""
     shared = {option.name: place for place, c in enumerate(config_class.__mro__[:-1]) for option in fields(c)}
     return sorted(fields(config_class), key=lambda o: (o.metadata["added"], o.metadata["advanced"], shared[o.name]))
 
@@ -46,15 +46,15 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                     io.String.Input(
                         "run_name",
                         default="my_run",
-                        tooltip="Names the run and its files. Running again under the same name resumes what was "
-                        "stopped and leaves a finished run as it is; with more steps it goes on.",
+                        tooltip="Name of the run and its files. The same name again resumes a stopped run and keeps a "
+                        "finished one, or continues it with more steps.",
                     ),
                     *(widget(option) for option in knobs(recipe.Config)),
                     TrainingSamplesType.Input(
                         "samples",
                         optional=True,
-                        tooltip="What to sample while training, from Sample Prompts or Sample First Frames (SVD). "
-                        "Changes nothing of what is learned.",
+                        tooltip="Small videos to sample during training, from Sample Prompts or Sample First Frames "
+                        "(SVD). They do not change the trained weights.",
                     ),
                 ],
                 outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
@@ -62,10 +62,10 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
         @classmethod
         def validate_inputs(cls, run_name: str | None = None, **values: Any) -> bool:
-            """ValueError says what is wrong with the widgets, before the prompt is queued.
+            """ValueError names a wrong widget value before the prompt is queued.
 
-            What arrives by wire is None here, and checked by `execute`. The one error is raised and not returned,
-            because ComfyUI repeats a returned one for each input.
+            Connected inputs are None here; `execute` checks them. The error is raised, because ComfyUI repeats a
+            returned error for each input.
             """
             name = None if run_name is None else require_name("run_name", run_name)
             config = check_options(recipe.Config, values)
@@ -75,8 +75,9 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
         @classmethod
         def fingerprint_inputs(cls, run_name: str | None = None, **values: Any) -> float | str:
-            """Unchanged while a run goes on or is finished; one that ended early, was deleted or resumed runs again."""
-            if run_name is None:  # arrives by wire
+            """Equal while a run trains or is finished. Different, so that the node runs again, if the run ended early,
+            was deleted, or was resumed from the panel."""
+            if run_name is None:  # a connected input
                 return float("nan")
             name = run_name.strip()
             job = registry().newest(name)
@@ -108,7 +109,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
 
 def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:
-    """ValueError if the data does not suit the options; a warning if prior clips are there for some phases only."""
+    """ValueError if the data does not suit the options. Warns if only some phases have prior clips."""
     phases = {
         phase.name: PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
         for phase in recipe.phases(config)
@@ -120,7 +121,7 @@ def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) ->
 
 
 def fit_samples(recipe: type[Recipe], grid: Grid, data: TrainingData, samples: Samples) -> Samples:
-    """The samples with their latent shape. ValueError if this method's model cannot make them."""
+    """The samples with their latent shape. ValueError if this method's model cannot sample them."""
     found, expected = ("prompts", "first frames") if samples.column == PROMPTS else ("first frames", "prompts")
     if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
         raise ValueError(f"samples: these are {found}, but {recipe.title} takes {expected}")
@@ -147,7 +148,7 @@ def file_options(config_class: type) -> dict[str, str]:
 
 
 def check_options(config_class: type[TrainConfig], values: dict[str, Any]) -> TrainConfig | None:
-    """The config, or None if it is not known, because a value is None. ValueError for values that do not fit."""
+    """The config, or None if a value is None (a connected input). ValueError for values that do not fit."""
     options = {option.name: option for option in fields(config_class)}
     given = {name: value for name, value in values.items() if name in options}
     known = {name: value for name, value in given.items() if value is not None}
@@ -174,7 +175,7 @@ def chosen_path(option: str, folder: str, name: str) -> str:
 
 
 def resolve_files(config_class: type, values: dict[str, Any]) -> dict[str, str]:
-    """Replace chosen file names in `values` by full paths ("" for none); option name -> sha256 of what was chosen."""
+    """Replace file names in `values` by full paths ("" for none). Returns each chosen file's SHA-256 by option."""
     hashes = {}
     for option, folder in file_options(config_class).items():
         values[option] = chosen_path(option, folder, values[option])

@@ -1,1 +1,1 @@
-"""What rides on a model or a row beside text and pictures."""
+"""Conditions of a model other than text and images."""

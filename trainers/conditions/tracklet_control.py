@@ -1,7 +1,7 @@
-"""Control of Stable Video Diffusion by boxes: tokens of boxes, and gated self-attention between them and each frame.
+"""Control of Stable Video Diffusion by boxes: each box becomes a token, gated self-attention adds tokens to frames.
 
-The architecture is TrackDiffusion's for SVD (arXiv 2312.00651): GLIGEN's (arXiv 2301.07093) with a colour in place of a
-text for each object, as in Boximator (arXiv 2402.01566).
+The architecture is TrackDiffusion's for SVD (arXiv 2312.00651): that of GLIGEN (arXiv 2301.07093), but with a colour
+instead of a text for each object, as in Boximator (arXiv 2402.01566).
 """
 
 import math
@@ -19,12 +19,12 @@ NUMBERS = 7  # x1, y1, x2, y2, R, G, B; with 8 the last is 1 for a hard box
 HIDDEN, TOKEN = 512, 1024
 FUSER = ".transformer_blocks.0.fuser."
 POSITIONS = "position_net."
-# What is trained of the base model with the control, and is in its file.
+# Layers of the base model that are trained with the control and saved in its file.
 BASE_LAYERS = r"(.*\.)?time_mixer\.mix_factor|input_blocks\.0\.0\..*|out\.2\..*"
 
 
 class PositionNet(nn.Module):
-    """Boxes [N, 20, `numbers`] and mask [N, 20] to tokens [N, 20, 1024]; a masked slot is the learned null."""
+    """Boxes [N, 20, `numbers`] and mask [N, 20] to tokens [N, 20, 1024]. A masked slot gets the learned null token."""
 
     def __init__(self, numbers: int, operations: Any, made: dict[str, Any]) -> None:
         super().__init__()
@@ -41,16 +41,16 @@ class PositionNet(nn.Module):
 
 
 def fourier(x: Tensor) -> Tensor:
-    """[..., n] to [..., 16 n]: sin and cos of 100^(k/8) x for k = 0..7, by band, then sin and cos, then number."""
+    """Fourier features [..., 16 n] of x [..., n]: sin and cos of 100^(k/8) x, ordered by k = 0..7, sin/cos, number."""
     bands = TEMPERATURE ** (torch.arange(BANDS, device=x.device) / BANDS)
     angles = bands.unsqueeze(-1) * x.unsqueeze(-2)
     return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
 
 
 class Fuser(nn.Module):
-    """What the tokens of boxes add to the pixels of their frame: x [N, L, C], tokens [N, 20, 1024] to [N, L, C].
+    """Gated self-attention of a frame's pixels x [N, L, C] and its box tokens [N, 20, 1024]. Returns the residual.
 
-    Two gates begin closed, so a new one adds exact zeros.
+    Both gates start at zero, so an untrained fuser adds exact zeros.
     """
 
     def __init__(self, width: int, operations: Any, made: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Fuser(nn.Module):
 
 
 class TrackletControl(nn.Module):
-    """PositionNet, and a fuser for each spatial transformer: `widths` maps its path in the UNet to its channels."""
+    """A PositionNet, and a fuser for each spatial transformer. `widths` maps a transformer's path to its channels."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class TrackletControl(nn.Module):
         self.fusers = nn.ModuleDict({path.replace(".", "/"): Fuser(w, operations, made) for path, w in widths.items()})
 
     def initialise(self, generator: torch.Generator) -> "TrackletControl":
-        """Weights drawn from `generator`, U(-1/sqrt(inputs), 1/sqrt(inputs)) as torch draws them; gates stay closed."""
+        """Draw weights from `generator` as torch does, U(-1/sqrt(inputs), 1/sqrt(inputs)). Gates stay at zero."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -113,12 +113,12 @@ class TrackletControl(nn.Module):
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state under the names of the file."""
+        """The state with the key names of a file."""
         state = self.state_dict()
         return {_file_name(key): value for key, value in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> "TrackletControl":
-        """Fill from a file's tensors; what belongs to the base model is left aside. ValueError if one is missing."""
+        """Load a file's tensors, except those of the base model. ValueError if one is missing."""
         state = self.state_dict()
         for key, value in state.items():
             name = _file_name(key)
@@ -130,7 +130,7 @@ class TrackletControl(nn.Module):
         return self
 
     def require_fit(self, unet: nn.Module) -> None:
-        """ValueError unless there is a fuser for each transformer of the UNet, of its width."""
+        """ValueError unless every transformer of the UNet has a fuser of its width."""
         here = widths_of(unet)
         made_for = {path.replace("/", "."): fuser.norm1.weight.shape[0] for path, fuser in self.fusers.items()}
         if made_for != here:
@@ -149,7 +149,7 @@ def _file_name(key: str) -> str:
 
 
 def read(tensors: dict[str, Tensor]) -> tuple[dict[str, int], int, dict[str, Tensor]]:
-    """Widths and numbers for TrackletControl, and the base model's own layers. ValueError for other files."""
+    """TrackletControl's arguments from a file's tensors, and the base model's layers. ValueError for other files."""
     first = tensors.get(f"{POSITIONS}linears.0.weight")
     widths = {
         key.partition(FUSER)[0]: len(value)
@@ -163,7 +163,7 @@ def read(tensors: dict[str, Tensor]) -> tuple[dict[str, int], int, dict[str, Ten
 
 
 def transformers(unet: nn.Module) -> dict[str, nn.Module]:
-    """Path of each transformer of a UNet to its spatial block."""
+    """The spatial block of each transformer of a UNet, by the transformer's path."""
     return {
         path: module.transformer_blocks[0]
         for path, module in unet.named_modules()
@@ -176,10 +176,10 @@ def widths_of(unet: nn.Module) -> dict[str, int]:
 
 
 class Controlled:
-    """Control at work in a UNet while entered. Set boxes [N, 20, 8] and mask [N, 20], a row for each image, first.
+    """Applies a control in a UNet inside the `with` block. Set boxes [N, 20, 8] and mask [N, 20] for all images first.
 
-    A fuser stands between self- and cross-attention: what it adds goes into the norm before cross-attention and again
-    to what that gives, for the residual stream itself passes no module there. Temporal blocks have none.
+    A fuser runs between self- and cross-attention of spatial blocks. No module receives the residual stream there, so
+    its output is added twice: to the input of cross-attention's norm, and to cross-attention's output.
     """
 
     def __init__(self, unet: nn.Module, control: TrackletControl) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def inside(place: str, separator: str = ".") -> Iterator[None]:
-    """Errors from within say where they are."""
+    """Put `place` in front of the text of a ValueError."""
     try:
         yield
     except ValueError as error:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def paint(frames: Tensor, boxes: Tensor, mask: Tensor, width: int = 4, skip_first: bool = False) -> Tensor:
-    """A copy of frames [T, H, W, 3] in 0..1 with the outline of every box that is there, `width` pixels inwards.
+    """A copy of frames [T, H, W, 3] in 0..1 with the outlines of all present boxes, `width` pixels thick, drawn inside.
 
-    `skip_first` leaves the first frame clean, as self-tracking needs it (Boximator, arXiv 2402.01566).
+    `skip_first` paints nothing on the first frame, for self-tracking (Boximator, arXiv 2402.01566).
     """
     painted = frames.clone()
     high, wide = frames.shape[1:3]

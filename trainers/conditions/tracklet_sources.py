@@ -10,10 +10,10 @@ from .tracklets import MAX_FRAMES, MAX_ID, MAX_OBJECTS, PALETTE, Keyframe, Track
 
 
 def from_mot(text: str, width: int, height: int, frames: int | None = None) -> Tracklets:
-    """From MOT Challenge's CSV `frame,id,x,y,w,h,conf,class,vis`: frames from 1, pixels of a width x height video.
+    """Tracklets from a MOT Challenge CSV: `frame,id,x,y,w,h,conf,class,vis`, frames from 1, boxes in pixels.
 
-    Lines need the first six; conf 0 means "ignore". An object is there from its first line to its last.
-    ValueError names the line.
+    Lines need the first six values; lines with conf 0 are ignored. An object is present from its first to its last
+    line. ValueError names the line.
     """
     seen: dict[int, dict[int, Keyframe]] = {}
     for place, row in enumerate(csv.reader(text.splitlines()), 1):
@@ -36,9 +36,9 @@ def from_mot(text: str, width: int, height: int, frames: int | None = None) -> T
 
 
 def from_masks(labels: Tensor) -> Tracklets:
-    """From whole numbers [T, H, W] that say which object a pixel belongs to, 0 none: its bounding box in each frame.
+    """Bounding boxes from label maps [T, H, W], integers that name each pixel's object, with 0 for no object.
 
-    An object is there from the first frame with a pixel of it to the last.
+    An object is present from the first frame with one of its pixels to the last.
     """
     frames, height, width = labels.shape
     seen: dict[int, dict[int, Keyframe]] = {}

@@ -14,15 +14,15 @@ from .tracklet_fields import expect, inside, whole
 
 MAX_OBJECTS = 20  # slots of Tracklet2Video (TrackDiffusion, SVD branch: "fixed_objs")
 MAX_FRAMES, MAX_SIDE, MAX_ID = 100_000, 16384, 2**31 - 1
-REACH = 10.0  # a box may lie outside of the frame, but one in pixels is a mistake
-MIN_SIDE = 0.01  # of the frame; a box that shows less is not there
+REACH = 10.0  # largest coordinate: a box may be outside the frame, but one in pixels is a mistake
+MIN_SIDE = 0.01  # a box with a smaller visible side, relative to the frame, is masked
 WHOLE = ("width", "height", "frames", "id", "frame", "enter", "leave")
 INTERPOLATED = ("hard", "soft")
 PALETTE = (
     "#ff0000 #00ff00 #1e3cff #ffff00 #e100ff #00f0ff #ffb400 #8700e1 #00c387 #e178b4 #0096d2 #b47800 #a5c3ff #1e7800 "
     "#ff781e #874b87 #c3ffc3 #d20096 #9678ff #b42d00 #a5d21e #ffa5ff #2d6996 #009678 #ffb4a5 #00a500 #0ff0a5 #ff69ff "
     "#00c3e1"
-).split()  # at least 0.12 apart in Oklab, visible on black and on white
+).split()  # at least 0.12 apart in Oklab, and visible on black and on white
 
 
 def rgb(color: str) -> list[float]:
@@ -50,7 +50,7 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Tracklet:
-    """One object, there from frame `enter` to frame `leave`, both included; None is the first and the last."""
+    """One object, present from frame `enter` to frame `leave` inclusive. None means the first and the last frame."""
 
     id: int
     name: str
@@ -76,11 +76,11 @@ class Tracklet:
 
 @dataclass(frozen=True)
 class Tracklets:
-    """The value on a TRACKLETS wire: objects in a clip of `frames` frames of `width` x `height` pixels.
+    """The value of a TRACKLETS wire: objects in a clip of `frames` frames of `width` x `height` pixels.
 
-    Between key frames boxes move linearly, beyond the outermost they stand still. `interpolated` "hard" makes those
-    frames hard where the key frames around them are, "soft" makes all of them soft. Errors are one ValueError that
-    names field, value and what was expected.
+    Boxes are interpolated linearly between key frames, and do not move before the first and after the last one.
+    Interpolated frames are soft if `interpolated` is "soft"; if it is "hard" they are hard between two hard key frames.
+    A ValueError names field, value and expected values.
     """
 
     width: int
@@ -106,7 +106,7 @@ class Tracklets:
 
     @staticmethod
     def from_json(value: str | dict) -> "Tracklets":
-        """From the text or the parsed JSON. Key frames may be in any order; a missing colour is the palette's."""
+        """Tracklets from JSON, as text or parsed. Key frames may be in any order. Missing colours are PALETTE's."""
         if isinstance(value, str):
             try:
                 value = json.loads(value, parse_constant=float)
@@ -116,7 +116,7 @@ class Tracklets:
         return Tracklets(**{**given, "tracklets": tuple(_parsed(given, "tracklets", _tracklet))})
 
     def to_json(self) -> str:
-        """One line of JSON, from which from_json makes an equal value."""
+        """One line of JSON. `from_json` returns an equal value."""
         value = asdict(self)
         for tracklet in value["tracklets"]:
             for name in ("enter", "leave"):
@@ -125,13 +125,13 @@ class Tracklets:
         return json.dumps(value, allow_nan=False)
 
     def add(self, tracklet: Tracklet, name: str = "") -> "Tracklets":
-        """With one more, in the colour of its place; `name` renames it."""
+        """A copy with one more tracklet, in the palette's next colour. `name` renames it."""
         color = PALETTE[len(self.tracklets) % len(PALETTE)]
         added = replace(tracklet, color=color, name=name or tracklet.name)
         return replace(self, tracklets=(*self.tracklets, added))
 
     def retime(self, frames: int) -> "Tracklets":
-        """The same movement in another number of frames: first and last stay so, others go to the nearest."""
+        """The same motion in another number of frames. First and last frame stay; other key frames are rounded."""
         whole("frames", frames, 1, MAX_FRAMES)
         if frames == self.frames:
             return self
@@ -142,7 +142,7 @@ class Tracklets:
 
         moved = []
         for tracklet in self.tracklets:
-            keys: dict[int, Keyframe] = {}  # of several that go to one frame the one nearest in time, then the first
+            keys: dict[int, Keyframe] = {}  # if several round to one frame, the nearest in time wins, then the first
             for key in sorted(tracklet.keyframes, key=lambda key: abs(key.frame * scale - nearest(key.frame))):
                 keys.setdefault(nearest(key.frame), replace(key, frame=nearest(key.frame)))
             enter, leave = (None if at is None else nearest(at) for at in (tracklet.enter, tracklet.leave))
@@ -151,7 +151,7 @@ class Tracklets:
         return replace(self, frames=frames, tracklets=tuple(moved))
 
     def crop(self, left: int, top: int, width: int, height: int) -> "Tracklets":
-        """As seen in a part of the frame, given in pixels. What leaves it stays, outside of 0..1."""
+        """The tracklets in a crop of the frame, given in pixels. Boxes outside it are kept, outside 0..1."""
 
         def seen(key: Keyframe) -> Keyframe:
             x1, y1, x2, y2 = key.box
@@ -163,7 +163,7 @@ class Tracklets:
         return replace(self, width=width, height=height, tracklets=tuple(moved))
 
     def fit(self, width: int, height: int) -> "Tracklets":
-        """As seen after the largest central crop to width / height, as nodes/framing.py cuts it, and a resize."""
+        """The tracklets after the largest centre crop with the aspect ratio width / height, and a resize."""
         scale = max(width / self.width, height / self.height)
         crop_w, crop_h = (max(round(side / scale), 1) for side in (width, height))
         crop_w, crop_h = min(crop_w, self.width), min(crop_h, self.height)
@@ -175,11 +175,10 @@ class Tracklets:
 def to_tensors(
     tracklets: Tracklets, frames: int | None = None, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [T, 20, 8] (x1, y1, x2, y2 in 0..1, R, G, B in 0..1, 1 if hard) and mask [T, 20], 1 where an object is.
+    """Boxes [T, 20, 8] (x1, y1, x2, y2, R, G, B in 0..1, and 1 if hard), and mask [T, 20], 1 if the object is present.
 
-    The slot is the place in the list. `frames` other than the JSON's takes the same time, `size` (width, height) of
-    another shape cuts the frame. Boxes end at the frame; where less than 0.01 of a side is left the slot is masked,
-    and a masked slot is all zeros.
+    An object's slot is its place in the list. `frames` stretches the time, and `size` (width, height) crops the frame.
+    Boxes are clipped to the frame. A slot whose box is narrower than 0.01 then is masked and all zeros.
     """
     tracklets = tracklets.retime(tracklets.frames if frames is None else frames)
     tracklets = tracklets if size is None else tracklets.fit(*size)
@@ -198,7 +197,7 @@ def to_tensors(
 
 
 def _at(tracklet: Tracklet, frame: int, hard_between: bool) -> tuple[list[float], bool]:
-    """The box at a frame, and whether it is hard."""
+    """A tracklet's box at a frame, and whether it is hard."""
     keys = tracklet.keyframes
     before = next((key for key in reversed(keys) if key.frame <= frame), keys[0])
     after = next((key for key in keys if key.frame >= frame), keys[-1])
@@ -233,7 +232,7 @@ def _known(kind: type, value: Any, required: tuple[str, ...]) -> dict[str, Any]:
         expect(name in names, name, value[name], f"one of {', '.join(names)}")
     for name in required:
         expect(name in value, name, None, f"a value; {', '.join(required)} are needed")
-    def is_whole(name: str, found: Any) -> bool:  # JSON has one kind of number: 1.0 is a whole one, as in the editor
+    def is_whole(name: str, found: Any) -> bool:  # JSON has one kind of number, so 1.0 is whole, as in the editor
         return name in WHOLE and isinstance(found, float) and found.is_integer()
 
     return {name: int(found) if is_whole(name, found) else found for name, found in value.items()}

@@ -107,7 +107,7 @@ class TrainConfig:
     )
     max_grad_norm: float = knob(
         1.0,
-        "Gradients longer than this are shortened to it. 0 turns clipping off.",
+        "Upper limit of the gradient norm. 0 turns clipping off.",
         min=0.0,
         max=1000.0,
         step=0.01,

@@ -1,1 +1,1 @@
-"""Encodings on disk: each made once, named by the hash of all that went into it."""
+"""Encodes clips, captions and masks into a cache on disk; each file is named by the hash of its inputs."""

@@ -1,4 +1,4 @@
-"""The folder of encodings on disk: how much it holds, what may go, and what goes when there is more than its limit."""
+"""The cache of encodings on disk: its size, its limit, and the deletion of unused files."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ GB = 10**9
 STEM = re.compile(r"[0-9a-f]{64}")
 
 _lock = threading.Lock()
-_used: set[Path] = set()  # files that a TRAINING_DATA value of this server's life may name
+_used: set[Path] = set()  # files used since the server started: a TRAINING_DATA value may name them
 
 
 def data_folder() -> Path:
@@ -31,7 +31,7 @@ def data_folder() -> Path:
 
 @dataclass(frozen=True)
 class Limit:
-    """How much is kept."""
+    """The limit of the cache."""
 
     limit_gb: float = knob(50.0, "Gigabytes of encoded clips that are kept.", min=0.0, max=1_000_000.0)
 
@@ -47,7 +47,7 @@ class File:
 
 
 def use(path: Path) -> bool:
-    """Whether the file is there. It stays as long as this server runs, and its last use, the time of access, is now."""
+    """Whether the file exists. If so, set its access time to now and keep it as long as this server runs."""
     with _lock:
         _used.add(path)
         with suppress(OSError):
@@ -56,7 +56,7 @@ def use(path: Path) -> bool:
 
 
 def limit_of(folder: Path) -> float:
-    """The limit in gigabytes, as the panel has set it."""
+    """The limit in gigabytes that the training panel has set."""
     path = _limit_path(folder)
     try:
         return Limit(**json.loads(path.read_text(encoding="utf-8"))).limit_gb if path.is_file() else Limit().limit_gb
@@ -70,14 +70,14 @@ def set_limit(folder: Path, limit_gb: float) -> None:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """Bytes on disk, those of them that nothing needs, and the limit."""
+    """Bytes on disk, bytes of unused files, and the limit."""
     files = list(_files(folder))
     free = sum(file.bytes for file in _not_needed(folder, files))
     return {"bytes": sum(file.bytes for file in files), "free_bytes": free, "limit_gb": limit_of(folder)}
 
 
 def prune(folder: Path, most_bytes: float) -> int:
-    """Delete what was used longest ago until `most_bytes` are left, but nothing that is needed. Returns bytes freed."""
+    """Delete the least recently used files down to `most_bytes`, except needed ones. Returns the bytes freed."""
     files = list(_files(folder))
     excess, freed = sum(file.bytes for file in files) - most_bytes, 0
     if excess <= 0:
@@ -85,13 +85,13 @@ def prune(folder: Path, most_bytes: float) -> int:
     for file in sorted(_not_needed(folder, files)):
         if freed >= excess:
             break
-        # Windows keeps a file that a run has open
+        # Windows does not delete a file that a run has open
         with _lock, suppress(OSError):
             if file.path not in _used:
                 file.path.unlink()
                 freed += file.bytes
     if freed:
-        logging.info("Kinoloom: %.1f GB of encoded clips that nothing needs were deleted", freed / GB)
+        logging.info("Kinoloom: %.1f GB of unused encoded clips were deleted", freed / GB)
     return freed
 
 
@@ -103,7 +103,7 @@ def keep_to_limit(folder: Path) -> None:
 
 
 def _not_needed(folder: Path, files: list[File]) -> list[File]:
-    """Without the files of values of this server's life, and of runs that are not finished, of any server."""
+    """`files` without those used since this server started and those of unfinished runs of any server."""
     needed = {stem for text in _unfinished(folder.parent / "jobs") for stem in STEM.findall(text)}
     with _lock:
         used = set(_used)
@@ -111,12 +111,12 @@ def _not_needed(folder: Path, files: list[File]) -> list[File]:
 
 
 def _unfinished(jobs: Path) -> Iterator[str]:
-    """The records of runs that may go on. One that cannot be read may be such a run, of another version."""
+    """The records of runs that may go on. An unreadable record counts: it may be such a run of another version."""
     for path in jobs.glob("*/job.json"):
         try:
             require_small_file(path)
             text = path.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, ValueError):  # just deleted, or nothing that a run ever wrote
+        except (FileNotFoundError, ValueError):  # just deleted, or not a run's record
             continue
         try:
             finished = json.loads(text)["status"] == "finished"

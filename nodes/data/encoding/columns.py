@@ -1,4 +1,4 @@
-"""Encodings on disk, made once: a column's file is named by the hash of all that went into it."""
+"""The columns of a data set as cached files, each named by its cache key: the hash of all its inputs."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,31 +20,31 @@ from . import cache
 from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 from .vae import encode_pixels
 
-# Raise a number when what its column holds changes, or when files that an earlier version wrote may be wrong.
+# Part of the cache key. Raise a number when its column's content changes, or if files of an earlier version are wrong.
 VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
 
 
 def open_columns(files: int) -> "Columns":
-    """For one run of a node that makes or finds so many files. What is over the cache's limit goes first."""
+    """The columns for one run of a node with `files` files. First deletes files above the cache's limit."""
     cache.keep_to_limit(cache.data_folder())
     return Columns(cache.data_folder(), comfy.utils.ProgressBar(files))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The column files of one run of a node, which advances `bar` with every file made or found."""
+    """The column files of one run of a node. Every file that is made or found advances `bar`."""
 
     folder: Path
     bar: comfy.utils.ProgressBar = field(repr=False)
 
     def find(self, column: str, *key: object) -> tuple[str, bool]:
-        """File stem for what `key` describes, and whether the file is there. Hears Cancel."""
+        """The file stem for a cache key, and whether the file exists. Raises if the prompt was cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
         return stem, cache.use(column_path(self.folder, stem, column))
 
     def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
-        """File stem of a column, made unless it is there. ValueError for values that are not finite says `name`."""
+        """The file stem of a column. Makes the file if it does not exist. ValueError names `name` if it has NaN."""
         stem, found = self.find(column, *key)
         if not found:
             made = make()
@@ -54,14 +54,14 @@ class Columns:
         return stem
 
     def shape(self, stem: str) -> tuple[int, ...]:
-        """Shape [C, T, h, w] of a latents column, from the file's header."""
+        """The shape [C, T, h, w] of a latents column, from the file's header."""
         with safe_open(str(column_path(self.folder, stem, "latents")), framework="pt") as opened:
             return tuple(opened.get_slice("latents").get_shape())
 
     def prompts(
         self, text_encoder: Any, text_encoder_id: str, texts: dict[str, str], variants: int, *, literal: bool
     ) -> dict[str, str]:
-        """File stem by text. `texts` has what an error calls each; all are checked before the first is encoded."""
+        """The file stem of each text's encoding. `texts` maps a text to its name in errors. All are checked first."""
         described = {
             text: describe(tokenize(text_encoder, text, literal=literal, name=name)) for text, name in texts.items()
         }
@@ -87,7 +87,7 @@ class Columns:
         self, source: Source, windows: list[list[int]], width: int, height: int, step: int, latent_size: tuple[int, int]
     ) -> list[str]:
         def make(frames: list[Tensor]) -> dict[str, Tensor]:
-            # the crop is that of frames of `width` x `height`
+            # cropped like frames of `width` x `height`
             crops = [center_crop(frame[..., :1], width, height) for frame in frames]
             small = [F.adaptive_avg_pool2d(crop, latent_size)[0, 0] for crop in crops]
             return {"mask": latent_mask(torch.stack(small), step)}
@@ -116,7 +116,7 @@ class Columns:
 
 
 def reader(source: Source, windows: list[list[int]]) -> Callable[[list[int]], list[Tensor]]:
-    """Reads the frames of a window. Single frames in ascending order are read in one pass over the source."""
+    """A function that reads the frames of a window. Single frames in ascending order take one pass over the source."""
 
     def fresh(window: list[int]) -> list[Tensor]:
         return list(source.frames(_places(source, window)))
@@ -143,5 +143,5 @@ def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _places(source: Source, indices: list[int]) -> list[int]:
-    """A source of one frame, such as a still mask, serves every moment."""
+    """The frame indices, all 0 for a source of one frame, such as a still mask."""
     return [0] * len(indices) if source.count == 1 else indices

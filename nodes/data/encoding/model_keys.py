@@ -1,4 +1,4 @@
-"""What makes two loaded models the same, for keys of cached encodings."""
+"""Identities of loaded models, for cache keys."""
 
 import hashlib
 from functools import lru_cache
@@ -11,7 +11,7 @@ from ....lora_io.file import fingerprint
 
 
 def of_patcher(patcher: Any) -> str:
-    """Identity of a ComfyUI model patcher: its files, else its weights, and whatever was patched onto it."""
+    """Identity of a ComfyUI model patcher: a hash of its files (or weights) and its patches."""
     factory = patcher.cached_patcher_init
     paths = [path for path in _paths(factory[1]) if path.is_file()] if factory else []
     weights = [_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths] or [_weights(patcher.model)]
@@ -29,7 +29,7 @@ def of_text_encoder(text_encoder: Any) -> str:
 
 
 def of_model(model: Any) -> str:
-    """A diffusion model with its noise schedule, which nodes such as ModelSamplingSD3 change."""
+    """Identity of a diffusion model and its noise schedule, which nodes such as ModelSamplingSD3 change."""
     sampling = model.get_model_object("model_sampling")
     return _digest(of_patcher(model), type(sampling).__name__, sampling.sigmas.tolist())
 
@@ -39,7 +39,7 @@ def _digest(*parts: object) -> str:
 
 
 def _paths(arguments: tuple) -> list[Path]:
-    """The file names among a loader's arguments, whose first is one name or a list of names."""
+    """The files in a loader's arguments. The first argument is one name or a list of names."""
     first = arguments[0]
     return [Path(name) for name in ([first] if isinstance(first, str) else first)]
 

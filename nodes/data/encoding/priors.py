@@ -1,4 +1,4 @@
-"""Prior clips: what the untrained model makes of ordinary prompts, which keeps a LoRA from forgetting them."""
+"""Prior clips, sampled by the untrained model from ordinary prompts: training on them prevents forgetting."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,8 +22,8 @@ class PriorOptions:
 
     seeds_per_prompt: int = knob(2, "Clips made from each prompt. Raise it if you have few prompts.", min=1, max=64)
     seed: int = knob(0, "Seed of the first clip; the others follow. Change it for other clips.", min=0, max=2**53)
-    steps: int = knob(30, "Sampling steps. Use what you use for generation.", min=1, max=1000)
-    cfg: float = knob(6.0, "Guidance. Use what you use for generation.", min=0.0, max=100.0, step=0.1)
+    steps: int = knob(30, "Sampling steps. Use the same as for generation.", min=1, max=1000)
+    cfg: float = knob(6.0, "Guidance. Use the same as for generation.", min=0.0, max=100.0, step=0.1)
     single_frames: int = knob(
         4,
         "Frames of each prior clip that are also encoded one by one. Only used if the data "
@@ -34,7 +34,7 @@ class PriorOptions:
     )
     token_variants: int = knob(
         16,
-        "Versions of each prompt with a tenth of the words missing. Keep it as in the node that encoded the clips.",
+        "Versions of each prompt with a tenth of the words missing. Use the same as for the encoded clips.",
         min=0,
         max=64,
         advanced=True,
@@ -63,8 +63,8 @@ def read_prompts(text: str) -> list[str]:
         for token in (SUBJECT_TOKEN, MOTION_TOKEN):
             if token in line:
                 raise ValueError(
-                    f"prior prompt {line!r} contains {token}: prior clips show what the model knows "
-                    "without the trained subject, so describe others"
+                    f"prior prompt {line!r} contains {token}: prior clips must not show the trained subject, so "
+                    "describe other subjects"
                 )
     if not prompts:
         raise ValueError("prompts is empty: write one per line, such as 'A man in a blue shirt. He walks in a park.'")
@@ -72,12 +72,12 @@ def read_prompts(text: str) -> list[str]:
 
 
 def appearance(prompt: str) -> str:
-    """The first sentence of "appearance. motion", for single frames."""
+    """The first sentence of a prompt "appearance. motion", as the caption of single frames."""
     return prompt.split(". ", 1)[0].rstrip(".") + "."
 
 
 def clip_shapes(data: TrainingData, model: Any) -> list[tuple[int, ...]]:
-    """The latent shapes [C, T, h, w] of the clips to train on, which prior clips take in turn."""
+    """The latent shapes [C, T, h, w] of the training clips, which prior clips use in turn."""
     shapes = list(dict.fromkeys(row.shape for row in data.select("clips", "train")))
     form = model.get_model_object("latent_format")
     if not shapes:
@@ -94,7 +94,7 @@ def clip_shapes(data: TrainingData, model: Any) -> list[tuple[int, ...]]:
 def add_priors(
     data: TrainingData, sampler: Sampler, vae: Any, prompts: list[str], options: PriorOptions
 ) -> TrainingData:
-    """`data` and its prior rows. What was generated before is taken from disk."""
+    """`data` with prior rows added. Generated clips are cached on disk."""
     shapes = clip_shapes(data, sampler.model)
     frames = options.single_frames if data.select("frames", "train") else 0
     wanted = [prompt for prompt in prompts for _ in range(options.seeds_per_prompt)]
@@ -123,7 +123,7 @@ def add_priors(
 
 
 def generate(columns: Columns, sampler: Sampler, text_encoder_id: str, clips: list[PriorClip]) -> list[str]:
-    """Latents columns of the clips; all text is encoded before the first is sampled, to load each model once."""
+    """Generate the clips and return their latents columns. All texts are encoded first, so each model loads once."""
     model_id = model_keys.of_model(sampler.model)
     settings = (sampler.negative, sampler.steps, sampler.cfg, sampler.name, sampler.scheduler)
     keys = {clip: ("prior", model_id, text_encoder_id, *settings, clip.prompt, clip.seed, clip.shape) for clip in clips}
@@ -142,9 +142,9 @@ def generate(columns: Columns, sampler: Sampler, text_encoder_id: str, clips: li
 def encode_frames(
     columns: Columns, vae: Any, clip_latents: str, shape: tuple[int, ...], count: int
 ) -> list[tuple[int, str]]:
-    """(frame, its latents column) for frames of a generated clip, each encoded on its own.
+    """(frame number, latents column) for frames of a generated clip, each encoded as a single image.
 
-    A slice of a clip's latents other than the first covers several frames and is not the latent of a still.
+    Slices of the clip's latents cannot be used: all but the first cover several frames.
     """
     total = 1 + (shape[1] - 1) * frame_step(vae)
     vae_id = model_keys.of_vae(vae)

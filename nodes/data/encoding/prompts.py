@@ -1,4 +1,4 @@
-"""Captions and prompts to text encodings, with variants that miss random tokens."""
+"""Encodes captions and prompts, also as variants with random tokens dropped."""
 
 import hashlib
 import math
@@ -13,14 +13,14 @@ from ....trainers.core.rng import derived_generator
 
 TOKEN_MASK_PROB = 0.1
 LONGEST_TEXT, MOST_TOKENS = 10_000, 1024  # characters; Wan was trained with 512 tokens
-EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:\S*")  # where core's tokenizers look for one
-Tokens = dict[str, list[list[tuple]]]  # encoder -> sections of (token id or embedding, weight), as CLIP.tokenize gives
+EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:\S*")  # embeddings as ComfyUI's tokenizers find them
+Tokens = dict[str, list[list[tuple]]]  # encoder -> sections of (token id or embedding, weight), from CLIP.tokenize
 
 
 def tokenize(text_encoder: Any, text: str, *, literal: bool, name: str = "caption") -> Tokens:
-    """Tokens of a text. ValueError starts with `name` and the text, for one that is too long or cannot be meant.
+    """Tokens of a text. ValueError names `name` and the text if it is too long or malformed.
 
-    A literal text has no prompt weights: (word:1.2) stands for its own characters.
+    A literal text has no prompt weights: (word:1.2) is plain text.
     """
     try:
         if len(text) > LONGEST_TEXT:
@@ -38,7 +38,7 @@ def tokenize(text_encoder: Any, text: str, *, literal: bool, name: str = "captio
 
 
 def escape(text: str) -> str:
-    r"""The text with \( and \) for brackets, which core's tokenizers read as brackets; those written so stay."""
+    r"""The text with its brackets escaped as \( and \). Brackets that are already escaped stay as they are."""
     return re.sub(r"(?<!\\)[()]", r"\\\g<0>", text)
 
 
@@ -47,7 +47,7 @@ def shown(text: str) -> str:
 
 
 def describe(tokens: Tokens) -> str:
-    """Hash of the tokens, of the values of embeddings among them, and of their weights."""
+    """Hash of the tokens, their weights, and the values of embeddings among them."""
     digest = hashlib.sha256()
     for encoder, sections in tokens.items():
         for section in sections:
@@ -59,7 +59,7 @@ def describe(tokens: Tokens) -> str:
 
 
 def _require_embeddings(text_encoder: Any, written: str) -> None:
-    """Core's tokenizers leave out an embedding that they do not find."""
+    """ValueError names a missing embedding, which ComfyUI's tokenizers would ignore."""
     for segment, _ in token_weights(escape_important(written), 1.0):
         for word in EMBEDDING.findall(segment):
             tokens = text_encoder.tokenize(word)
@@ -77,9 +77,9 @@ def _require_usable(tokens: list[tuple]) -> None:
 
 
 def encode_prompt(text_encoder: Any, caption: str, variants: int, *, literal: bool = True) -> dict[str, Tensor]:
-    """Encodings [1 + variants, n, D] of the caption and of variants without some of its tokens, zero tail cut off.
+    """Encodings [1 + variants, n, D] of a caption and of variants with dropped tokens. Padding zeros are cut off.
 
-    Tokens are dropped before the encoder, so what remains has to carry the meaning (Set-and-Sequence 3.4.3).
+    Tokens are dropped before the encoder, so the others have to carry the meaning (Set-and-Sequence 3.4.3).
     """
     empty = text_encoder.tokenize("")
     clean = tokenize(text_encoder, caption, literal=literal)
@@ -97,7 +97,7 @@ def encode_prompt(text_encoder: Any, caption: str, variants: int, *, literal: bo
 
 
 def drop_tokens(tokens: Tokens, empty: Tokens, probability: float, rng: torch.Generator) -> Tokens:
-    """Leave out each token with `probability`, never start, end or padding, and pad each section to its old length."""
+    """Drop each token with `probability`, except start, end and padding, and pad sections to their old length."""
     dropped = {}
     for encoder, sections in tokens.items():
         special = _special(empty[encoder])
@@ -115,7 +115,7 @@ def drop_tokens(tokens: Tokens, empty: Tokens, probability: float, rng: torch.Ge
 
 
 def count_tokens(tokens: Tokens, end: int | None) -> int:
-    """Tokens up to and including the end token of each section, of the first encoder."""
+    """The first encoder's number of tokens, up to and including each section's end token."""
     total = 0
     for section in next(iter(tokens.values())):
         ends = [place for place, token in enumerate(section) if _is_special(token, {end})]
@@ -124,7 +124,7 @@ def count_tokens(tokens: Tokens, end: int | None) -> int:
 
 
 def end_token(clean: Tokens, empty: Tokens) -> int | None:
-    """What follows the last word; padding is more of it (CLIP), or another token (T5). None if nothing follows."""
+    """The token after the last word, or None. Padding repeats it (CLIP) or is another token (T5)."""
     encoder = next(iter(clean))
     special = _special(empty[encoder])
     section = clean[encoder][-1]

@@ -27,7 +27,7 @@ class Sampler:
     cfg: float
 
     def conditioning(self, prompt: str) -> Conditioning:
-        """As CLIP Text Encode makes it, prompt weights included."""
+        """The conditioning of a prompt as from CLIP Text Encode, prompt weights included."""
         tokens = tokenize(self.text_encoder, prompt, literal=False, name="prompt")
         return self.text_encoder.encode_from_tokens_scheduled(tokens, show_pbar=False)
 
@@ -39,7 +39,7 @@ class Sampler:
         shape: tuple[int, ...],
         bar: comfy.utils.ProgressBar,
     ) -> Tensor:
-        """Raw latents [C, T, h, w]."""
+        """Sampled latents [C, T, h, w], as the VAE decodes them."""
         empty = torch.zeros(1, *shape)
         previewer = latent_preview.get_previewer(self.model.load_device, self.model.model.latent_format)
 

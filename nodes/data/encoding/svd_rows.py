@@ -1,4 +1,4 @@
-"""Encodes clips as Stable Video Diffusion trains on them: latents, and the first frame as the model is given it."""
+"""Encodes clips for Stable Video Diffusion: latents, and the first frame's embedding and noised latents."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -23,30 +23,30 @@ from . import model_keys
 from .columns import Columns, open_columns
 from .vae import encode_pixels
 
-DEALS = 4  # of colours to the objects of a clip, one of which a training step draws
-NOISINGS = 16  # of each first frame, one of which a training step draws
-LOG_NOISE = (-3.0, 0.5)  # mean and spread of ln(augmentation) (arXiv 2311.15127)
-FLOW_WIDTH, FLOW_LEAST = 256, 16  # pixels, at which motion is measured; OpenCV crashes on lower pictures
+DEALS = 4  # random colour assignments stored for each clip; a training step draws one
+NOISINGS = 16  # noise strengths stored for each first frame; a training step draws one
+LOG_NOISE = (-3.0, 0.5)  # mean and standard deviation of ln(augmentation) (arXiv 2311.15127)
+FLOW_WIDTH, FLOW_LEAST = 256, 16  # width and least height in pixels for optical flow; OpenCV crashes on less
 LARGEST_BUCKET = 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class SvdOptions(Options):
-    """How clips are cut and sized for Stable Video Diffusion."""
+    """Options of cutting and resizing for Stable Video Diffusion."""
 
     frames_per_clip: int = knob(
         14, "Frames in one training clip: 14 for svd, 25 for svd_xt. Lower it if memory runs out.", min=2, max=256
     )
     fps: float = knob(
         7.0,
-        "Frame rate the clips are brought to, which the model is told. Sample with the same fps in "
+        "Frame rate to which clips are resampled, a condition of the model. Sample with the same fps in "
         "SVD_img2vid_Conditioning. 0 keeps each file's rate.",
         min=0.0,
         max=240.0,
         step=0.01,
     )
     single_frames: int = knob(0, "Not used: every clip is trained as a whole.", min=0, max=0)
-    token_variants: int = knob(0, "Not used: the model reads no text.", min=0, max=0)
+    token_variants: int = knob(0, "Not used: the model takes no text.", min=0, max=0)
 
 
 def encode(
@@ -58,7 +58,7 @@ def encode(
     clip_vision: Any,
     tracked: dict[str, Tracklets],
 ) -> tuple[TrainingData, list[str]]:
-    """The clips as training data, and a line about the motion of each. `tracked` has tracklets by a clip's name."""
+    """The clips as training data, and a line about the motion of each. `tracked` maps a clip's name to tracklets."""
     for planned in plans:
         if planned.clip.source.photo:
             raise ValueError(f"{planned.clip.source.name}: is a photo, expected clips of several frames")
@@ -133,7 +133,7 @@ class Encoder:
 
 
 def check_tracklets(tracklets: Tracklets, source: Source) -> None:
-    """ValueError unless the boxes were made for all frames of this clip, in its shape."""
+    """ValueError unless the tracklets have this clip's number of frames and aspect ratio."""
     if tracklets.frames != source.count:
         raise ValueError(
             f"{source.name}: tracklets are for {tracklets.frames} frames, expected {source.count}, all of the clip's"
@@ -147,8 +147,11 @@ def check_tracklets(tracklets: Tracklets, source: Source) -> None:
 
 
 def painter(vae: Any, digest: str, size: tuple, boxes: Tensor, mask: Tensor) -> Callable[[list[Tensor]], dict]:
-    """Makes the column of a clip's frames: boxes [T, 20, 8] and box_mask [T, 20]; colors [K, 20, 3], dealt out anew K
-    times, and painted [K, 4, T, h, w]: latents with boxes painted in all frames but the first."""
+    """A function that makes the tracklets column from a clip's frames.
+
+    The column holds boxes [T, 20, 8], box_mask [T, 20], K random colour assignments as colors [K, 20, 3], and painted
+    [K, 4, T, h, w], the latents with boxes painted in those colours on all frames but the first.
+    """
 
     def make(frames: list[Tensor]) -> dict[str, Tensor]:
         pixels = torch.stack([fit(frame, *size) for frame in frames])
@@ -166,9 +169,9 @@ def painter(vae: Any, digest: str, size: tuple, boxes: Tensor, mask: Tensor) -> 
 
 
 def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[str, Tensor]:
-    """What the model is told of a first frame [1, H, W, 3] in 0..1: its embedding, and its latents under noise.
+    """The conditions from a first frame [1, H, W, 3] in 0..1: its embedding and its noised latents.
 
-    augmentations [1 + N], of which the first is 0, is the noise's spread over pixels in -1..1.
+    augmentations [1 + N], of which the first is 0, are the standard deviations of the noise for pixels in -1..1.
     """
     generator = derived_generator("augmentation", key, tuple(pixels.shape))
     mean, std = LOG_NOISE
@@ -185,10 +188,9 @@ def first_frame(pixels: Tensor, vae: Any, clip_vision: Any, key: str) -> dict[st
 
 
 def estimate_motion_bucket(pixels: Tensor) -> int:
-    """1..255 for frames [F, H, W, 3]: 127 where an average pixel moves by 1 % of the diagonal from frame to frame.
+    """The motion bucket 1..255 of frames [F, H, W, 3]: 127 if pixels move 1 % of the diagonal per frame on average.
 
-    Stability AI has not said how its own numbers come about; this is dense optical flow (Kroeger et al., arXiv
-    1603.03590).
+    It is measured by dense optical flow (Kroeger et al., arXiv 1603.03590). Stability AI's measure is not published.
     """
     height, width = pixels.shape[1:3]
     size = (FLOW_WIDTH, max(FLOW_LEAST, round(height * FLOW_WIDTH / width)))

@@ -1,4 +1,4 @@
-"""Rows for models that read text: latents, prompts and masks."""
+"""Encodes rows for models that take text: latents, prompts and masks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .vae import frame_step
 
 
 def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
-    """Write the columns that are not on disk yet, text first so that the two encoders do not push each other out."""
+    """Encode the columns that are not cached: text first, so that the two encoders do not unload each other."""
     plans = assign_roles(plans, role, options.hold_out)
     warn_serves_both(
         [
@@ -48,7 +48,7 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
 
 
 def _samples(planned: ClipPlan, single_frames: int) -> list[tuple[str, str, list[list[int]]]]:
-    """(split, role, windows of source frames) of a clip's rows, of one shape each."""
+    """(split, role, windows of source frames) of a clip's rows; rows of an entry have one shape."""
     clips = [("clips", role, [list(window)]) for window, role in zip(planned.windows, planned.roles, strict=True)]
     stills = frames_by_role(planned, single_frames).items()
     return clips + [("frames", role, [[index] for index in chosen]) for role, chosen in stills if chosen]

@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def frame_step(vae: Any) -> int:
-    """Frames per latent step after the first: 4 for Wan, 1 for an image VAE."""
+    """Frames per latent frame after the first: 4 for Wan, 1 for an image VAE."""
     return vae.temporal_compression_decode() or 1
 
 
 def encode_pixels(vae: Any, frames: Tensor) -> Tensor:
-    """[F, H, W, 3] in 0..1 to the VAE's raw latents [C, T, h, w]."""
+    """Encode frames [F, H, W, 3] in 0..1 to the VAE's unscaled latents [C, T, h, w]."""
     latents = vae.encode(frames)
     if not latents.isfinite().all():
         raise ValueError(f"vae: encodes into NaN or infinite values, in {vae.vae_dtype}: expected bf16 or fp32")

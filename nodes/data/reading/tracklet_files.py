@@ -18,7 +18,7 @@ def load_tracklets(path: Path, width: int, height: int, frames: int | None = Non
 
 
 def read_tracklets(folder: Path, sources: Iterable[Source]) -> dict[str, Tracklets]:
-    """Tracklets beside clips, by the clip's name: dance.json or dance.csv for dance.mp4 and for the folder dance."""
+    """Tracklets of clips, by clip name, from files beside them: dance.json or dance.csv for dance.mp4 or dance/."""
     found = {}
     for source in sources:
         path = folder / source.name

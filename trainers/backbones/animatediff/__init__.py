@@ -1,1 +1,1 @@
-"""Stable Diffusion 1.5 with the motion modules of AnimateDiff."""
+"""Stable Diffusion 1.5 with AnimateDiff's motion modules."""

@@ -19,7 +19,7 @@ FEED_FORWARD = r"transformer_blocks\.0\.ff\.net\.(0\.proj|2)"
 
 
 def check_model(model: Any) -> None:
-    """ValueError unless `model` (a comfy BaseModel) is of Stable Diffusion 1.5's kind."""
+    """ValueError unless `model` (a comfy BaseModel) is a Stable Diffusion 1.5 model."""
     kind = model.model_type.name
     if kind != "EPS":
         raise ValueError(f"model: predicts {kind}, expected a Stable Diffusion 1.5 model that predicts the noise (EPS)")
@@ -38,8 +38,8 @@ def text_width(model: Any) -> int:
 class AnimateDiff:
     """Noise predictor eps(x_t, t, prompt_embeds): x_t [B, 4, F, h, w], t [B] in 0..999, prompt_embeds [B, n, D].
 
-    Modules are `unet.<ComfyUI's path>` and `motion.<the motion module file's path>`. A clip of one frame passes the
-    motion modules by.
+    Module paths are `unet.<ComfyUI's path>` and `motion.<path in the motion module's file>`. A clip of one frame skips
+    the motion modules.
     """
 
     name = "animatediff"
@@ -55,7 +55,7 @@ class AnimateDiff:
     def __init__(
         self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
+        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
         check_model(model)
         self.model, unet = model, model.diffusion_model
         self.layout, tensors = read(carried[PART].state())
@@ -67,7 +67,7 @@ class AnimateDiff:
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)
         ]
-        self.attached = Attached(unet, motion).__enter__()  # for good: the copy is the run's own
+        self.attached = Attached(unet, motion).__enter__()  # never left: the model is the run's private copy
         self.device, self.dtype = device, dtype
         self.width = text_width(model)
         self.transformer_options = transformer_options
@@ -81,14 +81,14 @@ class AnimateDiff:
         return Grid(LATENT_CHANNELS, side=8, text_width=text_width(model), longest=carried[PART].layout.positions)
 
     def merge(self, lora_file: Any) -> None:
-        """Add a LoRA for SD1.5, such as AnimateDiff's domain adapter, to the frozen UNet."""
+        """Merge a LoRA for SD1.5, such as AnimateDiff's domain adapter, into the frozen UNet."""
         merge_lora(self.model, lora_file)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         return prepare_latents(batch, self.device, self.model.process_latent_in)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
-        """`batch` holds prompt_embeds [B, n, D]; frames are folded into the batch, one after the other."""
+        """`batch` holds prompt_embeds [B, n, D]. Frames are folded into the batch dimension, clip by clip."""
         self.attached.frames = frames = noisy_latents.shape[2]
         context = prompts(batch, self.width, self.device, self.dtype)
         noise = self.module["unet"](

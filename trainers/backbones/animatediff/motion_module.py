@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PART = "kinoloom.motion_module"  # what goes with a MODEL under this name is a motion module
+PART = "kinoloom.motion_module"  # the name under which a MODEL carries its motion module
 HEADS, NORM_GROUPS = 8, 32
 LCM_POSITIONS = 64  # AnimateLCM's files hold no position table
-LARGEST_BATCH = 1 << 15  # sequences in one attention call; some CUDA kernels take 65535
+LARGEST_BATCH = 1 << 15  # sequences in one attention call; some CUDA kernels take at most 65535
 DOWN, UP = 2, 3  # modules per level
 MID = "mid_block.motion_modules.0"
 MODULE_KEY = re.compile(r"((?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.motion_modules\.\d+)\.temporal_transformer\.")
@@ -20,7 +20,7 @@ MODULE_KEY = re.compile(r"((?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.motion
 
 @dataclass(frozen=True)
 class Layout:
-    """version: "v1", "v2", "v3" or "AnimateLCM"; widths: channels of each level; positions: most frames in one go."""
+    """version: "v1", "v2", "v3" or "AnimateLCM". widths: channels of each level. positions: most frames of a clip."""
 
     version: str
     widths: tuple[int, ...]
@@ -32,11 +32,11 @@ class Layout:
 
     @property
     def norm_over_frames(self) -> bool:
-        """Whether the UNet's own group norms take their statistics over all frames, as when v1 was trained."""
+        """Whether the UNet's group norms are computed over all frames, as in v1's training."""
         return self.version == "v1"
 
     def modules(self) -> dict[str, int]:
-        """Path of each module to its channels."""
+        """The channels of each motion module, by path."""
         levels = len(self.widths)
         down = {f"down_blocks.{b}.motion_modules.{m}": self.widths[b] for b in range(levels) for m in range(DOWN)}
         up = {f"up_blocks.{b}.motion_modules.{m}": self.widths[-1 - b] for b in range(levels) for m in range(UP)}
@@ -44,7 +44,7 @@ class Layout:
 
 
 def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
-    """What a motion module's file holds, wrappers and other entries removed. ValueError says what was found instead."""
+    """A motion module's layout and tensors, without the wrapper keys of a file. ValueError names other contents."""
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     tensors = {key.removeprefix("module."): value for key, value in state.items() if ".motion_modules." in key}
@@ -60,7 +60,7 @@ def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
     first = "down_blocks.0.motion_modules.0"
     table = tensors.get(attention.format(first, "pos_encoder.pe"))
     if any(not (value.is_floating_point() and value.ndim) for value in tensors.values()):
-        raise ValueError("a damaged motion module, some of whose entries are no arrays of numbers")
+        raise ValueError("a damaged motion module, some of whose entries are not tensors")
     table = table if table is None or table.ndim == 3 else table.new_zeros(1, 0, 0)
     version = "v2" if MID in found else "AnimateLCM" if table is None else "v3" if table.shape[1] == 32 else "v1"
     widths = [
@@ -82,9 +82,9 @@ def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
 
 
 class MotionModules(nn.Module):
-    """The modules of one file. `operations` makes the layers: torch.nn, or ComfyUI's casting ones.
+    """The motion modules of one file. `operations` creates the layers: torch.nn or ComfyUI's casting layers.
 
-    `load` gives them values; on the device "meta", where making layers draws no random numbers, the file's own tensors.
+    `load` fills them. Layers created on the device "meta", which draws no random numbers, get the file's own tensors.
     """
 
     def __init__(self, layout: Layout, *, operations: Any = nn, dtype: Any = None, device: Any = None) -> None:
@@ -101,13 +101,13 @@ class MotionModules(nn.Module):
             parent.add_module(module, MotionModule(width, layout.positions, operations, made))
 
     def load(self, tensors: dict[str, Tensor]) -> "MotionModules":
-        """Fill from what `read` gave; position tables that the file leaves out keep their values."""
+        """Load the tensors from `read`. Position tables that are not in the file keep their values."""
         tables = {name: value for name, value in self.named_buffers() if name not in tensors}
         self.load_state_dict({**tables, **tensors}, assign=next(self.parameters()).is_meta)
         return self
 
     def require_fit(self, unet: nn.Module) -> None:
-        """ValueError unless every module is as wide as the layer that it follows."""
+        """ValueError unless every module has the width of the layer that it follows."""
         widths = self.layout.modules()
         for path, site in sites(unet, self.layout).items():
             width = getattr(site, "out_channels", None) or site.in_channels
@@ -116,7 +116,7 @@ class MotionModules(nn.Module):
 
 
 class MotionModule(nn.Module):
-    """Attention over the frames of every pixel; one frame alone passes unchanged, as an image model needs it."""
+    """Attention over the frames of every pixel. A single frame passes unchanged, so that the image model works."""
 
     def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class TemporalBlock(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention over frames; positions are added to its input, so they reach queries, keys and values."""
+    """Self-attention over frames. Positions are added to the input, so they affect queries, keys and values."""
 
     def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
         super().__init__()
@@ -210,10 +210,10 @@ class FeedForward(nn.Module):
 
 
 class Attached:
-    """Motion modules at work in a UNet while entered; `frames` is the length of each clip on the batch axis.
+    """Applies motion modules in a UNet inside the `with` block. `frames` is the length of a clip in the batch.
 
-    Every module follows the last SpatialTransformer, or where there is none the ResBlock, of its place, by a hook: the
-    UNet's own keys do not change, as they would if modules were inserted.
+    A hook runs each module after its block's last SpatialTransformer, or after the ResBlock if there is none. Hooks
+    keep the UNet's keys, which inserted modules would change.
     """
 
     def __init__(self, unet: nn.Module, motion: MotionModules, frames: int = 1) -> None:
@@ -246,7 +246,7 @@ class Attached:
 
 
 def require_layout(unet: nn.Module) -> None:
-    """ValueError unless a UNetModel has SD1.5's blocks: 12 in, 12 out, transformers in nine of each."""
+    """ValueError unless a UNetModel has SD1.5's blocks: 12 input blocks, 12 output blocks, 16 transformers."""
     counts = [len(getattr(unet, name, ())) for name in ("input_blocks", "output_blocks")]
     transformers = sum("SpatialTransformer" == type(module).__name__ for module in unet.modules())
     if counts == [12, 12] and transformers == 16 and unet.middle_block[1].use_linear:
@@ -259,7 +259,7 @@ def require_layout(unet: nn.Module) -> None:
 
 
 def sites(unet: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    """Path of each motion module to the layer of the UNet that it follows."""
+    """The UNet layer that each motion module follows, by the module's path."""
     found = {}
     for path in layout.modules():
         level, _, module = path.partition(".motion_modules.")
@@ -275,7 +275,7 @@ def sites(unet: nn.Module, layout: Layout) -> dict[str, nn.Module]:
 
 
 def group_norms(unet: nn.Module) -> Iterator[nn.Module]:
-    """Those of the ResBlocks and the output, which AnimateDiff inflates; a transformer's sees one frame at a time."""
+    """The group norms of ResBlocks and output, which v1 computes over all frames; transformers' are per frame."""
     for module in unet.modules():
         if type(module).__name__ == "ResBlock":
             yield module.in_layers[0]

@@ -1,1 +1,1 @@
-"""Flow-matching video models."""
+"""Video models that are trained with flow matching."""

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video (1.3B and 14B shapes): ComfyUI's own module, called the way its sampler calls it."""
+"""Wan 2.1 text-to-video (1.3B and 14B): ComfyUI's own module, called as ComfyUI's sampler calls it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,12 @@ def _check_model(model: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig(TrainConfig):
-    """What every recipe for Wan can be told."""
+    """Options of every recipe for Wan."""
 
     wan_version: str = knob(
         "auto",
-        "Set it to 2.1 if a 14B file is Wan 2.1 and neither its name nor its metadata says so. Experts of Wan 2.2 have "
-        "the same shapes and are refused.",
+        "Set it to 2.1 if a 14B file is Wan 2.1 but neither its name nor its metadata says so. The experts of Wan 2.2, "
+        "which have the same shapes, are refused.",
         choices=("auto", "2.1"),
         advanced=True,
         added=1,
@@ -57,7 +57,7 @@ class Wan:
     def __init__(
         self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
+        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
         _check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = list(self.module.blocks)
@@ -75,7 +75,7 @@ class Wan:
         return prepare_latents(batch, self.device, self.process_latent_in)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
-        """`batch` holds prompt_embeds [B, n, D] and, where the text encoder pads with zeros, prompt_length [B]."""
+        """`batch` holds prompt_embeds [B, n, D] and, if the text encoder pads with zeros, prompt_length [B]."""
         return self.module(
             noisy_latents.to(self.dtype),
             FlowMatch.multiplier * t,

@@ -1,10 +1,10 @@
-"""Which of Wan's many models a model is: by its class, its shape and what its file says of itself."""
+"""Recognises the models of the Wan family by class, shape, file name and metadata."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-# By core's class of model, and by its `model_type` where a class has several.
+# Names by ComfyUI's model class, or by `model_type` if a class has several.
 BY_CLASS = {
     "WAN22": "Wan 2.2 5B (text and image to video)",
     "WAN21_CausalAR": "a causal Wan 2.1 (self-forcing)",
@@ -26,7 +26,7 @@ PHANTOM = re.compile("phantom", re.IGNORECASE)
 
 
 def kind_of(model: Any) -> str:
-    """What a comfy BaseModel of Wan's family other than plain text-to-video is called."""
+    """The name of a model (a comfy BaseModel) of Wan's family that is not plain text-to-video."""
     name, module = type(model).__name__, model.diffusion_model
     if name != "WAN21":
         return BY_CLASS.get(name, f"{name} ({type(module).__name__})")
@@ -38,10 +38,10 @@ def kind_of(model: Any) -> str:
 
 
 def require_wan21(path: Path, metadata: str, width: int, said: str) -> None:
-    """ValueError if the file of a text-to-video model is another than Wan 2.1, which has the same shapes as Phantom and
-    the two experts of Wan 2.2 A14B; `said` is "2.1" where the user knows that a file of no telling name is.
+    """ValueError if a text-to-video file is Phantom or an expert of Wan 2.2 A14B, which have Wan 2.1's shapes.
 
-    The file's name is asked first, then its metadata, then the name of its folder. Only the 14B width has experts.
+    The file's name decides first, then its metadata, then its folder's name. If none names a version, a file of the 14B
+    width is an error unless the user set wan_version (`said`) to "2.1".
     """
     texts = [path.stem, metadata, *([path.parent.name] if width == WIDTH_14B else [])]
     for text in texts:
@@ -49,8 +49,8 @@ def require_wan21(path: Path, metadata: str, width: int, said: str) -> None:
             raise ValueError(f"model: {path.name} is Phantom (subject to video), expected Wan 2.1 text-to-video")
         if WAN_22.search(text):
             raise ValueError(
-                f"model: {path.name} is an expert of Wan 2.2 A14B, which is made for high or for low noise alone. "
-                "Training would spend most steps on the other noise; expected Wan 2.1 text-to-video"
+                f"model: {path.name} is an expert of Wan 2.2 A14B, trained only for high or only for low noise. "
+                "Training uses all noise levels; expected Wan 2.1 text-to-video"
             )
         if WAN_21.search(text):
             return

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion, image to video: ComfyUI's own UNet, called the way its sampler calls it."""
+"""Stable Video Diffusion, image to video: ComfyUI's own UNet, called as ComfyUI's sampler calls it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...core.transfer import to_device
 LATENT_CHANNELS = 4
 SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
 CHECKPOINTED = ("VideoResBlock", "SpatialVideoTransformer")
-# Cross-attention has one token to look at, whatever its queries and keys are: those two never get a gradient.
+# Cross-attention has a single token, so its queries and keys have no effect and never get a gradient.
 ATTENTION = r"\.0\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(v|out\.0))"
 
 
@@ -26,8 +26,8 @@ def check_model(model: Any) -> None:
 class Svd:
     """v predictor v(x_t, sigma, image): x_t [B, 4, T, h, w], sigma [B] > 0.
 
-    A batch holds image_embeds [B, 1024] of CLIP vision, first_frame [B, 4, h, w] as the VAE gives it, and for each clip
-    fps, motion_bucket and augmentation [B].
+    A batch holds CLIP vision's image_embeds [B, 1024], first_frame [B, 4, h, w] as unscaled VAE latents, and fps,
+    motion_bucket and augmentation [B].
     """
 
     name = "svd"
@@ -41,7 +41,7 @@ class Svd:
     def __init__(
         self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel; `transformer_options` go with every forward, such as the attention."""
+        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
         check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = [module for module in self.module.modules() if type(module).__name__ in CHECKPOINTED]
@@ -64,7 +64,7 @@ class Svd:
         return prepare_latents(batch, self.device, self.process_latent_in)
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Frames are folded into the batch, one after the other; the first frame's latents are never scaled."""
+        """Frames are folded into the batch dimension, clip by clip. The first frame's latents are not scaled."""
         frames = noisy_latents.shape[2]
         first_frame = to_device(batch["first_frame"], self.device, noisy_latents.dtype)
         first_frames = first_frame.unsqueeze(2).expand_as(noisy_latents)
@@ -83,17 +83,17 @@ class Svd:
         return v.unflatten(0, (-1, frames)).transpose(1, 2)
 
     def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without the first frame, in both of its forms."""
+        """The batch with the first frame's embedding and latents set to zero."""
         return {**batch, **{name: torch.zeros_like(batch[name]) for name in ("image_embeds", "first_frame")}}
 
 
 def _contiguous_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """Core leaves channels last in memory, which later layers keep: group norms then take ten times as long."""
+    """Make the output contiguous. ComfyUI's is channels-last, with which group norms take ten times as long."""
     return out.contiguous()
 
 
 def _contiguous_context(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """One token repeated for every place without a copy, for which a linear layer repeats its weight instead."""
+    """Copy the context, which is one token expanded to all positions; a linear layer would copy its weight instead."""
     return args, {**kwargs, "context": kwargs["context"].contiguous()}
 
 

@@ -1,4 +1,4 @@
-"""The training objective of Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127)."""
+"""The training loss of Stable Video Diffusion (Blattmann et al. 2023, arXiv 2311.15127)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from .model import Svd
 
 @dataclass(frozen=True, kw_only=True)
 class SvdConfig(TrainConfig):
-    """What every recipe for this model can be told of its objective."""
+    """Options of the loss, for every recipe for this model."""
 
     noise_mean: float = knob(
         0.7,
-        "Noise level where training looks most, as a natural logarithm. Raise it to 2 to learn where things go rather "
-        "than detail.",
+        "Mean of the noise levels, as a natural logarithm. Raise it to 2 to learn positions and motion rather than "
+        "detail.",
         min=-5.0,
         max=5.0,
         step=0.1,
@@ -28,7 +28,8 @@ class SvdConfig(TrainConfig):
     )
     noise_std: float = knob(
         1.6,
-        "Spread of the noise levels around it. Lower it to 0.8 to leave out those that teach little.",
+        "Standard deviation of the noise levels, as natural logarithms. Lower it to 0.8 to skip those that teach "
+        "little.",
         min=0.0,
         max=5.0,
         step=0.1,
@@ -36,8 +37,8 @@ class SvdConfig(TrainConfig):
     )
     conditioning_dropout: float = knob(
         0.1,
-        "Share of clips trained without the image embedding, of clips without the first frame, and of clips without "
-        "both. Keeps cfg at work; 0 turns it off.",
+        "Probability of dropping the image embedding, of dropping the first frame, and of dropping both. Guidance "
+        "(cfg) needs it. 0 turns it off.",
         min=0.0,
         max=0.33,
         step=0.01,
@@ -52,17 +53,17 @@ def video_losses(backbone: Svd, batch: Batch, rng: Rng, config: SvdConfig) -> It
 
 
 def video_loss(backbone: Svd, batch: Batch, rng: Rng, config: SvdConfig) -> Tensor:
-    """MSE on v of one micro-batch, at noise levels and conditions drawn from `rng`."""
+    """MSE on v for one micro-batch, with noise levels and dropped conditions drawn from `rng`."""
     u = rng.uniform(len(batch["latents"]), config.stratified_timesteps)
     t = backbone.schedule.timesteps(u, config.noise_mean, config.noise_std)
     return denoising_loss(backbone, drawn_conditions(batch, rng, config.conditioning_dropout), rng, t)
 
 
 def drawn_conditions(batch: Batch, rng: Rng, dropout: float) -> Batch:
-    """The batch with one of the first frame's stored noisings for each clip, and conditions left out.
+    """Choose one of the first frame's noise strengths for each clip, and drop conditions.
 
-    For p = `dropout`, the embedding becomes zero in a share 2 p of clips, the first frame in a share 2 p, and both of
-    them in p. An evaluation takes the first frame without noise, and leaves nothing out.
+    For p = `dropout`, only the embedding is dropped with probability p, only the first frame with p, and both with p.
+    An evaluation uses the first frame without noise and drops nothing.
     """
     count, stored = batch["augmentations"].shape
     chosen, kept = torch.zeros(count, dtype=torch.long), torch.ones(2, count)
