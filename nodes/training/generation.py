@@ -28,7 +28,7 @@ def generation(job: Job) -> dict[str, Any]:
             unused: dict[str, str | None] = {loader: None for loaders in same for loader in loaders}
             used = {loader: loader_name(made[name]) for loader, name in choice.loaders.items()}
             return {"template": choice.template, "loaders": unused | used}
-    raise ValueError(f"run {job.spec.run_name!r} has no file on disk that a template generates with")
+    raise ValueError(f"run {job.spec.run_name!r} has no file left that a template generates with")
 
 
 def workflow(template: str, loaders: dict[str, str | None]) -> dict[str, Any]:

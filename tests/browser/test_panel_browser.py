@@ -211,7 +211,7 @@ def test_options_that_do_not_fit_are_said_at_the_node_and_nothing_is_queued(pane
     page = panel
     load(page, client, "com1.v2", rank=4)
     page.evaluate("app.queuePrompt(0)")
-    message = "run_name='com1.v2': expected another name, because Windows keeps this one for a device"
+    message = "run_name='com1.v2': expected another name, because Windows reserves this one for a device"
     expect(page.get_by_text(message).first).to_be_visible()
     train = "app.graph.nodes.find((node) => node.type === 'KinoloomTrainWanLora')"
     page.wait_for_function(f"{train}.has_errors")

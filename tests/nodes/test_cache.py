@@ -165,7 +165,7 @@ def test_encoding_keeps_the_cache_to_its_limit(monkeypatch: pytest.MonkeyPatch, 
     restart(monkeypatch)
     with caplog.at_level(logging.INFO):
         made = open_columns(1).cached("mask", (1,), "m", lambda: {"mask": torch.zeros(9)})
-    assert kept() == {made} and "that nothing needs were deleted" in caplog.text
+    assert kept() == {made} and "of unused encoded clips were deleted" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "[1]", '{"limit_gb": -1}', '{"limit_gb": NaN}', '{"gb": 1}'])

@@ -77,7 +77,7 @@ def test_files_that_were_deleted_are_not_offered(run: Callable[..., Job]) -> Non
     assert generation(job) == {"template": NEW, "loaders": {MOVES: file("temporal")}}
     with pytest.raises(ValueError, match="'run' has no file left"):
         generation(run(WAN, ["lora"], gone=("lora",)))
-    with pytest.raises(ValueError, match="what Train SVD Fine-tune makes"):
+    with pytest.raises(ValueError, match="the files of Train SVD Fine-tune"):
         generation(run(FINETUNE, ["unet"]))
 
 

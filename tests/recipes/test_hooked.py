@@ -78,7 +78,7 @@ def test_modules_are_at_work_together_and_one_takes_the_place_of_its_own_kind(by
 
 
 def test_a_batch_that_holds_no_whole_clips_is_refused() -> None:
-    with pytest.raises(ValueError, match="a batch of 7 images for 2 prompts cannot be parted into clips"):
+    with pytest.raises(ValueError, match="a batch of 7 images for 2 prompts cannot be split into clips"):
         forward(put(sampler_model(), "motion", 1.0, []), 7, [0, 1], False)
 
 

@@ -373,7 +373,7 @@ def test_presets_set_rank_rates_and_decay_of_both_optimizers(preset: str, rank: 
     for name, value in typed.items():
         with pytest.raises(ValueError, match=f"{name}={value}: expected .* preset '{preset}' sets.*custom"):
             numbers(preset=preset, **{name: value})
-    with pytest.raises(ValueError, match="optimizer='Prodigy': the presets know the rates of AdamW, AdamW8bit, Lion;"):
+    with pytest.raises(ValueError, match="Prodigy': the presets have learning rates for AdamW, AdamW8bit, Lion;"):
         numbers(preset=preset, optimizer="Prodigy")
 
 
