@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a LoRA on a small clip in a real ComfyUI server and leaves the pictures in demo_output/.
+# Trains a LoRA on a small clip in a real ComfyUI server and writes pictures to demo_output/.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

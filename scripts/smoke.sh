@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains, generates and opens the panel, all of it tiny, on a ComfyUI of any version: bash scripts/smoke.sh [path/to/ComfyUI]
-#   PYTHON=path   a Python with the packages of that ComfyUI, of the pack and of the tests; without it a named ComfyUI
-#                 gets an environment of its own, with the packages that its requirements.txt pins, in .runtime/smoke/
+# Trains and generates with tiny models and opens the panel, on any ComfyUI: bash scripts/smoke.sh [path/to/ComfyUI]
+#   PYTHON=path   a Python with the packages of that ComfyUI, the pack and the tests. Without it a given ComfyUI gets a
+#                 new environment in .runtime/smoke/, with the packages of its requirements.txt
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -6,7 +6,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh" --browser
 
 export COMFYUI_DIR="${COMFYUI_DIR:-$root/.runtime/ComfyUI}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from more, and servers run beside the tests
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models are not faster with more threads, and servers run beside the tests
 python="$root/.runtime/venv/bin/python"
 cd "$root"
 "$python" -m ruff check .

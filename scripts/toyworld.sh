@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the toy world's models again; see tests/toyworld/train.py. Arguments go to it.
+# Trains the toy world's models again. Arguments are passed to tests/toyworld/train.py, which explains them.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,4 +1,4 @@
-"""Inputs that data nodes share, and what is read from them."""
+"""Inputs that data nodes share, and functions that read them."""
 
 import hashlib
 import logging
@@ -80,7 +80,7 @@ def check_folder_options(role: str | None, hold_out: int | None) -> bool:
 
 
 def folder_state(folder: str | None) -> float | str:
-    """Changes when the folder's files do; never the same for a folder that arrives by wire, which is None here."""
+    """A fingerprint of the folder's files. NaN, which equals nothing, if the folder is a connected input."""
     if folder is None:
         return float("nan")
     found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))

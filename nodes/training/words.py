@@ -1,4 +1,4 @@
-"""The words of the server that the page goes by."""
+"""The server's words for the page: names of events, statuses and nodes."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from .result import TrainingResult
 
 
 def words() -> dict[str, Any]:
-    """Names of the events in a history and of the message that a run was deleted, statuses of runs that go on and of
-    those that have ended, ids of the nodes that start a run and of the one that waits for it.
+    """Names of history events and of the deletion message, statuses of active and ended runs, and ids of the Train
+    nodes and Training Result.
     """
     return {
         "events": list(EVENTS),

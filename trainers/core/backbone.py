@@ -11,15 +11,14 @@ from .data import Row
 from .placement import Placement
 from .transfer import to_device
 
-PIXELS = 8  # of a latent's side, for most VAEs
+PIXELS = 8  # side of a latent pixel in pixels, for most VAEs
 
 
 class Schedule(Protocol):
-    """Noise: how it is added in training, and how a sampler takes it away.
+    """A noise schedule: adds noise in training, and converts predictions for Euler's method in sampling.
 
-    A sampler's levels are chosen by ComfyUI's `scheduler` from the rising `sigmas` (`shift` moves those of a flow
-    towards noise). It starts from `begin` at the first level; `model_input` is what the model predicts from at a level,
-    and `slope` the dx / dlevel that a prediction stands for.
+    ComfyUI's `scheduler` chooses a sampler's levels from the ascending `sigmas`; `shift` moves a flow's towards noise.
+    `begin` is the first x, `model_input` the model's input at a level, `slope` the dx / dlevel of a prediction.
     """
 
     scheduler: str
@@ -36,9 +35,9 @@ class Schedule(Protocol):
 class Grid:
     """The shapes that a model takes.
 
-    channels: of latents. side: pixels, of which both sides of a video are multiples. text_width: of prompt_embeds, None
-    for a model that reads no text. frame_step: frames of a latent frame after the first, which holds one. longest:
-    latent frames, None for no limit. pixels: of a latent's side.
+    channels: latent channels. side: width and height in pixels are multiples of it. text_width: width of prompt_embeds,
+    None for a model without text. frame_step: frames in each latent frame after the first, which holds one. longest:
+    upper limit of latent frames, or None. pixels: side of a latent pixel in pixels.
     """
 
     channels: int
@@ -49,7 +48,7 @@ class Grid:
     pixels: int = PIXELS
 
     def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, ...]:
-        """(C, T, h, w) of a video. ValueError names the number that the model cannot have."""
+        """The latent shape (C, T, h, w) of a video. ValueError names a number that the model does not support."""
         step = self.frame_step
         if (frames - 1) % step:
             below = (frames - 1) // step * step + 1
@@ -65,7 +64,7 @@ class Grid:
         return (self.channels, latent_frames, height // self.pixels, width // self.pixels)
 
     def check(self, rows: Iterable[Row]) -> None:
-        """ValueError if data was encoded with the VAE of another model, or is too long for this one."""
+        """ValueError if data was encoded with another model's VAE, or is too long for this model."""
         for row in rows:
             channels, frames = row.shape[:2]
             if channels != self.channels:
@@ -83,8 +82,8 @@ class Grid:
 class Backbone(Protocol):
     """A frozen model on a private copy of a MODEL.
 
-    `name` is written into files. `lora_targets` maps a group of layers to a regular expression over module paths of
-    `module`. `blocks` are what gradient checkpointing recomputes; they read `placement` at every call.
+    `name` is saved in files. `lora_targets` maps a group of layers to a regular expression over module paths.
+    `blocks` are the modules that gradient checkpointing recomputes; they read `placement` at every call.
     """
 
     name: ClassVar[str]
@@ -98,32 +97,32 @@ class Backbone(Protocol):
     def __init__(
         self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel, `carried` what rides on it, by name."""
+        """`model` is a private comfy BaseModel, `carried` holds its added modules by name."""
         ...
 
     @staticmethod
     def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:
-        """ValueError unless `model` (a comfy BaseModel) is of this kind, and `carried` the modules that it needs."""
+        """The model's grid. ValueError unless `model` (a comfy BaseModel) is of this kind and `carried` complete."""
         ...
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of stored columns on the device, its latents in the model's own space."""
+        """A batch of stored columns on the device, with latents in the model's latent space."""
         ...
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor: ...
     def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The conditions that guidance goes away from, for a batch whose prompt is the negative one already."""
+        """The unconditional batch for guidance, from a batch that already has the negative prompt."""
         ...
 
 
 def prepare_latents(batch: dict[str, Any], device: torch.device, process_latent_in: Any) -> dict[str, Any]:
-    """Latents and mask to the device, latents from the VAE's space to the model's; all else stays on the CPU."""
+    """Copy latents and mask to the device, and latents to the model's latent space. Other columns stay on the CPU."""
     own = {**batch, "latents": process_latent_in(batch["latents"].float())}
     return {**own, **{name: to_device(own[name], device) for name in ("latents", "mask") if name in own}}
 
 
 def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`prompt_embeds` [B, n, D] with the zeros that were cut off, where the text encoder pads with zeros."""
+    """`prompt_embeds` [B, n, D], with padding zeros that were cut off added again if the text encoder uses them."""
     prompt_embeds = batch["prompt_embeds"]
     if prompt_embeds.shape[-1] != width:
         raise ValueError(

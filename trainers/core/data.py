@@ -22,7 +22,7 @@ CACHE_BYTES = 4 << 30
 
 
 class NotFinite(ValueError):
-    """Data holds NaN or infinity, which no setting of the training mends."""
+    """Data holds NaN or infinity, against which no training option helps."""
 
 
 @dataclass(frozen=True)

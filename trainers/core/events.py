@@ -1,6 +1,4 @@
-"""What a running job tells the outside: frozen records of plain values, ready for JSON. A number that JSON cannot hold
-is None there.
-"""
+"""The events of a run: frozen records of plain values for JSON, where NaN and infinity become None."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ class Event:
 class Plan(Event):
     """Sent before the first step and again after the measured warm-up steps. Memory in bytes, times in seconds.
 
-    note: what changed, if the run goes on under other options.
+    note: changed options, if the run was resumed with others.
     """
 
     checkpointing: bool
@@ -40,7 +38,7 @@ class Plan(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step; `losses` are means over its micro-batches, `grad_norm` is taken before clipping."""
+    """One optimizer step. `losses` are means over micro-batches, `grad_norm` is the gradient norm before clipping."""
 
     phase: str
     step: int
@@ -55,7 +53,7 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Validation(Event):
-    """Loss on fixed noise and timesteps, and what it took; `held_out`: whether on data that is never trained on."""
+    """The loss on fixed noise and timesteps, and its duration. `held_out`: whether on data that is not trained on."""
 
     phase: str
     step: int
@@ -67,7 +65,7 @@ class Validation(Event):
 
 @dataclass(frozen=True)
 class Sample(Event):
-    """Videos made after `step` of a phase: names of files in the job's folder `samples`, one for each prompt."""
+    """Samples after `step` of a phase: file names in the job's folder `samples`, one for each prompt."""
 
     phase: str
     step: int
@@ -79,7 +77,7 @@ class Sample(Event):
 
 @dataclass(frozen=True)
 class SampleFailed(Event):
-    """No more samples until the run is started again; it goes on without."""
+    """Sampling failed: the run goes on without samples until it is started again."""
 
     phase: str
     step: int
@@ -97,7 +95,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The run ended by itself (`stopped` false) or was asked to stop; `done` optimizer steps were made."""
+    """The run ended by itself (`stopped` false) or was stopped, after `done` optimizer steps."""
 
     stopped: bool
     done: int
@@ -108,7 +106,7 @@ class Failed(Event):
     error: str
 
 
-# What a history calls each event, and so the files of old runs, the websocket and the page.
+# Names of events in histories, also in files of old runs, in websocket messages and on the page.
 EVENTS: dict[str, type[Event]] = {
     "plan": Plan,
     "step": Step,
@@ -120,12 +118,12 @@ EVENTS: dict[str, type[Event]] = {
     "failed": Failed,
 }
 NAMES = {kind: name for name, kind in EVENTS.items()}
-# Sent beside the events, but in no history: the run's status or place in line changed; the run was deleted.
+# Messages that are in no history: the run's status or place in line changed; the run was deleted.
 STATUS, DELETED = "status", "deleted"
 
 
 def to_json(event: Event) -> dict:
-    """Plain values, with the event's name as `event`; numbers that JSON cannot hold become None."""
+    """An event as plain values, with its name as `event`. NaN and infinity become None."""
     return {"event": NAMES[type(event)], **_finite(asdict(event))}
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: accumulate, clip, step, check, report, save."""
+"""The training loop of all methods: accumulate, clip, step, check, report, save."""
 
 import math
 import time
@@ -21,23 +21,23 @@ from .recipe import Phase, Recipe
 from .rng import Rng
 from .state import State
 
-QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution; validation averages over them
+QUANTILES = tuple(q / 10 for q in range(1, 10))  # of the timestep distribution, over which validation averages
 VALIDATION_BATCHES = 4
-SMALLEST_SCALE = 1e-4  # of an fp16 loss; it begins at 65536 and halves with every overflow
+SMALLEST_SCALE = 1e-4  # lower limit of the fp16 loss scale, which starts at 65536 and halves with every overflow
 
 
 class Diverged(ValueError):
-    """The loss or the gradient stopped being a number; the step was not made."""
+    """The loss or the gradient became NaN or infinite. The step was not made."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What surrounds the loop: where events go, who may stop it, what is saved.
+    """The callbacks of the loop.
 
     `save(phase, state, why)` is called with why = "checkpoint", "best", "stopped", "diverged" (the weights are those
     before the bad step) or "phase", when the phase is complete; `plan(phase, batches)` before a phase's first step;
-    `spare(step)` when a step ran out of memory, True if it needs less now and is to be tried again;
-    `release()` gives back the memory of what is no longer referenced;
+    `spare(step)` when a step ran out of memory, True if it needs less now and should be tried again;
+    `release()` to free memory that is no longer referenced;
     `sample(phase, step, done)` before the run's first step, after every `sample_every` steps of a phase and its last.
     """
 
@@ -59,9 +59,9 @@ def train(
     session: Session,
     scaler: torch.amp.GradScaler,
 ) -> bool:
-    """Run every phase from `state` on; False if the session stopped it between two steps.
+    """Run every phase from `state` on. False if the session stopped it between two steps.
 
-    Raises Diverged, or NotFinite where data is the cause.
+    Raises Diverged, or NotFinite if data is the cause.
     """
     phases = recipe.phases(config)
     for index, phase in enumerate(phases):
@@ -96,7 +96,7 @@ def train(
 
 
 class PhaseRun:
-    """One phase under way: its optimizer and schedule, restored from `state`, which `snapshot` brings up to date."""
+    """The current phase, with optimizer and schedule restored from `state`, which `snapshot` updates."""
 
     def __init__(
         self,
@@ -124,12 +124,12 @@ class PhaseRun:
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """By the steps, or by the minutes since the last one, that the config counts."""
+        """Whether `save_every` steps or `save_minutes` have passed since the last checkpoint."""
         seconds = 60 * self.config.save_minutes
         return self.state.step % self.config.save_every == 0 or 0 < seconds <= time.monotonic() - self.saved_at
 
     def step(self) -> tuple[dict[str, float], float, float]:
-        """One optimizer step; the losses averaged over micro-batches, the gradient norm before clipping, the rate."""
+        """Make one optimizer step. Returns mean losses, the gradient norm before clipping, and the learning rate."""
         losses = self._accumulate_or_spare()
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
@@ -147,7 +147,7 @@ class PhaseRun:
         return losses, norm, rate
 
     def _accumulate_or_spare(self) -> dict[str, Tensor]:
-        """The gradients of a step; a step that runs out of memory is tried once more where it can need less."""
+        """Accumulate a step's gradients. If memory runs out, tries once more if the step can need less."""
         try:
             return self._accumulate()
         except NotFinite:
@@ -157,11 +157,11 @@ class PhaseRun:
             if not (is_out_of_memory(error) and self.session.spare(self.state.step + 1)):
                 raise
         self.optimizer.zero_grad(set_to_none=True)
-        self.session.release()  # here, where the traceback and the activations that it held are gone
+        self.session.release()  # only here the traceback, which holds activations, is gone
         return self._accumulate()
 
     def _accumulate(self) -> dict[str, Tensor]:
-        """Add up the gradients of a step's micro-batches; the mean losses."""
+        """Sum the gradients of a step's micro-batches. Returns the mean losses."""
         count, first = self.config.gradient_accumulation, self.state.step * self.config.gradient_accumulation
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.parameters[0].device))
         for micro in range(first, first + count):
@@ -172,13 +172,13 @@ class PhaseRun:
         return sums
 
     def _judged(self, norm: float) -> float:
-        """In fp16 a gradient may overflow now and then, which the scaler mends; when it cannot, it is infinite."""
+        """The gradient norm to check. An fp16 overflow is allowed until the loss scale reaches its lower limit."""
         if not self.scaler.is_enabled():
             return norm
         return 0.0 if self.scaler.get_scale() >= SMALLEST_SCALE else math.inf
 
     def _require_finite(self, values: dict[str, float]) -> None:
-        """Anything that is no number ends the run before the step is made."""
+        """Raise Diverged before the step is made if a value is NaN or infinite."""
         for name, value in values.items():
             if math.isfinite(value):
                 continue
@@ -217,13 +217,13 @@ class PhaseRun:
             self.saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """What the phase made is what the next one goes on from."""
+        """End the phase: its result is the start of the next one."""
         if self.average:
             self.average.copy_to(self.parameters)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving average in place of the trained weights, if the run keeps one."""
+        """Use the moving average instead of the trained weights inside the `with` block, if the run keeps one."""
         if self.average is None:
             yield
             return
@@ -236,8 +236,8 @@ class PhaseRun:
 
 
 def moving_average(parameters: list[nn.Parameter], decay: float, memory: dict[str, Any] | None) -> Any:
-    """Of the parameters, or one that goes on from what an earlier one remembers."""
-    from diffusers.training_utils import EMAModel  # takes seconds to import and most runs do not need it
+    """A moving average of the parameters, restored from `memory` if given."""
+    from diffusers.training_utils import EMAModel  # imported here: it takes seconds and most runs do not need it
 
     average = EMAModel(parameters, decay=decay)
     if memory is not None:
@@ -247,13 +247,13 @@ def moving_average(parameters: list[nn.Parameter], decay: float, memory: dict[st
 
 
 def read_together(numbers: list[Tensor]) -> list[float]:
-    """Their values, with one wait for the device."""
+    """The values of scalar tensors, with one wait for the device."""
     return torch.stack([number.detach() for number in numbers]).tolist()
 
 
 @torch.no_grad()
 def validation_loss(recipe: Recipe, batches: Iterator[Batch], phase: Phase, seed: int) -> float:
-    """Mean loss over fixed noise and the nine deciles of the timestep distribution, regularisers off."""
+    """Mean loss over fixed noise and nine quantiles of the timestep distribution, with regularisers off."""
     values = [
         loss
         for index, batch in zip(range(VALIDATION_BATCHES), batches, strict=False)

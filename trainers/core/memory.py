@@ -1,4 +1,4 @@
-"""Gradient checkpointing per block, and the choice whether a run needs it."""
+"""Gradient checkpointing for each block, and the decision if a run needs it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,16 +12,16 @@ from .backbone import Backbone
 from .events import Plan
 from .placement import Placement
 
-HEADROOM = 0.9  # of the free memory; the rest is fragmentation and other programs
+HEADROOM = 0.9  # share of the free memory that a plan uses; the rest is for fragmentation and other programs
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")  # as backends say it
-WORKSPACE = 1.2  # saved activations -> peak: kernels' scratch space and the gradients in flight
+WORKSPACE = 1.2  # peak memory relative to saved activations: adds kernels' workspace and temporary gradients
 
 
 def checkpointed_blocks(backbone: Backbone) -> None:
-    """Make blocks of a private module recompute their activations in backward where `backbone.placement` says so.
+    """Make blocks recompute their activations in backward if `backbone.placement` says so.
 
-    The generators are not replayed: nothing in a block is random, and restoring the process-wide state would disturb
-    samplers that run at the same time.
+    Random states are not restored: blocks are not random, and restoring the process-wide state would disturb samplers
+    that run at the same time.
     """
     for index, block in enumerate(backbone.blocks):
         block.forward = _recomputing(block.forward, backbone, index)
@@ -41,8 +41,8 @@ def make_plan(
 ) -> tuple[Placement, Plan]:
     """Decide on checkpointing ("auto", "on", "off") for a run whose largest micro-batch's losses are `losses()`.
 
-    A forward pass of each, which keeps no block's activations, tells what the blocks would keep for backward.
-    `states` is what gradients and the optimizer take, `available` the free memory with the model loaded, both in bytes.
+    A forward pass of each, which keeps no block's activations, measures what the blocks would keep for backward.
+    `states` is the memory of gradients and optimizer, `available` the free memory with the model loaded, in bytes.
     """
     backbone.placement = replace(backbone.placement, recomputed=0)
     kept, entries = _measure_blocks(backbone, losses)
@@ -61,13 +61,13 @@ def make_plan(
 
 
 def _measure_blocks(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple[list[int], list[int]]:
-    """Bytes that each block keeps for backward, and of its input, in the forward of `losses` that keeps most."""
+    """Bytes that each block keeps for backward, and of its input, in the largest forward of `losses`."""
     parameters = {p.untyped_storage().data_ptr() for p in backbone.module.parameters()}
     forwards: list[tuple[list[int], list[int]]] = []
 
     def measured(run: Callable) -> Callable:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen: dict[int, Tensor] = {}  # keeps what was counted alive, so that no address is counted for two
+            seen: dict[int, Tensor] = {}  # keeps counted tensors alive, so that no address is reused
 
             def pack(tensor: Tensor) -> None:
                 address = tensor.untyped_storage().data_ptr()
@@ -79,7 +79,7 @@ def _measure_blocks(backbone: Backbone, losses: Callable[[], Iterable]) -> tuple
             kept, entries = forwards[-1]
             kept.append(sum(tensor.untyped_storage().nbytes() for tensor in seen.values()))
             entries.append(x.nbytes)
-            seen.clear()  # the graph keeps the hooks, and with them would keep every block's activations
+            seen.clear()  # the graph keeps the hooks, which would keep every block's activations
             return result
 
         return forward
@@ -106,7 +106,7 @@ def count_trainable(module: nn.Module) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Each of torch's backends has its own error for it."""
+    """Whether an error means that memory ran out. Each of torch's backends has its own."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)

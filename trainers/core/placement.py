@@ -1,4 +1,4 @@
-"""How a run keeps its private model in memory."""
+"""How the private model of a run is kept in memory."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class Placement:
-    """recomputed: the number of blocks, from the first, whose activations are computed again in backward, not kept.
-    stored: the type of matrices and 2-D kernels, where the file has them no narrower. None keeps the file's types.
+    """recomputed: the number of blocks, from the first, whose activations are recomputed in backward.
+    stored: the type to which wider matrices and 2-D kernels are cast. None keeps the file's types.
     """
 
     recomputed: int = 0

@@ -13,9 +13,10 @@ from .rng import Rng
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames"), `clips` of them or more.
+    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames").
 
-    loss_falls: whether the loss of a run that goes well does. option: the one that holds `steps`.
+    clips: with fewer rows advice warns. loss_falls: whether advice expects the loss to fall. option: the name of the
+    option that holds `steps`.
     """
 
     name: str

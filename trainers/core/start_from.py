@@ -1,4 +1,4 @@
-"""Training that begins from a LoRA file instead of from nothing."""
+"""Training that starts from a LoRA file."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +18,7 @@ Reader = Callable[[Path, Collection[str], Collection[str]], Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """The file that `option` names, for the layers of a group, which match the expression `targets`."""
+    """A file from which a group starts. `option` names it; the group's layers match the regex `targets`."""
 
     option: str
     file: str
@@ -26,7 +26,7 @@ class Start:
     read: Reader
 
     def tensors(self, config: Any, module: nn.Module, bases: Collection[str] = ()) -> dict[str, Tensor]:
-        """The factors to begin with: the file's, at the scale of this run. ValueError if they do not fit `module`."""
+        """The file's factors, scaled for this run's alpha. ValueError if they do not fit `module`."""
         path, layers = Path(self.file), layer_shapes(module, self.targets)
         try:
             named = self.read(path, layers.keys(), bases)
@@ -48,6 +48,6 @@ class Start:
 
 
 def check_starts(starts: Mapping[str, Start], config: Any, module: nn.Module, bases: Collection[str]) -> None:
-    """ValueError if a file that the run begins from does not fit `module`, or names none of `bases`."""
+    """ValueError if a file that the run starts from does not fit `module` or was trained on a base not in `bases`."""
     for start in starts.values():
         start.tensors(config, module, bases)

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress and the trained values of a run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class State:
-    """Where a run stands: `step` optimizer steps of phase number `phase` are done."""
+    """The state of a run after `step` optimizer steps of phase number `phase`."""
 
     phase: int = 0
     step: int = 0

@@ -1,4 +1,4 @@
-"""The resumable state of a run, and what must be unchanged for it to be continued exactly."""
+"""The state from which a run resumes, and the inputs that must not change for it to resume exactly."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ from .versions import VERSION, current
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is made of. Another method, base model, data, file or option of FIXED makes another run."""
+    """The inputs that identify a run: method, base model, data, files and the options of FIXED."""
 
     recipe: str
     base_model: str
@@ -32,7 +32,7 @@ class Identity:
         return Identity(recipe, base_model, data, kept, files)
 
     def changes(self, earlier: "Identity") -> list[str]:
-        """What makes this another run than `earlier`: names, with both values where they are short."""
+        """The inputs that differ from `earlier`: their names, with both values if they are short."""
         changed = [
             label
             for label, ours, theirs in (
@@ -51,11 +51,11 @@ class Identity:
         return changed
 
     def adjusted(self, earlier: "Identity") -> list[str]:
-        """The other options that differ from `earlier`, with both values: the same run goes on with them."""
+        """Options that differ from `earlier`, with both values, and with which the run may still resume."""
         return [text for name, text in self._options(earlier).items() if name not in (*FIXED, *NOT_TRAJECTORY)]
 
     def _options(self, earlier: "Identity") -> dict[str, str]:
-        """What an earlier version did not know is no change."""
+        """This run's options without those that `earlier`'s version did not have: they count as unchanged."""
         pairs = {name: (then, self.config.get(name)) for name, then in sorted(earlier.config.items())}
         return {name: f"{name} (was {then!r}, now {now!r})" for name, (then, now) in pairs.items() if then != now}
 
@@ -68,13 +68,13 @@ class Identity:
 
 
 def save_state(path: Path, state: State, identity: Identity) -> None:
-    """SaveError says why a file could not be written, such as a full disk."""
+    """Save a checkpoint. SaveError says why it could not be written, such as a full disk."""
     content = {"version": VERSION, "state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
     atomic_write(path, lambda temporary: write(content, temporary))
 
 
 def write(content: dict[str, Any], path: str) -> None:
-    """OSError if the disk is full, which torch would call an unexpected position in the file."""
+    """Save with torch. OSError if the disk is full, for which torch's own error is misleading."""
     with open(path, "wb") as file:
         try:
             torch.save(content, file)
@@ -85,7 +85,7 @@ def write(content: dict[str, Any], path: str) -> None:
 
 
 def load_state(path: Path) -> tuple[State, Identity]:
-    """Tensors come back on the CPU; loading runs no code from the file. ValueError if the file is damaged."""
+    """Load a checkpoint to the CPU, without running code from the file. ValueError if the file is damaged."""
     try:
         if not is_zipfile(path):
             raise EOFError("cut off")

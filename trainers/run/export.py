@@ -1,4 +1,4 @@
-"""A recipe's trained factors as LoRA files."""
+"""Writes a recipe's exports as files."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,9 +19,9 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> Iterator[Saved]:
-    """Write every export that `phase` makes, under the number of steps done, and note them in `record.files`.
+    """Write every export of `phase`, with the number of steps in its name, and add it to `record.files`.
 
-    Loaders cache by path, so no path is ever written twice; of the files called best only the last is kept.
+    Loaders cache by path, so no path is written twice. Of the best files only the last is kept.
     """
     spec, config = record.spec, recipe.config
     for name, export in recipe.exports(config).items():
@@ -49,12 +49,12 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
 
 
 def _drop(earlier: Path, path: Path, start: str) -> None:
-    """Delete the file that `path` replaces. Only a run's own file goes, whatever its record names."""
+    """Delete the file that `path` replaces, if it is a file of this run."""
     if earlier != path and earlier.parent == path.parent and earlier.name.startswith(start):
-        with suppress(OSError):  # gone already, or held open by a loader
+        with suppress(OSError):  # already deleted, or open in a loader
             earlier.unlink()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrices only: a scalar such as alpha stays exact."""
+    """Cast matrices. Scalars such as alpha stay exact."""
     return tensor.to(dtype) if tensor.ndim else tensor

@@ -29,15 +29,15 @@ from .shown import Shown
 from .training import Training, loaded_as
 
 POLL_SECONDS = 0.1
-KEPT_BYTES = 10**9  # of the state of a finished run, with keep_state auto
-ADVISE_EVERY = 20  # entries of the history at least, or a twentieth of it
+KEPT_BYTES = 10**9  # largest state that a finished run keeps with keep_state auto
+ADVISE_EVERY = 20  # entries of the history between checks for advice, or a twentieth of it if that is more
 
 
 class Job(Shown):
-    """status: one of record.GOING while the run waits for its turn or is at work, then one of record.ENDED.
+    """status: one of record.GOING while the run waits in line or trains, then one of record.ENDED.
 
-    `publish(job, event)` is called for every change; `busy(job)` says whether the run should wait because the queue has
-    work; of the jobs that share a `line` one runs at a time, after `make_room()` took other models off the card.
+    `publish(job, event)` is called for every change. `busy(job)` is true if the run should pause because the queue has
+    work. Of the jobs in a `line` one trains at a time, after `make_room()` has unloaded other models from the GPU.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Job(Shown):
         self.make_room = make_room
         self.config: TrainConfig = make(recipe.Config, spec.config)
         self.plan: Plan | None = None
-        self.note = ""  # what changed, if the run goes on under other options
+        self.note = ""  # changed options, if the run was resumed with others
         self._stop, self._resume, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._resume.set()
         self.ended.set()
-        self._advised = 0  # entries of the history
+        self._advised = 0  # entries of the history at the last check for advice
 
     def start(self, model: Any | None) -> None:
-        """Begin, or go on from the last checkpoint. Without a MODEL to copy, its file is read.
+        """Start, or resume from the last checkpoint. Without a MODEL to copy, the model's file is read.
 
-        ValueError if another ComfyUI has the run, OSError if it cannot be written down.
+        ValueError if another ComfyUI trains the run, OSError if its record cannot be written.
         """
         if not self.claim.take():
             raise in_use(self.spec.run_name)
@@ -85,7 +85,7 @@ class Job(Shown):
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
     def reconfigure(self, config: TrainConfig, samples: Samples | None, identity: Identity) -> None:
-        """Take over the options of a run that is the same but for them: politeness at once, the rest at the next start.
+        """Change options of the run: pause_when_busy at once, others at the next start.
 
         ValueError if the run cannot go on with them.
         """
@@ -105,7 +105,7 @@ class Job(Shown):
 
     @property
     def kept_steps(self) -> int:
-        """Steps that the run goes on from, if it does."""
+        """The number of steps from which the run would go on."""
         return self.done if self.status == "finished" else self.checkpoint
 
     def restore(self, kept: Kept) -> None:
@@ -116,12 +116,12 @@ class Job(Shown):
         return sum(phase.steps for phase in self.recipe_class.phases(config))
 
     def require_reachable(self, config: TrainConfig) -> None:
-        """ValueError if the steps made so far do not fit those of `config`."""
+        """ValueError if the steps made so far do not fit the numbers of steps in `config`."""
         before, after = (self.recipe_class.phases(c) for c in (self.config, config))
         require_reachable(before, after, self.kept_steps, self.spec.run_name)
 
     def stop(self) -> None:
-        """End after the current step, keeping a usable LoRA and a resumable state."""
+        """End after the current step, with a usable LoRA and a state to resume from."""
         self._stop.set()
         self._resume.set()
 
@@ -133,7 +133,7 @@ class Job(Shown):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more happens: a run whose status says so may still write its end down, and is waited for."""
+        """Whether the run has ended. Waits for a run with a final status that is still writing its record."""
         if self.status in ENDED:
             self.ended.wait()
         return self.ended.is_set()
@@ -148,7 +148,7 @@ class Job(Shown):
         self.moved()
 
     def moved(self) -> None:
-        """Tell those who look at the run of its new state or place in line."""
+        """Publish the run's new status or place in line."""
         self.publish(self, {"event": STATUS, "epoch": self.epoch})
 
     def _emit(self, event: Event) -> None:
@@ -159,7 +159,7 @@ class Job(Shown):
         self.publish(self, placed)
 
     def _placed(self, event: Event) -> dict:
-        """As published: with its place in the history, of which it is the next entry."""
+        """The event as published: with its index in the history, of which it is the next entry."""
         return {**to_json(event), "index": len(self.history), "epoch": self.epoch}
 
     def _advise(self, *more: Finding) -> None:
@@ -167,7 +167,7 @@ class Job(Shown):
         try:
             seen = look_at(self.samples_folder, history)
             found = advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)
-        except Exception:  # no check is worth a run
+        except Exception:  # a failed check must not end a run
             logging.exception("Kinoloom: %s: no advice", self.spec.run_name)
             found = []
         self.advice, self._advised = [finding.to_json() for finding in (*more, *found)], len(history)
@@ -185,7 +185,7 @@ class Job(Shown):
             finished = taken and self._train()
             status, event = ("finished" if finished else "stopped"), Finished(not finished, self.done)
             logging.info("Kinoloom: %s: %s after %d of %d steps", self.spec.run_name, status, self.done, self.total)
-        except BaseException as error:  # the thread boundary: what happened belongs on the job, not in a lost traceback
+        except BaseException as error:  # the end of the thread: the error is stored on the job
             logging.exception("Kinoloom: run %s failed", self.spec.run_name)
             trouble = [finding] if (finding := of_failure(error)) else []
             self.error = _explain(error, *trouble)
@@ -201,7 +201,7 @@ class Job(Shown):
             self._end(status, event, trouble)
 
     def _end(self, status: str, event: Event, trouble: list[Finding]) -> None:
-        """Publish last: whoever hears of the end may start the job again at once."""
+        """Finish the run. Publishing comes last, because a listener may start the job again at once."""
         self.status, self.ended_at = status, time.time()
         placed = self._placed(event)
         try:
@@ -219,14 +219,14 @@ class Job(Shown):
             self.moved()
 
     def drop_state(self) -> None:
-        """Remove the state of a finished run, unless `keep_state` has it kept."""
+        """Delete the state of a finished run, unless `keep_state` keeps it."""
         keep, size = self.config.keep_state, self.state_bytes
         if self.status == "finished" and (keep == "never" or (keep == "auto" and size > KEPT_BYTES)):
             self.state_path.unlink(missing_ok=True)
             logging.info("Kinoloom: %s: state of %d bytes dropped (keep_state %s)", self.spec.run_name, size, keep)
 
     def _take_slot(self) -> bool:
-        """False if stopped while waiting."""
+        """Wait for the run's turn. False if it was stopped while waiting."""
         while not self._stop.is_set():
             if self.line.take(self):
                 return True
@@ -240,7 +240,7 @@ class Job(Shown):
         device = torch_device()
         placement = loaded_as(self.recipe_class, self.config, device)
         carried, private = parts_of(self._model), load_private(self._model, device, placement)
-        self._model = None  # the MODEL of other workflows may go from memory now
+        self._model = None  # so that the shared MODEL can be freed
         training = Training(self, private, carried, device, placement, self._emit, self._should_stop)
         self.total = self.steps_of(self.config)
         state = self._load_state()
@@ -252,7 +252,7 @@ class Job(Shown):
         return training.go(state)
 
     def _load_state(self) -> State:
-        """The last checkpoint, or the beginning; history that a crash left ahead of the checkpoint is cut off."""
+        """The last checkpoint, or a new state. Cuts history entries after the checkpoint, which a crash may leave."""
         state = State()
         if self.state_path.is_file():
             state, identity = load_state(self.state_path)
@@ -270,7 +270,7 @@ class Job(Shown):
         return self._stop.is_set()
 
     def _pause(self) -> None:
-        """Let others have the memory that is not in use, and take it back at the end."""
+        """Release unused memory while the run pauses."""
         release()
         self._set_status("paused")
         while not self._stop.is_set() and self.held:
@@ -281,7 +281,7 @@ class Job(Shown):
 
 
 def _explain(error: BaseException, tip: Finding | None = None) -> str:
-    """The error that matters, and what to try where it is known and not said."""
+    """The text of the error that ended a run, with a remedy if it is known and not in the text."""
     if tip and tip.kind == "out-of-memory":
         return f"out of memory. {tip.text} ({error})"
     text = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

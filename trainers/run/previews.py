@@ -28,10 +28,9 @@ LEFT_OUT = ("image_embeds", "first_frame", "box_mask")  # of a first frame, in w
 class Samples:
     """What a run samples, as plain values; the value on a TRAINING_SAMPLES wire.
 
-    column: PROMPTS or FIRST_FRAMES. names: what a user recognises each sample by, such as its prompt. stems: their
-    files in that column. negative: the file of what prompts are guided away from; first frames are from nothing.
-    Guidance goes evenly from `first_cfg` in the first frame to `cfg` in the last. shape: latent (C, T, h, w), once it
-    is known for which model.
+    column: PROMPTS or FIRST_FRAMES. names: labels for the user, such as prompts. stems: their files in that column.
+    negative: the negative prompt's file; for first frames the unconditional batch is zeros. Guidance rises linearly
+    from `first_cfg` in the first frame to `cfg` in the last. shape: latent (C, T, h, w), once the model is known.
     """
 
     folder: str

@@ -1,4 +1,4 @@
-"""A run's folder: what the run is made of, how far it is, what happened."""
+"""A run's folder: the run's inputs, its progress and its history."""
 
 import json
 import logging
@@ -22,16 +22,16 @@ from .versions import VERSION, current
 
 GOING = ("waiting", "loading", "running", "paused")  # statuses of a run
 ENDED = ("finished", "stopped", "failed", "interrupted")
-LATEST = 1e11  # seconds since 1970 that a date is made of
+LATEST = 1e11  # largest time in seconds since 1970 that is accepted
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything a run is made of, as plain values that survive a restart.
+    """The inputs of a run, as plain values that survive a restart.
 
-    outputs: where its files go, by ComfyUI's name of the model folder they are for. samples: what it shows on the way,
-    which is no part of its identity. asked_as: the name that was asked for, where run_name may have got a number; not
-    known ("") of runs that an earlier version started.
+    outputs: folders for its files, by ComfyUI's name of the model folder. samples: what it samples, which is not part
+    of its identity. asked_as: the requested name, to which run_name may add a number; "" for runs that an earlier
+    version started.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Kept:
-    """What job.json holds. checkpoint: optimizer steps made before the checkpoint."""
+    """The content of job.json. checkpoint: optimizer steps made before the checkpoint."""
 
     spec: Spec
     status: str
@@ -64,7 +64,7 @@ class Kept:
 
 
 def read_record(folder: Path) -> Kept:
-    """The job.json of a run's folder. ValueError or OSError says what is wrong with it."""
+    """The content of a run's job.json. ValueError or OSError says what is wrong with it."""
     if folder.is_symlink():
         raise ValueError(f"{folder.name}: expected a folder, not a link to one")
     content = load_json(folder / "job.json")
@@ -82,7 +82,7 @@ def read_record(folder: Path) -> Kept:
 
 
 def stamp_of(folder: Path) -> tuple[int, ...]:
-    """Another one whenever job.json was written; empty without one."""
+    """A value that changes whenever job.json is written; () if there is none."""
     try:
         found = (folder / "job.json").lstat()
     except OSError:
@@ -91,12 +91,11 @@ def stamp_of(folder: Path) -> tuple[int, ...]:
 
 
 class Record:
-    """`folder` holds job.json (spec, status), history.jsonl (one event a line), state.pt (the last checkpoint), log.txt
-    (what the run logged), samples/ and report.html.
+    """`folder` holds job.json (spec, status), history.jsonl (one event per line), state.pt (the last checkpoint),
+    log.txt, samples/ and report.html.
 
-    `claim` is held while the run goes on, `elsewhere` says that another ComfyUI holds it, `stamp` is that of the
-    job.json that is known. `epoch` changes whenever the history was cut, so that who holds a part of it knows; `tally`
-    follows the history.
+    `claim` is held while the run is active; `elsewhere` is true if another ComfyUI holds it. `stamp` is that of the
+    last job.json read. `epoch` changes when the history is cut, so that readers notice. `tally` holds totals.
     """
 
     def __init__(self, folder: Path, spec: Spec) -> None:
@@ -108,7 +107,7 @@ class Record:
 
     @property
     def history(self) -> list[dict]:
-        """Every event so far; that of a run which an earlier server ended is read when first asked for."""
+        """All events so far. The history of a run that ended before this server started is read on first use."""
         with self._reading:
             if self._history is None:
                 self._history = list(self._read_history())
@@ -124,7 +123,7 @@ class Record:
 
     @property
     def state_bytes(self) -> int:
-        """Size of what the run goes on from; 0 if there is nothing."""
+        """Size of the state, with which the run can go on; 0 if there is none."""
         try:
             return self.state_path.stat().st_size
         except OSError:
@@ -135,7 +134,7 @@ class Record:
         return self.state_path.is_file() and self.status != "finished"
 
     def losses(self) -> list[float]:
-        """The total loss of every step so far."""
+        """The total loss of each step."""
         steps = entries(self.history, Step)
         return [sum(loss for loss in entry["losses"].values() if loss is not None) for entry in steps]
 
@@ -145,7 +144,7 @@ class Record:
         self.stamp = stamp_of(self.folder)
 
     def restore(self, kept: Kept) -> None:
-        """Take over what `write` left behind; a run that was going on is "interrupted", or goes on elsewhere."""
+        """Load what `write` saved. A run that was active is now "interrupted", or another ComfyUI trains it."""
         self._take(kept)
         self.elsewhere = kept.status not in ENDED and self.claim.elsewhere
         if kept.status in ENDED:
@@ -167,7 +166,7 @@ class Record:
             file.write(json.dumps(entry) + "\n")
 
     def rewind(self, phase: int, step: int) -> None:
-        """Forget what happened after `step` of phase number `phase`: the run goes on from there."""
+        """Cut the history after `step` of phase number `phase`, from where the run resumes."""
         kept, begun = [NAMES[kind] for kind in (Step, Validation, Sample)], (phase, step) > (0, 0)
         phases = list(dict.fromkeys(e["phase"] for e in self.history if e["event"] in kept))
 
@@ -180,7 +179,7 @@ class Record:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _set_history(self, history: list[dict]) -> None:
-        """The history first: who reads a new one under the old epoch will hear of the new epoch."""
+        """Set history before epoch: a reader in between gets the old epoch and asks again."""
         tally = Tally()
         for entry in history:
             tally.add(entry)
@@ -188,7 +187,7 @@ class Record:
         self.tally, self.epoch = tally, max(self.epoch + 1, time.time_ns() // 1_000_000)
 
     def _read_history(self) -> Iterator[dict]:
-        """Its lines in order, but for those that are not readable, such as a last one that a crash cut off."""
+        """The readable lines of the history. A crash may have cut off the last one."""
         path, lost = self.folder / "history.jsonl", 0
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             try:
@@ -200,7 +199,7 @@ class Record:
 
 
 def from_json(entry: dict[str, Any]) -> Event:
-    """The event that `to_json` made this of. ValueError says what does not fit."""
+    """The inverse of `to_json`. ValueError says what does not fit."""
     name = entry.get("event")
     if not isinstance(name, str) or name not in EVENTS:
         raise ValueError(f"event={str(name)[:60]!r}: expected one of {', '.join(EVENTS)}")

@@ -1,4 +1,4 @@
-"""What lists, pages and nodes show of a run."""
+"""The texts and numbers of a run that lists, pages and nodes show."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ from .report import Report
 class Shown(Record):
     """A record with its method, options and place in line.
 
-    plan: that of the phase under way. note: what changed, if the run goes on under other options.
+    plan: the plan of the current phase. note: changed options, if the run was resumed with others.
     """
 
     recipe_class: type[Recipe]
@@ -30,29 +30,29 @@ class Shown(Record):
 
     @property
     def parts(self) -> list[str]:
-        """The files of the recipe's exports that exist, the last of which is the whole result so far."""
+        """The existing files of the recipe's exports. The last one is the main result so far."""
         return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
 
     @property
     def in_line(self) -> str:
-        """ "2nd in line" of a run that waits, else nothing."""
+        """ "2nd in line" for a waiting run, else ""."""
         place = self.line.place(self)
         return f"{ordinal(place)} in line" if place else ""
 
     @property
     def headline(self) -> str:
-        """The run's name and what it does."""
+        """The run's name with its plan or status."""
         text = f"waiting, {self.in_line}" if self.in_line else str(self.plan or self.status)
         return f"{self.spec.run_name}: {text}"
 
     @property
     def dead_end(self) -> str:
-        """Why a run that ended early cannot go on; nothing if it can, or need not."""
+        """Why a run that ended early cannot go on, else ""."""
         if self.status == "finished" or self.resumable or self.elsewhere or not self.ended.is_set():
             return ""
         if self.checkpoint:
-            return "Its state is gone, so it cannot go on. Train anew, or from its LoRA with start_from."
-        return "It ended before its first checkpoint, so it has nothing to go on from. Run its workflow again."
+            return "Its state is gone, so it cannot go on. Train again, or start from its LoRA with start_from."
+        return "It ended before its first checkpoint, so it cannot go on. Run its workflow again."
 
     @property
     def log_path(self) -> Path:
@@ -63,7 +63,7 @@ class Shown(Record):
         return self.folder / "samples"
 
     def summary(self) -> dict[str, Any]:
-        """What a list shows of the run; made without a look at the history, which may be long."""
+        """The run's entry in a list. It does not read the history, which may be long."""
         tally, pace = self.tally, self.tally.seconds_per_step
         files = {label: path for label, path in self.files.copy().items() if os.path.isfile(path)}
         going = self.total and (self.elsewhere or not self.ended.is_set())
@@ -87,13 +87,13 @@ class Shown(Record):
         }
 
     def _main_file(self, files: dict[str, str]) -> str | None:
-        """What loaders list the whole result as, or the best so far, or the part that there is; None without files."""
+        """The name by which loaders list the main result, or its best so far, or another export. None without files."""
         labels = (label for name in self.recipe_class.exports(self.config) for label in (f"{name}-best", name))
         made = [files[label] for label in labels if label in files]
         return loader_name(Path(made[-1])) if made else None
 
     def report(self) -> str:
-        """The run as one page of HTML."""
+        """The report of the run, as one HTML page."""
         files = [Path(path) for path in self.files.copy().values()]
         return Report(
             self.summary(),
@@ -108,5 +108,5 @@ class Shown(Record):
 
 
 def loader_name(path: Path) -> str:
-    """What ComfyUI's loaders list a run's file as: kinoloom/<run name>/<file>."""
+    """The name by which ComfyUI's loaders list a run's file: kinoloom/<run name>/<file>."""
     return str(Path(*path.parts[-3:]))

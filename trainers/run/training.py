@@ -1,4 +1,4 @@
-"""A recipe at work on a run's private model."""
+"""Runs the training loop for a recipe on a run's private model."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ from .export import export_files
 from .previews import Sampling
 from .shown import Shown
 
-PLANNED_SAMPLES = 3  # a method may leave out a part of some steps
-WARM_UP_STEPS = 3  # the first is slower than the rest; the plan's times come from the others
+PLANNED_SAMPLES = 3  # micro-batches that are measured, because a method may skip a loss in some steps
+WARM_UP_STEPS = 3  # the first one is slow, so the plan's times come from the others
 
 
 def loaded_as(method: type[Recipe], config: TrainConfig, device: torch.device) -> Placement:
@@ -64,7 +64,7 @@ class Training:
         self.recipe: Recipe = method(self.backbone, run.config)
 
     def go(self, state: State) -> bool:
-        """Train from `state` on; False if stopped before the end."""
+        """Train from `state` on. False if stopped before the end."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         session = Session(self.emit, self.should_stop, self.save, partial(self.plan, state), self.spare, release)
         if samples := self.run.spec.samples:
@@ -83,7 +83,7 @@ class Training:
         return PhaseData(self.run.spec.data, phase.split, columns, c.batch_size, c.seed, self.backbone.prepare)
 
     def plan(self, state: State, phase: Phase, batches: PhaseData) -> None:
-        """Choose and show how `phase` runs on from `state`, whose optimizer is in memory by now."""
+        """Choose the placement for `phase` and publish the plan. The optimizer's state is already in memory."""
         c = self.run.config
         draws = [Rng(c.seed, f"{phase.name}/plan", sample) for sample in range(PLANNED_SAMPLES)]
 
@@ -107,7 +107,7 @@ class Training:
         for saved in export_files(self.recipe, phase, run, best=why == "best"):
             run.write()
             logging.info("Kinoloom: %s: saved %s", run.spec.run_name, saved.path)
-            if to_json(saved) not in run.history:  # a resumed run may make the same file again
+            if to_json(saved) not in run.history:  # a resumed run may write the same file again
                 self.emit(saved)
 
     def spare(self, step: int) -> bool:
@@ -121,7 +121,7 @@ class Training:
         return True
 
     def _time(self, event: Step) -> None:
-        """After the warm-up steps show the plan again, with what a step takes."""
+        """After the warm-up steps publish the plan again, with the seconds per step."""
         self._warm_up.append(event.seconds)
         if len(self._warm_up) == WARM_UP_STEPS and self.run.plan:
             seconds = sum(self._warm_up[1:]) / (WARM_UP_STEPS - 1)

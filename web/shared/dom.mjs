@@ -1,4 +1,4 @@
-// Elements, and what nodes need around them.
+// Makes DOM elements, and connects them to nodes.
 
 import { app } from "../../../scripts/app.js";
 
@@ -11,7 +11,7 @@ export function el(tag, props = {}, ...children) {
     return made;
 }
 
-/** Make an element's children anew, if what they show has changed. */
+/** Replace an element's children if the data that they show has changed. */
 export function fill(element, shown, make) {
     const key = JSON.stringify(shown);
     if (element.klShown === key) return;
@@ -38,7 +38,7 @@ export function forwardPanAndZoom(element) {
     });
 }
 
-/** Call `then` after a method, with what it was given. */
+/** Call `then` after a method, with the method's arguments. */
 export function after(object, name, then) {
     const before = object[name];
     object[name] = function (...given) {

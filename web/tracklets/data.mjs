@@ -1,10 +1,10 @@
-// What the JSON of tracklets means, as trainers/conditions/tracklets.py says it.
+// Reads and changes the JSON of tracklets, with the same rules as trainers/conditions/tracklets.py.
 
 import { check } from "./rule.mjs";
 
 export * from "./rule.mjs";
 
-/** Text that people can read: one line per key frame. It is exact where rounding would make a box flat. */
+/** Readable JSON with one line per key frame. Numbers are rounded, unless rounding would make a box flat. */
 export function format(value) {
     const rounded = (key, found) => (typeof found === "number" ? Math.round(found * 1e4) / 1e4 : found);
     const same = (one, other) => rounded("", one) === rounded("", other);
@@ -14,7 +14,7 @@ export function format(value) {
     return text.replace(/\{\s+"frame"[^{}]*\}/g, (found) => found.replace(/\s+/g, " "));
 }
 
-/** Rounded as Python does, a half to the even number. */
+/** Rounds as Python does: a half to the even number. */
 const even = (number) => (number % 1 === 0.5 ? 2 * Math.round(number / 2) : Math.round(number));
 
 const nearest = (number) => Math.floor(number + 0.5);
@@ -59,7 +59,7 @@ function mapKeys(value, change) {
     return { ...value, tracklets: value.tracklets.map((item) => ({ ...item, keyframes: item.keyframes.map(change) })) };
 }
 
-/** The box of a tracklet at a frame: {box, hard, key}, key being the key frame there; null when it is not there. */
+/** A tracklet's box at a frame: {box, hard, key}, where key is the key frame there. Null if the object is absent. */
 export function boxAt(value, tracklet, frame) {
     if (frame < (tracklet.enter ?? 0) || frame > (tracklet.leave ?? value.frames - 1)) return null;
     const keys = tracklet.keyframes;

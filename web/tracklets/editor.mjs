@@ -1,4 +1,4 @@
-// An editor of tracklets: boxes on a frame, key frames on a timeline. It reads and writes JSON text, nothing else.
+// An editor of tracklets: boxes on a frame, key frames on a timeline. It reads and writes only JSON text.
 
 import { addStyle, el } from "../shared/dom.mjs";
 import { boxAt, format, parse, toVideo } from "./data.mjs";
@@ -26,7 +26,7 @@ export class TrackletEditor {
         this.area.oninput = () => this.host.write(this.area.value);
         this.area.onchange = () => this.history.push(this.typedOver);
         this.timeline = new Timeline(this);
-        // keeps the keyboard: ComfyUI leaves keys alone that go to an input
+        // takes the keyboard: ComfyUI ignores keys that are typed into an input
         this.scrub = el("input", { type: "range", className: "kl-scrub", min: 0, ariaLabel: "frame" });
         this.scrub.oninput = () => this.seek(this.scrub.valueAsNumber);
         this.hint = el("div", { className: "kl-hint" });
@@ -71,7 +71,7 @@ export class TrackletEditor {
         this.observer.disconnect();
     }
 
-    /** Take over the text and the size of the video. */
+    /** Load the JSON text and the video's size. */
     load() {
         const [width, height, frames] = this.host.size();
         const text = this.host.read();
@@ -89,7 +89,7 @@ export class TrackletEditor {
         this.refresh();
     }
 
-    /** Keep `this.data` as the text; what was before can be undone. */
+    /** Write `this.data` as the text, and add the earlier text to the undo history. */
     commit() {
         this.history.push(this.host.read());
         this.host.write(format(this.data));
@@ -152,7 +152,7 @@ export class TrackletEditor {
         if (ids.length) this.select(ids[(ids.indexOf(this.selected) + step + ids.length) % ids.length]);
     }
 
-    /** Show the image at this address as the first frame, or none. */
+    /** Show the image at this URL as the first frame, or none. */
     show(url) {
         if (this.url === url) return;
         this.url = url;

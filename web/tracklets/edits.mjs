@@ -2,7 +2,7 @@
 
 import { MAX_ID, MIN_SIDE, PALETTE, boxAt, inReach } from "./data.mjs";
 
-/** Put the box of a tracklet at a frame, on the key frame there or a new one. */
+/** Set a tracklet's box at a frame, on the key frame there or a new one. */
 export function place(data, tracklet, frame, box) {
     const at = boxAt(data, tracklet, frame);
     if (at.key) at.key.box = box;
@@ -25,7 +25,7 @@ export function toggleHard(data, tracklet, frame) {
     key.hard = !key.hard;
 }
 
-/** Let the object enter or leave at a frame; once more takes it back. */
+/** Let the object enter or leave at a frame. A second call undoes it. */
 export function mark(tracklet, name, frame) {
     if (tracklet[name] === frame) delete tracklet[name];
     else tracklet[name] = frame;
@@ -44,7 +44,7 @@ export function add({ tracklets }, frame, box) {
     return id;
 }
 
-/** Move the box at a frame by so many of the smallest steps; false if there is none or it would be out of reach. */
+/** Move the box at a frame by a number of smallest steps. False if there is no box or the move is out of range. */
 export function nudge(data, tracklet, frame, right, down) {
     const there = tracklet && boxAt(data, tracklet, frame);
     const moved = there?.box.map((edge, index) => edge + (index % 2 ? down : right) * MIN_SIDE);

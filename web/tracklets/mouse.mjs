@@ -26,7 +26,7 @@ export class Mouse {
         return this.dragged?.drawn;
     }
 
-    /** Where the frame lies on the canvas, in CSS pixels. */
+    /** The frame's rectangle on the canvas, in CSS pixels. */
     get view() {
         const { clientWidth, clientHeight } = this.editor.stage;
         const { width, height } = this.editor.data;
@@ -44,7 +44,7 @@ export class Mouse {
         return [(px * stage.clientWidth - x) / w, (py * stage.clientHeight - y) / h];
     }
 
-    /** What is under the mouse: a handle of the selected box, a box, or nothing. */
+    /** The thing under the mouse: a handle of the selected box, a box, or nothing. */
     hit([x, y], draw) {
         const { data, frame, tracklet: selected } = this.editor;
         const { w, h } = this.view;
@@ -120,7 +120,7 @@ export class Mouse {
     }
 }
 
-/** The shape of the mouse over what `hit` found. */
+/** The CSS cursor for a result of `hit`. */
 function cursor(found) {
     if (!found) return "crosshair";
     if (!found.handle) return "move";

@@ -1,4 +1,4 @@
-// Puts the editor on Draw Tracklets. All of its state is the node's JSON text, so workflows and prompts carry it.
+// Adds the editor to Draw Tracklets. Its state is the node's JSON text, which workflows and prompts save.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -58,7 +58,7 @@ function showFrames() {
     for (const [node, editor] of editors) editor.show(frameOf(node));
 }
 
-/** The address of the first frame: the file of a Load Image, else what the last run left; null without an image. */
+/** The URL of the first frame: Load Image's file, else the last run's image, or null. */
 function frameOf(node) {
     const slot = node.inputs?.findIndex((input) => input.name === "image") ?? -1;
     const source = slot < 0 ? null : node.getInputNode(slot);
@@ -69,7 +69,7 @@ function frameOf(node) {
     return place ? api.apiURL(`/view?${new URLSearchParams(place)}`) : null;
 }
 
-/** "folder/name.png [output]" as ComfyUI's route for files wants it. */
+/** "folder/name.png [output]" as the query of ComfyUI's route for files. */
 function fileOf(value) {
     const [, path, type] = /^(.*?)(?: \[(\w+)\])?$/.exec(value);
     const cut = path.lastIndexOf("/");

@@ -1,10 +1,10 @@
-// How tracklets look on the editor's canvas.
+// Paints tracklets on the editor's canvas.
 
 import { boxAt } from "./data.mjs";
 
 export const HANDLES = [[0, 0], [0.5, 0], [1, 0], [1, 0.5], [1, 1], [0.5, 1], [0, 1], [0, 0.5]];
 
-/** Paint frame number `frame` at `view`; `selected` is a tracklet, `drawn` a box that is being made. */
+/** Paint frame number `frame` at `view`. `selected` is a tracklet, `drawn` a box that is being drawn. */
 export function paintFrame(context, view, { data, frame, image, selected, drawn }) {
     context.fillStyle = "#000";
     context.fillRect(view.x, view.y, view.w, view.h);
@@ -18,7 +18,7 @@ export function paintFrame(context, view, { data, frame, image, selected, drawn 
     if (drawn) outline(context, view, drawn, "#fff", [4, 3], 2);
 }
 
-/** The first frame, cut as a central crop; fainter on other frames, whose picture nobody knows. */
+/** Paint the centre crop of the first frame. It is faint on other frames, whose pictures are unknown. */
 function paintImage(context, { x, y, w, h }, image, frame) {
     const { naturalWidth, naturalHeight } = image;
     const scale = Math.max(w / naturalWidth, h / naturalHeight);
@@ -36,7 +36,7 @@ function outline(context, { x, y, w, h }, [x1, y1, x2, y2], color, dash, width) 
     context.setLineDash([]);
 }
 
-/** Dashed if soft; with handles, filled on key frames, if selected. */
+/** Paint a box: dashed if soft, with handles if selected, which are filled on key frames. */
 function paintBox(context, view, { name, color }, { box, hard, key }, selected) {
     const { x, y, w, h } = view;
     const [x1, y1, x2, y2] = box;
@@ -57,7 +57,7 @@ function paintBox(context, view, { name, color }, { box, hard, key }, selected) 
     }
 }
 
-/** The way of the middle of the box: a dot for each frame, larger ones for key frames. */
+/** Paint the path of the box's centre: a dot for each frame, a larger one for key frames. */
 function paintPath(context, { x, y, w, h }, data, tracklet) {
     context.fillStyle = tracklet.color;
     for (let frame = 0; frame < data.frames; frame++) {

@@ -1,4 +1,4 @@
-// Which JSON is valid tracklets: the rule of trainers/conditions/tracklets.py.
+// Checks the JSON of tracklets by the rules of trainers/conditions/tracklets.py.
 
 export const MAX_OBJECTS = 20;
 export const MIN_SIDE = 0.01;
@@ -10,12 +10,12 @@ export const PALETTE = (
     "#00c3e1"
 ).split(" ");
 
-/** The parsed text, defaults filled in; an Error names field, value and what was expected, as the node's does. */
+/** The parsed text with defaults filled in. An Error names field, value and expected values, as the node's error does. */
 export function parse(text) {
     return check(JSON.parse(text));
 }
 
-/** The value with its defaults, if it is what Draw Tracklets accepts: the rule of trainers/conditions/tracklets.py. */
+/** The value with defaults filled in. An Error if Draw Tracklets would refuse it. */
 export function check(value) {
     known("", value, ["width", "height", "frames", "tracklets"], ["interpolated"]);
     whole("width", value.width, 1, MAX_SIDE);

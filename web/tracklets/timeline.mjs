@@ -57,7 +57,7 @@ export class Timeline {
         return made;
     }
 
-    /** A strip over time, on which the mouse goes to a frame and selects the object with this id. */
+    /** An object's strip over time. A click goes to that frame and selects the object. */
     lane(id, ...children) {
         const { editor } = this;
         const made = el("div", { className: "kl-lane" }, ...children);

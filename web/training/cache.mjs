@@ -1,4 +1,4 @@
-// How much the encoded clips take on disk, the limit of that, and a button that deletes what nothing needs.
+// Shows the size of the encoded clips on disk and its limit, with a button that deletes unused ones.
 
 import { el } from "../shared/dom.mjs";
 import { button } from "./facts.mjs";
@@ -9,10 +9,10 @@ export class Cache {
     constructor(jobs, confirm) {
         Object.assign(this, { jobs, confirm });
         this.size = el("span");
-        const title = "Gigabytes of encoded clips that are kept. Those used longest ago go first.";
+        const title = "Limit of encoded clips in gigabytes. Above it the least recently used are deleted.";
         const send = () => this.ask("", { limit_gb: this.limit.valueAsNumber });
         this.limit = el("input", { type: "number", min: 0, step: "any", title, onchange: send });
-        this.free = button("Free", "pi-trash", "Delete the encoded clips that nothing needs", () => this.clear());
+        this.free = button("Free", "pi-trash", "Delete unused encoded clips", () => this.clear());
         const limit = el("label", {}, "limit", this.limit, "GB");
         this.root = el("div", { className: "kl-controls kl-cache", hidden: true }, this.size, limit, this.free);
         jobs.addEventListener("ended", () => this.refresh());
@@ -29,7 +29,7 @@ export class Cache {
         if (this.root.isConnected) await this.ask("");
     }
 
-    /** A GET, or with a body a POST; either answers with the state, which is shown. */
+    /** Send a GET, or a POST if there is a body, and show the state in the answer. */
     async ask(path, body) {
         const options = body && { method: "POST", body: JSON.stringify(body) };
         await this.jobs.attempt(async () => this.show(await this.jobs.call(`/cache${path}`, options)));

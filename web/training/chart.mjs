@@ -7,8 +7,8 @@ const number = (value) => (value === null || value === undefined ? "–" : Strin
 
 export class Chart {
     /**
-     * With a height it has a legend and a cursor, which charts of one `sync` share; without, it has neither and fills
-     * its element.
+     * With a height the chart has a legend and a cursor, which charts with the same `sync` share. Without a height it
+     * has neither and fills its element.
      */
     constructor({ height, sync } = {}) {
         Object.assign(this, { height, sync });
@@ -23,7 +23,7 @@ export class Chart {
         this.plot?.destroy();
     }
 
-    /** Show series over x; each has label, values and uPlot's own options. `mark` is an x for a vertical line. */
+    /** Show series over x. Each has label, values and uPlot's options. `mark` is the x of a vertical line. */
     show(x, series, { log = false, mark = null, markLabel = "" } = {}) {
         const usable = (value) => (log && value <= 0 ? null : value);
         this.data = [x, ...series.map(({ values }) => values.map(usable))];

@@ -1,9 +1,9 @@
-// How a job's state and numbers read.
+// Formats a job's state and numbers as text.
 
 import { el } from "../shared/dom.mjs";
 import { hasEnded } from "./words.mjs";
 
-/** By the run's status; a test holds the names against the server's. */
+/** Texts by the run's status. A test compares the names with the server's. */
 export const ICONS = {
     waiting: "pi-clock",
     loading: "pi-spin pi-spinner",

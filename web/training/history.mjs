@@ -1,8 +1,8 @@
-// What the page shows of a run's history, event by event.
+// Collects the data that the page shows from a run's history.
 
 const inSummary = () => {}; // the job's summary says it
 
-/** By the event's name; a test holds the names against the server's. */
+/** Handlers by the event's name. A test compares the names with the server's. */
 export const READERS = {
     plan: inSummary,
     step: (found, entry) => found.steps.push(entry),
@@ -14,7 +14,7 @@ export const READERS = {
     failed: inSummary,
 };
 
-/** {steps, validations, samples, unsampled}: entries in order, and why there are no more samples, or nothing. */
+/** {steps, validations, samples, unsampled}: entries in order. unsampled: why sampling stopped, if it did. */
 export function read(history) {
     const found = { steps: [], validations: [], samples: [], unsampled: "" };
     for (const entry of history) READERS[entry.event]?.(found, entry);

@@ -1,4 +1,4 @@
-// What Train nodes and Training Result show of their job.
+// The widgets on Train nodes and Training Result that show their job.
 
 import { api } from "../../../scripts/api.js";
 import { after, el, fill, forwardPanAndZoom } from "../shared/dom.mjs";
@@ -54,7 +54,7 @@ class JobWidget {
         this.grow();
     }
 
-    /** Make room for what came. */
+    /** Enlarge the node for new content. */
     grow() {
         if (this.grown === this.height) return;
         this.grown = this.height;
@@ -65,7 +65,7 @@ class JobWidget {
     }
 }
 
-/** The job a node's last run started, else the newest of its run name; Training Result has that of its Train node. */
+/** The job that a node's last run started, else the newest with its run name. Training Result: its Train node's job. */
 function jobOf(node, jobs) {
     const said = jobs.summaries.get(node.kinoloomJob);
     if (isResult(node)) {
@@ -81,7 +81,7 @@ function jobOf(node, jobs) {
     return own.find(asked) ?? own.find(called);
 }
 
-/** Keeps the widgets of all nodes up to date. Returns what to call for each new node. */
+/** Keeps the widgets of all nodes up to date. Returns a function to call for each new node. */
 export function jobWidgets(jobs, open, setting) {
     const shown = new Map(); // node -> widget
     const update = () => shown.forEach((widget) => widget.root.isConnected && widget.update());

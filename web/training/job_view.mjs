@@ -93,7 +93,7 @@ export class JobView {
         if (!hasEnded(job) && !job.elsewhere) {
             if (job.pause_requested) made.push(button("Resume", "pi-play", "Go on", post("resume")));
             else made.push(button("Pause", "pi-pause", "Pause after this step; the model stays loaded", post("pause")));
-            made.push(button("Stop", "pi-stop", "End after this step. What was learned is saved", post("stop")));
+            made.push(button("Stop", "pi-stop", "End after this step, with a usable result", post("stop")));
         } else if (hasEnded(job) && job.resumable) {
             const label = `Resume from step ${job.checkpoint}`;
             made.push(button(label, "pi-play", "Go on from the last checkpoint", post("resume")));
@@ -110,7 +110,7 @@ export class JobView {
         const report = { href: this.jobs.url(id, "report.html"), target: "_blank", rel: "noopener", title: "To share" };
         made.push(el("a", { ...report, className: "kl-button" }, icon("pi-file"), " Report"));
         if (hasEnded(job) && job.state_bytes) {
-            const title = "Remove the state that more steps would go on from";
+            const title = "Delete the run's state, which it needs to go on";
             made.push(button(`Free ${size(job.state_bytes)}`, "pi-eraser", title, () => this.free(job)));
         }
         if (hasEnded(job)) made.push(this.deletion(job));
@@ -127,7 +127,7 @@ export class JobView {
     }
 
     async free(job) {
-        const lost = "Its state is removed, so it cannot go on. Files, history and samples stay.";
+        const lost = "Its state is deleted, so it cannot go on. Files, history and samples stay.";
         if (await this.host.confirm(`Free the state of run ${job.run_name}?`, lost)) await this.jobs.post(job.id, "free");
     }
 
@@ -190,7 +190,7 @@ export class JobView {
         });
     }
 
-    /** The log's last lines, for as long as they are unfolded and the run goes on. */
+    /** Update the log's last lines while they are unfolded and the run is active. */
     async readLog() {
         clearTimeout(this.timer);
         if (!this.logged.open) return;

@@ -1,4 +1,4 @@
-// The server's training jobs as this page knows them: their summaries, and the histories that something shows.
+// This page's copy of the server's training jobs: all summaries, and the histories that are shown.
 
 import { read } from "./history.mjs";
 import { curves } from "./series.mjs";
@@ -48,7 +48,7 @@ export class Jobs extends EventTarget {
         return this.url(id, `samples/${encodeURIComponent(name)}`);
     }
 
-    /** Errors go to "error", as a toast; what they leave undone is asked for again when the socket is back. */
+    /** Send errors as "error", which shows a message. The request is repeated when the socket reconnects. */
     async attempt(work) {
         try {
             return await work();
@@ -66,7 +66,7 @@ export class Jobs extends EventTarget {
         });
     }
 
-    /** Ask for everything known anew: after the page opened, or after the socket was gone. */
+    /** Fetch everything again, after the page was opened or the socket reconnected. */
     async refresh(wanted = Math.max(this.summaries.size, PAGE)) {
         this.heard.clear();
         const found = new Map();
@@ -126,7 +126,7 @@ export class Jobs extends EventTarget {
         }, this.pause);
     }
 
-    /** A job's history, from now on kept up to date. */
+    /** A job's history, which is kept up to date from now on. */
     follow(id) {
         if (!this.histories.has(id)) {
             this.histories.set(id, { entries: [], epoch: null, config: null, pending: null });
@@ -135,7 +135,7 @@ export class Jobs extends EventTarget {
         return this.histories.get(id);
     }
 
-    /** What the page shows of a followed history: samples, why there are no more, and the curves. */
+    /** The shown parts of a followed history: samples, why sampling stopped, and the curves. */
     shown(id) {
         const kept = this.histories.get(id);
         const { entries, shown } = kept;
@@ -165,7 +165,7 @@ export class Jobs extends EventTarget {
         this.changed();
     }
 
-    /** False if the history lacks something before this entry, or was cut. */
+    /** False if entries before this one are missing, or the history was cut. */
     append(kept, { index, epoch = kept.epoch, ...entry }) {
         if (epoch !== kept.epoch || index > kept.entries.length) return false;
         if (index === kept.entries.length) kept.entries.push(entry);

@@ -1,4 +1,4 @@
-// The training tab: the list of jobs, or one of them.
+// The training tab, which shows the list of jobs or one job.
 
 import { app } from "../../../scripts/app.js";
 import { el, fill } from "../shared/dom.mjs";

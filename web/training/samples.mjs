@@ -1,9 +1,9 @@
-// A run's samples: for each prompt the first and a chosen one side by side, and all of them over time.
+// Shows a run's samples: for each prompt the first next to a chosen one, and all of them over time.
 
 import { el, fill } from "../shared/dom.mjs";
 
 export class Samples {
-    /** `url(name)` gives a sample's address. `strip`: also show all of them, to choose from. */
+    /** `url(name)` returns a sample's URL. `strip`: also show all samples, to choose from. */
     constructor(url, { strip = true } = {}) {
         Object.assign(this, { url, strip });
         this.chosen = null; // null: always the newest
@@ -18,7 +18,7 @@ export class Samples {
         this.show(this.samples, this.epoch);
     }
 
-    /** Show sample entries of a history; a rewound history (another `epoch`) may reuse names. */
+    /** Show the sample entries of a history. A rewound history (another `epoch`) may reuse file names. */
     show(samples, epoch) {
         Object.assign(this, { samples, epoch });
         if (this.chosen >= samples.length) this.chosen = null;

@@ -1,9 +1,9 @@
-// What charts show of a run: columns of numbers over the run's optimizer steps.
+// The data of a run's charts: columns of numbers over its optimizer steps.
 
 const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#06b6d4", "#ec4899"];
 const HELD_OUT = "#f43f5e";
 
-/** TensorBoard's smoothing: an exponential mean without the pull towards 0 at its start. What is null stays null. */
+/** TensorBoard's smoothing: a debiased exponential moving average. Null values stay null. */
 export function smooth(values, weight) {
     let [mean, count] = [0, 0];
     return values.map((value) => {
@@ -15,8 +15,8 @@ export function smooth(values, weight) {
 }
 
 /**
- * {x, losses: Map(label -> column), rate, validation, heldOut, best}: columns as long as x, null where nothing was
- * measured. A label is the loss's name, with its phase where there are several; best is the step of the best
+ * {x, losses: Map(label -> column), rate, validation, heldOut, best}. Columns are as long as x, with null for steps
+ * without a measurement. A label is the loss's name, with its phase if there are several. best is the step of the best
  * validation, or null.
  */
 export function curves({ steps, validations }) {
@@ -47,7 +47,7 @@ export function curves({ steps, validations }) {
     return { x, losses, rate, validation, heldOut, best };
 }
 
-/** The series of a loss chart; with smoothing the measured values stay behind it, faint. */
+/** The series of a loss chart. With smoothing the measured values are shown too, faint. */
 export function lossSeries({ losses, validation, heldOut }, smoothing) {
     const series = [...losses].flatMap(([label, values], index) => {
         const stroke = COLOURS[index % COLOURS.length];

@@ -1,4 +1,4 @@
-// The training panel: a sidebar tab, a live chart on the nodes, a toast when a run ends.
+// Adds the training panel: a sidebar tab, live charts on nodes, and a message when a run ends.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -26,7 +26,7 @@ function toast(severity, summary, detail) {
     app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20000 : 8000 });
 }
 
-/** Ask for the server's words. An Error names those that this page lacks, which a browser may keep for too long. */
+/** Fetch the server's words. An Error names words that this page does not know, if the browser cached an old page. */
 async function learn() {
     Object.assign(words, await jobs.call("/words"));
     const statuses = [...words.going, ...words.ended].filter((status) => !(status in ICONS));

@@ -1,4 +1,4 @@
-// The server's words (nodes/training/words.py). Until the page has asked for them, they are empty.
+// The server's words (nodes/training/words.py). They are empty until the page has fetched them.
 
 export const words = {
     events: [],
