@@ -1,4 +1,4 @@
-"""Names the pack `kinoloom` for every test, and makes what several tiers share: tiny models, data and a server."""
+"""Imports the pack as `kinoloom`, and makes fixtures that several tiers share: tiny models, data and a server."""
 
 import gc
 import os
@@ -87,7 +87,7 @@ def inputs(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture
 def own(request: pytest.FixtureRequest, inputs: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Those of the method `name` that a test runs for, Wan's where it has no such parameter."""
+    """The inputs of the method `name` of a parametrised test, else Wan's."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     return inputs(parameters.get("name", "KinoloomTrainWanLora"))
 
@@ -122,7 +122,7 @@ def server(comfyui_dir: Path, tiny_models: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def narrow_svd(server: Server) -> str:
-    """Name of a narrow SVD among the server's checkpoints; a gigabyte, so only written for those who ask for it."""
+    """The name of a narrow SVD among the server's checkpoints. It has a gigabyte, so it is written only if needed."""
     name = "narrow_svd.safetensors"
     tiny_svd.write_checkpoint(server.base / "models" / "checkpoints" / name)
     return name

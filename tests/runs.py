@@ -48,13 +48,13 @@ LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 48}  # of a f
 
 
 def load_model(path: Path, **options: Any) -> Any:
-    """A MODEL as Load Diffusion Model gives it: made in inference mode. `dtype` is its weight_dtype."""
+    """A MODEL as from Load Diffusion Model, made in inference mode. `dtype` is its weight_dtype."""
     with torch.inference_mode():
         return comfy.sd.load_diffusion_model(str(path), options)
 
 
 def load_animatediff(folder: Path, motion_module: str = "tiny_motion", **options: Any) -> Any:
-    """The tiny SD1.5 of a folder of tiny models with a motion module on it, as Apply Motion Module gives it."""
+    """The tiny SD1.5 of a folder of tiny models after Apply Motion Module."""
     with torch.inference_mode():
         model = unet.load(folder / "diffusion_models" / "tiny_sd.safetensors")
         module = motion.load_motion_module(str(folder / "animatediff_models" / f"{motion_module}.safetensors"))
@@ -129,7 +129,7 @@ def make_job(
     published: Published | None = None,
     samples: Samples | None = None,
 ) -> Job:
-    """A job in folder/job whose files go to folder/out; one that a folder already holds is taken up as after a restart."""
+    """A job in folder/job that writes to folder/out. A job that is already there is loaded as after a restart."""
     kept = folder / "job" / "job.json"
     if kept.is_file():
         spec = read_record(kept.parent).spec
@@ -175,7 +175,7 @@ def state_of(job: Job) -> State:
 
 
 def events(job: Job, *kinds: str) -> list[dict]:
-    """The history's events of these kinds without what a clock says."""
+    """The history's events of these kinds, without times."""
     return [{k: v for k, v in e.items() if k != "seconds"} for e in job.history if e["event"] in kinds]
 
 
@@ -207,7 +207,7 @@ def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def placements(backbone: Any) -> Iterator[int]:
-    """Have none, half, then all of the blocks recomputed."""
+    """Recompute none, half, then all of the blocks."""
     blocks = len(backbone.blocks)
     for count in (0, blocks // 2, blocks):
         backbone.placement = Placement(recomputed=count)

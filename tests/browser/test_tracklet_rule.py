@@ -98,7 +98,7 @@ def test_the_editor_shows_the_boxes_that_the_node_gives(editor: Page, seed: int)
 
 
 def in_the_node(drawn: Tracklets, size: tuple[int, int], frames: int) -> list | str:
-    """Box and hardness of each object at each frame, None where it is not there; the error if a box is out of reach."""
+    """Each object's box and hardness at each frame, None if it is absent; or the error if a box is out of range."""
     try:
         made = drawn.fit(*size).retime(frames)
     except ValueError as error:

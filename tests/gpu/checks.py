@@ -125,7 +125,7 @@ def _move_up_factors(recipe: Any) -> None:
 
 
 def jobs(bench: Bench) -> None:
-    """A prompt beside a run gives what it gives without one, and a run leaves nothing on the card."""
+    """A prompt has the same result with and without a run beside it, and a run leaves nothing on the GPU."""
     model, _ = bench.model("wan")
     first, alone, before = _sample(model), _sample(model), _allocated()
     apart = float((first - alone).abs().max())
@@ -212,7 +212,7 @@ def memory(bench: Bench) -> None:
 
 
 def out_of_memory(bench: Bench) -> None:
-    """A run without enough memory says so, gives back what it had, and the next one trains."""
+    """A run without enough memory says so and frees its memory, and the next run trains."""
     model, _ = bench.model("wan")
     before = _allocated()
     size = (81, 720, 1280) if bench.full else (33, 640, 640)
@@ -236,7 +236,7 @@ def out_of_memory(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def _little_memory(bench: Bench) -> Iterator[None]:
-    """On a GPU TIGHT bytes, on a CPU 256 MiB of address space above what is in use."""
+    """Limit memory: to TIGHT bytes on a GPU, on a CPU to 256 MiB of address space above the current use."""
     if bench.full:
         torch.cuda.set_per_process_memory_fraction(TIGHT / torch.cuda.get_device_properties(0).total_memory)
         yield
@@ -312,7 +312,7 @@ def _matmul_rate(bench: Bench) -> float:
 
 
 def _allocated() -> int:
-    """Bytes on the card but those that cuBLAS keeps for each thread, 32 MiB and more on an H100."""
+    """Allocated bytes on the GPU, without the workspaces that cuBLAS keeps per thread, 32 MiB or more on an H100."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()

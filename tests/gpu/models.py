@@ -37,7 +37,7 @@ class Bench:
         _without_server()
 
     def model(self, kind: str, dtype: torch.dtype = torch.float16) -> tuple[Any, dict[str, Any]]:
-        """A MODEL as ComfyUI loads it, and what it carries; `kind` is a backbone's name or "wan 14B"."""
+        """A MODEL as ComfyUI loads it, and the parts it carries. `kind` is a backbone's name or "wan 14B"."""
         import comfy.sd
         from kinoloom.trainers.backbones.animatediff.motion_module import PART
         from kinoloom.trainers.host.source import Part
@@ -89,7 +89,7 @@ class Bench:
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> None:
-    """Make a file unless it is there; one whose writer is killed does not count."""
+    """Make a file if it does not exist. A file whose writer was killed does not count."""
     if not path.is_file():
         write(part := path.with_suffix(".part"))
         part.rename(path)

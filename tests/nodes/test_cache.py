@@ -1,4 +1,4 @@
-"""The cache of encodings: its size and limit, what goes first, what never goes, and what killed saves left behind."""
+"""The cache of encodings: size, limit, the order of deletion, files that are kept, and leftovers of killed saves."""
 
 import logging
 import os

@@ -38,7 +38,7 @@ MOVED = replace(TRACKED, tracklets=(replace(TRACKED.tracklets[0], keyframes=(rep
 
 @pytest.fixture(autouse=True, scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache for all tests: what one has made, the others find."""
+    """One cache for all tests, so that each file is encoded once."""
     with own_folders(tmp_path_factory.mktemp("keys")) as made:
         yield made
 

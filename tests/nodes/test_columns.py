@@ -1,4 +1,4 @@
-"""Columns on disk: each window has its own frames, and what is no number is never kept."""
+"""Columns on disk: each window has its own frames, and NaN is never stored."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The data nodes with a real (tiny) Wan VAE, text encoder and model: what they write, reuse and refuse."""
+"""The data nodes with a real (tiny) Wan VAE, text encoder and model: files they write, reuse and refuse."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Image files: colours, depths and transparency as they are meant, and what is no image."""
+"""Image files: colours, bit depths, transparency, and files that are not images."""
 
 import struct
 import zlib
@@ -199,7 +199,7 @@ def test_a_png_may_say_behind_its_pixels_which_way_is_up(tmp_path: Path) -> None
 
 
 def test_a_huge_image_is_measured_without_decoding_and_decoded_small(tmp_path: Path) -> None:
-    """Its lines are not what the header promises, which only decoding would find."""
+    """A PNG whose lines do not match its header, which only decoding finds."""
     broken = png(tmp_path / "broken.png", 1, 0, (13000, 13000), bytes(3))
     assert (images.read_header(broken).width, images.read_header(broken).height) == (13000, 13000)
     whole = png(tmp_path / "whole.png", 1, 0, (9600, 9000), b"\xff" * 600 + b"\0" * 600)

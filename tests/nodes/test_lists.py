@@ -49,7 +49,7 @@ def run(node: type[io.ComfyNode], **inputs: Any) -> list[Any]:
 
 
 def as_lists(inputs: dict[str, Any]) -> dict[str, list]:
-    """As they arrive from the queue: what is no list is a list of one."""
+    """Inputs as the queue passes them: a single value becomes a list of one."""
     return {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
 
 

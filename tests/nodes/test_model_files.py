@@ -1,4 +1,4 @@
-"""Model files that are not what they should be: one sentence that names the file, and nothing is unpickled."""
+"""Wrong model files: the error is one sentence that names the file, and nothing is unpickled."""
 
 import pickle
 import subprocess

@@ -1,4 +1,4 @@
-"""Clips for Stable Video Diffusion: latents, first frames under noise, motion buckets, and what is refused."""
+"""Clips for Stable Video Diffusion: latents, noised first frames, motion buckets, and refused inputs."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Tracklets: what the JSON means, what is refused, and the nodes that read, make and paint it."""
+"""Tracklets: the meaning of the JSON, refused inputs, and the nodes that read, make and paint tracklets."""
 
 import json
 import math
@@ -381,7 +381,7 @@ def test_preview_tracklets_paints_on_black_on_one_image_and_on_frames() -> None:
 
 
 def test_of_too_many_tracked_objects_the_longest_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    """Of 23, those three that are seen once go."""
+    """Of 23 objects the three with a single box are dropped."""
     short = (2, 7, 19)
     lines = [f"{frame},{n},0,0,5,5" for n in range(1, 24) for frame in range(1, 2 if n in short else 3)]
     kept = from_mot("\n".join(lines), 10, 10)

@@ -1,4 +1,4 @@
-"""Reading moving files: their times, their pixels, and what is no video."""
+"""Reading videos and animations: their times, their pixels, and files that are not videos."""
 
 from io import BytesIO
 from itertools import accumulate
@@ -19,7 +19,7 @@ from ..media import ffmpeg, lit, write_timed, write_video
 
 
 def columns(source: sources.Source, indices: list[int]) -> list[int]:
-    """Which column of each frame is lit: its time, in what `lit` made."""
+    """The lit column of each frame, which shows its time in a video from `lit`."""
     return [int(frame[..., 0].mean(0).argmax()) for frame in source.frames(indices)]
 
 

@@ -1,4 +1,4 @@
-"""The page goes by the server's words: it knows each of them, and no other."""
+"""The page knows all of the server's words and no others."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_page_has_a_reader_for_every_event_and_an_icon_for_every_status() ->
 
 
 def compared(name: str, module: str) -> set[str]:
-    """The texts that a module compares what is called so with."""
+    """The string literals with which a module compares a variable of this name."""
     return set(re.findall(rf"\b{name} [!=]== \"(\w+)\"", MODULES[module]))
 
 

@@ -1,4 +1,4 @@
-"""No test here needs ComfyUI: of the pack only what does not import it can be imported."""
+"""Tests without ComfyUI: only modules of the pack that do not import it can be imported here."""
 
 import sys
 

@@ -23,7 +23,7 @@ from ..rows import write_row
 
 
 class Toy:
-    """Loss (w - target)^2 + floor, of the phase's own weight; the phase's floor is what no training can go below."""
+    """Loss (w - target)^2 + floor, with a weight for each phase. The floor is the lower limit of the phase's loss."""
 
     def __init__(self, *phases: Phase, floors: dict[str, float] | None = None) -> None:
         self.order, self.floors = list(phases), floors or {}
@@ -68,7 +68,7 @@ Run = Callable[..., tuple[Toy, list[Event], list[tuple[str, dict[str, Tensor], S
 
 @pytest.fixture
 def run(data: TrainingData) -> Run:
-    """Events of a whole run, and what it saved: why, the weights and a copy of the state."""
+    """The events of a whole run, and its saves: the reason, the weights and a copy of the state."""
 
     def whole(toy: Toy, into: list | None = None, **options: Any) -> Any:
         emitted, saved = [], [] if into is None else into
@@ -132,7 +132,7 @@ def test_each_phase_has_a_best_of_its_own(run: Run) -> None:
 
 
 def test_the_first_step_of_a_warm_up_is_made_at_rate_zero(run: Run) -> None:
-    """The schedule goes on after the step that it is for."""
+    """The schedule advances after the step it applies to."""
     toy, events, saved = run(Toy(ONE), warmup_steps=4, save_every=1, optimizer="AdamW")
     weights = [float(weights["one"]) for _, weights, _ in saved]
     rates = [e.learning_rate for e in events if isinstance(e, Step)]

@@ -47,7 +47,7 @@ def measured(losses: list[float], held_out: bool = False, phase: str = "clips") 
 
 
 def noisy(levels: list[float], spread: float, seed: int) -> list[float]:
-    """Each level times lognormal noise: what losses at random timesteps look like."""
+    """Each level times lognormal noise, like losses at random timesteps."""
     draw = random.Random(seed)
     return [level * draw.lognormvariate(0, spread) for level in levels]
 

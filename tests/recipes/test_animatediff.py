@@ -310,7 +310,7 @@ PROMPTS = {name: random(1, TOKENS, TEXT_WIDTH, name=name) for name in ("positive
 
 
 def sample(model: Any, frames: int = FRAMES, steps: int = 1, cfg: float = 1.0) -> Tensor:
-    """What KSampler gives for a batch of `frames` latents."""
+    """KSampler's result for a batch of `frames` latents."""
     noise = random(frames, 4, 8, 16, name="sample")
     conds = [[[PROMPTS[name], {}]] for name in ("positive", "negative")]
     with torch.inference_mode():

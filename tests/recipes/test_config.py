@@ -1,4 +1,4 @@
-"""Options: what is refused, and that each one of every method changes something."""
+"""Options: refused values, and the effect of each option of every method."""
 
 import math
 from collections.abc import Callable
@@ -293,7 +293,7 @@ def test_an_option_of_one_stage_leaves_the_other_alone(
     data: TrainingData,
     tmp_path: Path,
 ) -> None:
-    """Stage 1 is the identity group; what changes only stage 2 leaves it equal."""
+    """Stage 1 is the identity group. An option of stage 2 does not change it."""
     after = observed(tmp_path, model, data, SNS, **{option: OWN[SNS][option][0]})[WEIGHTS]
     same = all(
         torch.equal(after[key], weight) for key, weight in base[SNS][WEIGHTS].items() if key.startswith("identity")

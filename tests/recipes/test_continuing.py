@@ -1,4 +1,4 @@
-"""Going on with a run: longer, at other rates, or as another run; what a run keeps for that, and which run a name means."""
+"""Resuming a run: longer, with other rates, or as another run; the state it keeps, and the run that a name means."""
 
 import logging
 import os

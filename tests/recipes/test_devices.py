@@ -23,7 +23,7 @@ OPTIONS = {"KinoloomTrainMotionDirector": {"dropout": 0.0}, "KinoloomTrainSvdTra
 
 
 class Watch(TorchDispatchMode):
-    """Counts what makes the CPU wait for the GPU, and raises where one operation takes tensors of both."""
+    """Counts operations that make the CPU wait for the GPU, and raises if one mixes tensors of both."""
 
     def __init__(self) -> None:
         super().__init__()

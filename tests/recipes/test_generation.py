@@ -23,7 +23,7 @@ CONTROL = "KinoloomLoadTrackletControl"
 
 @pytest.fixture
 def run(inputs: Callable, tmp_path: Path) -> Callable[..., Job]:
-    """A run of a method that has made files of these labels, which are on disk but for those called `gone`."""
+    """A run of a method with files of these labels, which exist on disk except those in `gone`."""
 
     def make(name: str, labels: list[str], gone: tuple[str, ...] = (), **options: Any) -> Job:
         job = make_job(tmp_path, *inputs(WAN), make_config(name, **options), name)

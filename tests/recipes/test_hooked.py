@@ -15,14 +15,14 @@ WIDTH = 3
 
 
 class Unet(nn.Module):
-    """Takes what ComfyUI's UNets take, in their order, and says with what arguments it was called."""
+    """A UNet with the arguments of ComfyUI's, which records its calls."""
 
     def forward(self, x: Tensor, timesteps: Any, context: Any, y: Any, control: Any, transformer_options: Any, **extra: Any) -> Any:
         return x + sum(hook(x) for hook in getattr(self, "hooks", [])), extra
 
 
 class Added(nn.Module):
-    """A module that fits UNets of its width, and adds a number to what goes through one."""
+    """A module that fits UNets of its width and adds a number to their output."""
 
     def __init__(self, number: float) -> None:
         super().__init__()

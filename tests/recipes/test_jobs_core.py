@@ -915,7 +915,7 @@ def test_held_out_rows_are_validated_on_and_never_trained_on(model: Any, data: T
 
 @pytest.fixture(scope="module")
 def deep(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Models and shapes with so many blocks and tokens that the rest of the model keeps little, as in real ones."""
+    """Models and shapes whose blocks need most of the memory, as in real models."""
     path = tmp_path_factory.mktemp("deep") / "deep.safetensors"
     tiny.write_wan(path, blocks=6)
     return {

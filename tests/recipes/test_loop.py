@@ -1,4 +1,4 @@
-"""The loop around the step: checkpoints by the clock, memory that runs out, pauses, and what is released at the end."""
+"""The loop around the step: checkpoints by time, running out of memory, pauses, and freeing memory at the end."""
 
 import gc
 import logging
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_made_after_so_many_minutes_and_changes_nothing(
 
 
 def hungry(name: str, at: int, always: bool = False) -> type:
-    """The method, whose sample number `at` asks torch for more memory than there is unless it checkpoints."""
+    """The method, but its sample number `at` runs out of memory without checkpointing."""
 
     class Hungry(recipes()[name]):
         def losses(self, batch: Any, rng: Rng) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +86,7 @@ def hungry(name: str, at: int, always: bool = False) -> type:
 def test_a_step_that_runs_out_of_memory_is_tried_again_with_checkpointing(
     name: str, at: int, model: Any, data: TrainingData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the middle of a step, where gradients of it are there already."""
+    """Memory runs out in the middle of a step, after some of its gradients are computed."""
     caplog.set_level(logging.INFO)
     config = make_config(name, gradient_accumulation=2, validate_every=0)
     plain = finish(make_job(tmp_path / "plain", model, data, config, name), model)

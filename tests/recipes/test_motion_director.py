@@ -1,4 +1,4 @@
-"""MotionDirector against its paper and its siblings: losses, what trains when, presets, adapter, files, merging."""
+"""MotionDirector against its paper and other programs: losses, trained factors, presets, adapter, files, merging."""
 
 import logging
 import math
@@ -82,7 +82,7 @@ def attention_keys(model: Any) -> dict[str, str]:
 
 
 def started(model: Any, **options: Any) -> MotionDirector:
-    """The method at its first step, its factors no longer what they began as."""
+    """The method at its first step, with factors that are not at their start values."""
     recipe = MotionDirector(make_backbone(model), make_config(NAME, **options))
     recipe.start(recipe.phases(recipe.config)[0])
     with torch.no_grad():
@@ -93,7 +93,7 @@ def started(model: Any, **options: Any) -> MotionDirector:
 
 
 def watch(recipe: MotionDirector, cheap: bool = False) -> list[SimpleNamespace]:
-    """Keep what the losses ask of the backbone, with which LoRAs at work; a `cheap` one makes the answer up."""
+    """Record the backbone's calls and the active LoRAs. A `cheap` backbone returns invented predictions."""
     calls, real = [], recipe.backbone.predict
 
     def predict(x: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise where ComfyUI and whole runs are: its schedule is ComfyUI's, and a run takes no number from anyone else's generator."""
+"""Noise in whole runs: schedules equal ComfyUI's, and a run does not use other generators."""
 
 import random
 from pathlib import Path

@@ -20,7 +20,7 @@ OPTIMIZERS = TrainConfig.__dataclass_fields__["optimizer"].metadata["choices"]
 
 
 def stepped(optimizer: str, rates: list[float], steps: int = 1, **options: Any) -> tuple[list[Tensor], Any]:
-    """How far one parameter a group went from where it was, and the optimizer."""
+    """The distance that one parameter of each group moved, and the optimizer."""
     parameters = [nn.Parameter(START.clone()) for _ in rates]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     config = make_config(WAN_LORA, optimizer=optimizer, learning_rate=1.0, **options)
@@ -82,7 +82,7 @@ def far(job: Job) -> float:
 
 
 def test_lora_plus_works_with_prodigy(model: Any, data: TrainingData, tmp_path: Path) -> None:
-    """In the first step d is its start value: up goes ratio times as far."""
+    """In the first step d is its start value, so up moves `ratio` times as far."""
     options = {"optimizer": "Prodigy", "learning_rate": 1.0, "steps": 1, "validate_every": 0}
     plain, faster = (
         make_job(tmp_path / str(ratio), model, data, make_config(WAN_LORA, lora_plus_ratio=ratio, **options), WAN_LORA)

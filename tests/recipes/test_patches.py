@@ -1,4 +1,4 @@
-"""Core's own nodes before a train node: those that change what a model computes are refused, the others pass."""
+"""ComfyUI's own nodes before a train node: those that change a model's computation are refused, others pass."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def legacy(node: type, function: str, **inputs: Any) -> Callable[[Any], Any]:
 
 
 def own(**added: Any) -> Callable[[Any], Any]:
-    """A MODEL as a third-party node leaves it: `added` says what to call on a clone of it."""
+    """A MODEL as a third-party node patches it: `added` is the call on its clone."""
 
     def patched(model: Any) -> Any:
         changed = model.clone()

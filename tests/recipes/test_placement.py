@@ -1,4 +1,4 @@
-"""A private model is kept as its placement says: what is computed twice, and what reaches the device while it loads."""
+"""A private model follows its placement: recomputed blocks, and memory on the device while it loads."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a run keeps on disk for those who look at it: history with epochs, the tally of the list, the log, the report."""
+"""A run's files for readers: the history with epochs, the tally for the list, the log, the report."""
 
 import json
 import logging

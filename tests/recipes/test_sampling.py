@@ -1,4 +1,4 @@
-"""Samples during training: the sampler against ComfyUI's own, cheap decoders, and what a run shows, keeps and survives."""
+"""Samples during training: the sampler against ComfyUI's, cheap decoders, and a run's sample files and failures."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The tiny models behave like real ones in core's own loaders, and setup says what is wrong."""
+"""The tiny models behave like real ones in ComfyUI's loaders, and setup explains its errors."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Set-and-Sequence against its paper: what each stage trains, masks, prompts, prior, files."""
+"""Set-and-Sequence against its paper: trained factors of each stage, masks, prompts, prior, files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ def run(inputs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def started(model: Any, *stages: str, **options: Any) -> SetAndSequence:
-    """The method at the start of the last of `stages`; after the first its factors are no longer what they began as."""
+    """The method at the start of the last of `stages`. After stage 1 its factors differ from their start values."""
     recipe = SetAndSequence(make_backbone(model), make_config(NAME, **options))
     phases = {phase.name: phase for phase in recipe.phases(recipe.config)}
     for stage in stages:

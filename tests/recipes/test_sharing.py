@@ -44,7 +44,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Held:
-    """A registry whose runs wait before they end, for as long as wanted."""
+    """A registry whose runs wait before they end, until the test lets them."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
@@ -301,7 +301,7 @@ def test_a_full_disk_under_the_history_is_said_and_the_run_goes_on_later(model: 
 
 @pytest.mark.parametrize("gone", ["folder", "history.jsonl", "state.pt", "job.json"])
 def test_files_that_are_removed_under_a_run(gone: str, model: Any, data: Any, tmp_path: Path) -> None:
-    """Its folder as a whole, which ends the run by name, or a file, which is written again."""
+    """Deleting the run's folder ends the run with an error that names it; a deleted file is written again."""
 
     def take(job: Job) -> None:
         shutil.rmtree(job.folder) if gone == "folder" else (job.folder / gone).unlink(missing_ok=True)

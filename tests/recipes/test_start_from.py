@@ -1,4 +1,4 @@
-"""Beginning from a LoRA file: what a run begins with, and which files are refused, at the node."""
+"""Starting from a LoRA file: the values at the start of a run, and the files that the node refuses."""
 
 import math
 from collections.abc import Callable

@@ -142,7 +142,7 @@ def test_a_noising_is_drawn_and_never_the_clean_one_but_in_an_evaluation() -> No
 
 
 def test_a_prediction_is_that_of_comfyui_s_sampler(model: Any, backbone: Svd) -> None:
-    """Facts 2 to 5 and 8: the denoised latents that apply_model gives for what core's own node writes are ours."""
+    """Facts 2 to 5 and 8: apply_model's denoised latents, with the conditioning of ComfyUI's node, equal ours."""
     x0 = random(1, 4, FRAMES, 8, 16, name="x0")
     batch = {name: value[:1] for name, value in conditions().items()}
     for sigma in SIGMA:
@@ -307,7 +307,7 @@ def test_gradients_of_trained_weights_are_those_of_a_plain_model(model: Any, dat
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
 def test_weights_stored_narrower_than_the_arithmetic_train(tmp_path: Path, data: Any, stored: torch.dtype) -> None:
-    """As those of a half-precision file on a CPU are: gradients are those of the same numbers in fp32."""
+    """Gradients with weights in half precision on a CPU equal those with the same numbers in fp32."""
     tiny_svd.write_unet(tmp_path / "narrow.safetensors", tiny_svd.TINY, dtype=stored)
     tensors = {key: value.float() for key, value in load(tmp_path / "narrow.safetensors")[0].items()}
     save_file(tensors, tmp_path / "wide.safetensors")
@@ -324,7 +324,7 @@ def test_weights_stored_narrower_than_the_arithmetic_train(tmp_path: Path, data:
 
 
 def test_a_fine_tuned_model_loads_as_stable_video_diffusion(tmp_path: Path) -> None:
-    """Fact 10: core's own loader knows the file, frozen weights are those of the base model, trained ones close to them."""
+    """Fact 10: ComfyUI's loader reads the file; frozen weights equal the base model's, trained ones are close."""
     tiny_svd.write_unet(tmp_path / "svd.safetensors", tiny_svd.NARROW, dtype=torch.float16)
     model = load_model(tmp_path / "svd.safetensors")
     data = write_data(tmp_path, "svd", roles=("train",), each=1)
@@ -369,7 +369,7 @@ def test_the_file_of_a_run_with_a_moving_average_holds_it(model: Any, data: Any,
 
 
 def test_a_stopped_run_with_a_moving_average_resumes_to_the_same_bits(tiny_models: Path, tmp_path: Path) -> None:
-    """Over a phase's end too, from which the next goes on with the average."""
+    """Also across the end of a phase, after which the next one starts from the average."""
     name = "KinoloomTrainSetAndSequence"
     wan, data = load_tiny(tiny_models, "wan"), write_data(tmp_path / "data", "wan", roles=("train",))
     config = make_config(name, set_steps=3, sequence_steps=2, gradient_accumulation=1, ema_decay=0.5, validate_every=1)

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion's layouts: names against diffusers' own model and ComfyUI's, and what both compute."""
+"""Stable Video Diffusion's layouts: names and results of diffusers' model and ComfyUI's."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tracklet control: the modules against GLIGEN's, what is trained on what, and control in ComfyUI's sampler."""
+"""Tracklet control: the modules against GLIGEN's, each phase's trained layers and data, control in ComfyUI's sampler."""
 
 import copy
 from dataclasses import replace
@@ -339,7 +339,7 @@ def test_context_windows_get_their_own_boxes(model: Any, trained: Any, anchor: i
 
 
 def test_the_sampler_controls_a_clip_in_context_windows(model: Any, trained: Any) -> None:
-    """ComfyUI's own node and sampler, with what makes them differ from a run without boxes: the boxes."""
+    """ComfyUI's sampler with boxes gives other videos than without."""
     _, path = trained
     videos = []
     for tracklets in (PATH, replace(PATH, tracklets=())):
@@ -362,7 +362,7 @@ def test_the_sampler_controls_a_clip_in_context_windows(model: Any, trained: Any
 
 
 def test_time_mixers_are_at_work_only_in_the_forward(model: Any, trained: Any) -> None:
-    """They are no patches: dynamic VRAM applies those to layers alone."""
+    """Time mixers are not set by patches, because dynamic VRAM applies those only to layers."""
     _, path = trained
     with_control = applied(model, path)
     assert not any("mix_factor" in key for key in with_control.patches) and len(with_control.patches) == 4
@@ -389,7 +389,7 @@ def test_each_phase_has_its_own_rate(model: Any, data: Any, tmp_path: Path) -> N
 
 
 def test_a_run_goes_on_from_a_control_file(model: Any, trained: Any, data: Any, tmp_path: Path) -> None:
-    """At a rate of zero the clean phase gives the control back."""
+    """With a learning rate of zero the clean phase does not change the control."""
     job, file = trained
     options = {"self_tracking_steps": 0, "clean_steps": 1, "clean_learning_rate": 0.0, "save_precision": "fp32"}
     other_boxes = 0.0 if job.config.soft_boxes else 0.8

@@ -1,4 +1,4 @@
-"""LoRA files for Wan in the spellings of other trainers, and what their metadata says they are for."""
+"""Wan LoRA files with the key names of other trainers, and the models that their metadata names."""
 
 import json
 from collections.abc import Callable
@@ -172,7 +172,7 @@ def first(inputs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 
 
 def start_node(model: Any, data: Any, monkeypatch: pytest.MonkeyPatch, file: Path, **options: Any) -> None:
-    """The node up to where it would start a run: what it refuses, it refuses before."""
+    """The node up to the start of a run: its errors come before that."""
     import folder_paths
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(file.parent)], {".safetensors"}))

@@ -1,4 +1,4 @@
-"""Wan's other models are refused as what they are, by class, shape, file name or metadata."""
+"""Wan's other models are refused by name, recognised by class, shape, file name or metadata."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""That what is computed is used: latents scaled, masks passed on, regularisers left behind, files told apart."""
+"""The wiring: latents are scaled, masks are passed on, regularisers are turned off, files have different cache keys."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: pages, histories in parts, files, log, report, samples, deleting, and what is refused."""
+"""Jobs over HTTP: pages, partial histories, files, log, report, samples, deletion, and refused requests."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""ComfyUI starts as fast with the pack as without: what only runs need is imported by runs."""
+"""ComfyUI starts as fast with the pack as without: packages that only runs need are imported by runs."""
 
 import json
 import subprocess
