@@ -1,4 +1,4 @@
-"""Checks of the fields of tracklets, whose errors name the field, its place and what was expected."""
+"""Checks of the fields of tracklets. Errors name the field, its place and the expected values."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The outlines of boxes, painted on the frames of a clip."""
+"""Paints the outlines of boxes on the frames of a clip."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Tracklets from what others made: files of trackers, and masks of objects."""
+"""Makes tracklets from trackers' files and from masks of objects."""
 
 import csv
 import logging

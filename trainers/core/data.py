@@ -14,8 +14,8 @@ from torch import Tensor
 from ...lora_io.file import load, save
 from .rng import derived_generator
 
-# column name -> Tensor [B, ...]; "row" -> which rows of their role [B]; "role" -> that role; "prior" -> a Batch of its
-# own, when the data holds prior clips
+# column name -> Tensor [B, ...]; "row" -> the rows' numbers within their role [B]; "role" -> that role; "prior" -> a
+# Batch of prior clips, if the data has any
 Batch = dict[str, Any]
 
 CACHE_BYTES = 4 << 30
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The value on a TRAINING_DATA wire: where the columns lie, and the rows."""
+    """The value of a TRAINING_DATA wire: the folder of the columns, and the rows."""
 
     folder: str
     rows: tuple[Row, ...]
@@ -68,7 +68,7 @@ def write_column(folder: str | Path, stem: str, column: str, tensors: dict[str, 
 
 
 def read_column(path: Path, of: str) -> Batch:
-    """The tensors of one column. NotFinite says `of` what they are, and names the one that holds NaN or infinity."""
+    """The tensors of one column. NotFinite names the row (`of`) and the tensor that holds NaN or infinity."""
     tensors = load(path)[0]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -127,12 +127,12 @@ class Batches:
         return self.prepare({**batch, "row": torch.tensor(indices), "role": self.key[1]})
 
     def largest(self) -> Batch:
-        """One micro-batch of the largest latent shape: what a run needs memory for."""
+        """One micro-batch of the largest latent shape, for measuring memory."""
         shape = max(self.buckets, key=lambda shape: torch.Size(shape).numel())
         return self.of_rows(([*self.buckets[shape]] * self.batch_size)[: self.batch_size])
 
     def read_ahead(self) -> None:
-        """Read all rows that will be kept in memory; NotFinite as in `read_column`."""
+        """Read all rows that are kept in memory. NotFinite as in `read_column`."""
         if self._cacheable:
             for index in range(len(self.rows)):
                 self._row(index)
@@ -175,9 +175,9 @@ class Batches:
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Stack samples; prompt encodings [1 + K, n, D] get one n and one K.
+    """Stack samples. Prompt encodings [1 + K, n, D] are extended to the largest n and K.
 
-    A sample without a mask among samples with one counts as fully visible.
+    If only some samples have a mask, the others get a mask of ones.
     """
     batch: Batch = {}
     names = {name for sample in samples for name in sample}
@@ -195,13 +195,13 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 def pad_prompts(prompts: list[Tensor]) -> list[Tensor]:
-    """Zero-padded to the longest of them; the backbone pads on to `prompt_length`, only what it needs."""
+    """Prompts padded with zeros to the longest one. The backbone pads further, to `prompt_length`, if it needs to."""
     longest = max(prompt.shape[1] for prompt in prompts)
     return repeat_variants([torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])
 
 
 def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
-    """[1 + K, ...] each, to the largest K: the clean one stays first, and is repeated only where there is no other."""
+    """Repeat variants [1 + K, ...] to the largest K. The clean one stays first and is repeated only if it is alone."""
     count = max(len(prompt) for prompt in prompts)
     if all(len(prompt) == count for prompt in prompts):
         return prompts
@@ -211,7 +211,7 @@ def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
 
 
 class PhaseData:
-    """What one phase trains on: concept micro-batches, each with a prior micro-batch under "prior" if the data has any.
+    """The data of one phase: concept micro-batches, each with a prior micro-batch under "prior" if the data has any.
 
     ValueError if the data has no row that the phase can use.
     """
@@ -247,12 +247,12 @@ class PhaseData:
         return {**batch, "prior": self.prior[index]} if self.prior.rows else batch
 
     def read_ahead(self) -> None:
-        """Bad rows are found before the first step, but for data that is too large to keep in memory."""
+        """Read the rows before the first step to find bad ones, unless the data is too large to keep in memory."""
         for batches in self._roles:
             batches.read_ahead()
 
     def largest(self) -> Batch:
-        """The micro-batches that need most memory, of the concept and of the prior."""
+        """The concept and prior micro-batches that need most memory."""
         batch = self.train.largest()
         return {**batch, "prior": self.prior.largest()} if self.prior.rows else batch
 

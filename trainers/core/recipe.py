@@ -29,8 +29,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Export:
-    """One file a recipe writes: what it is for, the phase that makes it, its key format (one of
-    lora_io.keys.FORMATS; "model" is a whole one) and the model folder of ComfyUI that loaders look in.
+    """One file that a recipe writes. keys: its key format, one of lora_io.keys.FORMATS or "model" for a whole model.
+    folder: ComfyUI's model folder for it.
 
     The last export of a recipe is its main one.
     """
@@ -55,9 +55,9 @@ class Generation:
 class Recipe(Protocol):
     """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
 
-    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at
-    every yield inside whatever `with` the recipe has open. `predict` is the backbone's, with everything trained so far
-    at work and regularisers off; `losses` undoes whatever it leaves behind.
+    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch. It runs backward at
+    every yield, inside any `with` block that the recipe has open. `predict` calls the backbone with all trained factors
+    active and regularisers off. `losses` must reset the state that `predict` leaves.
     """
 
     Config: ClassVar[type]

@@ -21,12 +21,12 @@ from ..host.device import release
 from ..host.preview import decode_preview, levels
 
 PROMPTS, FIRST_FRAMES = "prompt_embeds", "sample"  # the columns that samples are made of
-LEFT_OUT = ("image_embeds", "first_frame", "box_mask")  # of a first frame, in what it is guided away from
+LEFT_OUT = ("image_embeds", "first_frame", "box_mask")  # set to zero in the unconditional batch of first frames
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run samples, as plain values; the value on a TRAINING_SAMPLES wire.
+    """The samples of a run, as plain values: the value of a TRAINING_SAMPLES wire.
 
     column: PROMPTS or FIRST_FRAMES. names: labels for the user, such as prompts. stems: their files in that column.
     negative: the negative prompt's file; for first frames the unconditional batch is zeros. Guidance rises linearly
@@ -51,7 +51,7 @@ class Samples:
     shape: tuple[int, ...] = ()
 
     def conditions(self, index: int) -> tuple[Batch, Batch]:
-        """Batches of one clip: of sample number `index`, and of what it is guided away from."""
+        """The conditional and the unconditional batch of sample number `index`."""
         positive = self._read(self.stems[index])
         if self.column == PROMPTS:
             return tuple({**b, PROMPTS: b[PROMPTS][:, 0]} for b in (positive, self._read(self.negative)))
@@ -61,14 +61,14 @@ class Samples:
         return collate([read_column(column_path(self.folder, stem, self.column), "samples")])
 
     def guidance(self) -> Tensor:
-        """[1, 1, T, 1, 1]"""
+        """The guidance of each latent frame, [1, 1, T, 1, 1]."""
         return torch.linspace(self.first_cfg, self.cfg, self.shape[1]).view(1, 1, -1, 1, 1)
 
 
 class Sampling:
     """Makes a run's samples when called, as files `<done>-<number>.webp` in `folder`.
 
-    A sample that fails ends the samples, and not the run.
+    If a sample fails, sampling ends and the run goes on.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Sampling:
         self.failed, self.began = False, 0.0
 
     def __call__(self, phase: Phase, step: int, done: int) -> None:
-        """After `step` of a phase, `done` of the run."""
+        """Sample after `step` of a phase and `done` steps of the run."""
         if self.failed:
             return
         self.began, failure = time.perf_counter(), ""
@@ -98,7 +98,7 @@ class Sampling:
             for name, latents in zip(files, made, strict=True):
                 frames = decode_preview(self.latent_format, latents[0])
                 write_webp(self.folder / name, frames, self.samples.frames / self.samples.fps)
-        except Exception as error:  # out of memory, most likely, where training itself has enough
+        except Exception as error:  # most likely sampling ran out of memory
             logging.exception("Kinoloom: a sample failed, and no more are made until the run is started again")
             self.failed, failure = True, f"{type(error).__name__}: {error}"
         if self.failed:
@@ -109,7 +109,7 @@ class Sampling:
             self.emit(Sample(phase.name, step, done, files, list(self.samples.names), seconds))
 
     def _stopped(self) -> bool:
-        """Whether to stop; a pause meanwhile is no part of the sample's time."""
+        """Whether to stop. A pause does not count as the sample's time."""
         asked = time.perf_counter()
         stop = self.should_stop()
         self.began += time.perf_counter() - asked
@@ -125,7 +125,7 @@ class Sampling:
 
 
 def write_webp(path: Path, frames: Tensor, seconds: float) -> None:
-    """Write frames [F, H, W, 3] in 0..1 as an animation of that length."""
+    """Write frames [F, H, W, 3] in 0..1 as an animation that lasts `seconds`."""
     first, *rest = (Image.fromarray(frame.numpy()) for frame in (frames * 255).round().byte().cpu())
     each = round(1000 * seconds / len(frames))
     options = {"save_all": True, "append_images": rest, "duration": each, "loop": 0, "quality": 85}

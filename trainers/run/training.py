@@ -31,15 +31,15 @@ WARM_UP_STEPS = 3  # the first one is slow, so the plan's times come from the ot
 
 
 def loaded_as(method: type[Recipe], config: TrainConfig, device: torch.device) -> Placement:
-    """The placement that a model is loaded with, before a plan: where a run writes whole files, not rounded."""
+    """The placement with which a model is loaded, before a plan. Weights of whole-model exports stay exact."""
     whole = any(export.keys == "model" for export in method.exports(config).values())
     return Placement(stored=None if whole else compute_dtype(config.precision, device))
 
 
 class Training:
-    """What the loop needs of the run around it, from the loaded model to the end of `go`.
+    """The loop's callbacks for one run, from the loaded model to the end of `go`.
 
-    `private` is a private comfy BaseModel on `device`, as `placement` says, `carried` the modules that ride on it.
+    `private` is a private comfy BaseModel on `device`, kept as `placement` says. `carried` holds its added modules.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Training:
                 self.emit(saved)
 
     def spare(self, step: int) -> bool:
-        """Whether a step that ran out of memory needs less now."""
+        """Turn on checkpointing after a step ran out of memory. Returns whether the step needs less memory now."""
         placement, blocks = self.backbone.placement, len(self.backbone.blocks)
         if placement.recomputed == blocks:
             return False

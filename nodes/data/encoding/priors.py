@@ -18,7 +18,7 @@ from .vae import encode_pixels, frame_step
 
 @dataclass(frozen=True, kw_only=True)
 class PriorOptions:
-    """How prior clips are sampled."""
+    """Sampler settings and numbers of prior clips."""
 
     seeds_per_prompt: int = knob(2, "Clips made from each prompt. Raise it if you have few prompts.", min=1, max=64)
     seed: int = knob(0, "Seed of the first clip; the others follow. Change it for other clips.", min=0, max=2**53)

@@ -1,4 +1,4 @@
-"""A model, and how clips are sampled from it."""
+"""Samples clips with ComfyUI's sampler."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ Conditioning = list[list]
 
 @dataclass(frozen=True)
 class Sampler:
-    """`name` is the sampler's; `negative` is the prompt that guidance goes away from."""
+    """A model and its sampler settings. `name` is ComfyUI's name of the sampler, `negative` the negative prompt."""
 
     model: Any
     text_encoder: Any

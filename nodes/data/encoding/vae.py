@@ -1,4 +1,4 @@
-"""Pixels to latents, as a VAE makes them."""
+"""Encodes pixels to latents with a ComfyUI VAE."""
 
 from typing import Any
 
