@@ -185,4 +185,4 @@ def _motion_path(name: str) -> str:
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
-FORMATS = {"comfy": to_comfy, "kohya": to_kohya, "motion_lora": to_motion_lora, "model": dict}
+FORMATS = {"comfy": to_comfy, "kohya": to_kohya, "motion_lora": to_motion_lora, "whole": dict}

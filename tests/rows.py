@@ -57,7 +57,7 @@ def boxes(name: str, frames: int, *, height: int, width: int) -> dict[str, Tenso
 
 
 def write_row(
-    folder: Path, name: str, split: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
+    folder: Path, name: str, unit: str, shape: tuple[int, ...], role: str = "train", **columns: dict[str, Tensor]
 ) -> Row:
     """One sample of random latents; a keyword replaces or adds a column, None leaves it out."""
     default = {"latents": {"latents": random(*shape, name=name)}, "prompt_embeds": prompt(name)}
@@ -67,17 +67,17 @@ def write_row(
     written = {column: tensors for column, tensors in {**default, **columns}.items() if tensors is not None}
     for column, tensors in written.items():
         write_column(folder, name, column, tensors)
-    return Row(name, split, role, shape, {column: name for column in written})
+    return Row(name, unit, role, shape, {column: name for column in written})
 
 
 def write_data(
     folder: Path, backbone: str, *, roles: Iterable[str] = ("train", "prior"), each: int = 2
 ) -> TrainingData:
-    """`each` samples of every split and role."""
+    """`each` samples of every unit and role."""
     rows = [
-        write_row(folder, f"{role}-{split}-{i}", split, shape, role)
+        write_row(folder, f"{role}-{unit}-{i}", unit, shape, role)
         for role in roles
-        for split, shape in SHAPES[backbone].items()
+        for unit, shape in SHAPES[backbone].items()
         for i in range(each)
     ]
     return TrainingData(str(folder), tuple(rows))

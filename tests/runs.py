@@ -12,22 +12,25 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.backbones.animatediff.model import AnimateDiff
 from kinoloom.trainers.backbones.flow.wan import Wan
 from kinoloom.trainers.backbones.svd.model import Svd
+from kinoloom.trainers.conditions.columns import IMAGE, LATENTS, PROMPT, TRACKLETS
 from kinoloom.trainers.core.config import TrainConfig
-from kinoloom.trainers.core.data import PhaseData, TrainingData, write_column
+from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
 from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
-from kinoloom.trainers.host.private import load_private
-from kinoloom.trainers.host.source import ModelSource, parts_of
-from kinoloom.trainers.run.checkpoint import Identity, load_state
+from kinoloom.trainers.host.private import Private, load_private
+from kinoloom.trainers.host.source import ModelSource, carried_files
+from kinoloom.trainers.run.checkpoint import RunKey, load_state
 from kinoloom.trainers.run.job import Job
-from kinoloom.trainers.run.previews import FIRST_FRAMES, PROMPTS, Samples
+from kinoloom.trainers.run.previews import Previews
 from kinoloom.trainers.run.record import Spec, read_record
 from rows import SHAPES, TEXT_LENGTH, TEXT_WIDTH, TOKENS, boxes, image, prompt, random, write_data, write_row  # noqa: F401
 from torch import Tensor
 from toyworld.pack import unet, video_unet
 
+NO_DATA = TrainingData("", ())
+COLUMNS = (LATENTS, PROMPT, IMAGE, TRACKLETS)
 SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
 # What makes a run of each method small: a new method adds a line, and is then in every test of the matrix.
 RUNS: dict[str, dict[str, Any]] = {
@@ -76,25 +79,30 @@ def load_tiny(folder: Path, backbone: str) -> Any:
     return load_model(folder / "diffusion_models" / "tiny_wan.safetensors")
 
 
-def write_samples(folder: Path, backbone: str, **options: Any) -> Samples:
-    """Two samples of the shape of the clips, as the sample nodes write them, and with their latent shape."""
+def write_samples(folder: Path, backbone: str, **options: Any) -> Previews:
+    """Two previews of the shape of the clips, as the sample nodes write them, fitted to the model."""
     channels, frames, height, width = shape = SHAPES[backbone]["clips"]
-    names, column = ("first", "second"), FIRST_FRAMES if backbone == "svd" else PROMPTS
-    for name in (*names, "away"):
-        tensors = prompt(name, variants=0)
-        if backbone == "svd":
-            own, control = image(name, height=height, width=width), boxes(name, frames, height=height, width=width)
-            tensors = {
-                **{key: own[key] for key in ("image_embeds", "fps", "motion_bucket")},
-                **{key: control[key] for key in ("boxes", "box_mask")},
-                "first_frame": own["first_frames"][0],
-                "augmentation": torch.tensor(0.0),
-            }
-        write_column(folder, name, column, tensors)
+    rows = {name: preview(folder, name, backbone, shape) for name in ("first", "second", "away")}
     size = {"width": 8 * width, "height": 8 * height, "frames": 4 * frames - 3 if channels == 16 else frames}
     steps = {"steps": 2, "cfg": 2.5, "first_cfg": 1.0 if backbone == "svd" else 2.5, "shift": 5.0, "sample_every": 2}
-    made = {"folder": str(folder), "column": column, "names": names, "stems": names, "negative": "away"}
-    return Samples(**{**made, **size, **steps, "fps": 8.0, "seed": 1, "shape": shape, **options})
+    shown = {"rows": (rows["first"], rows["second"]), "negative": None if backbone == "svd" else rows["away"]}
+    return Previews(**{"folder": str(folder), **shown, **size, **steps, "fps": 8.0, "seed": 1, **options})
+
+
+def preview(folder: Path, name: str, backbone: str, shape: tuple[int, ...]) -> Row:
+    """A row without latents, and its columns on disk."""
+    _, frames, height, width = shape
+    columns: dict[str, dict[str, Tensor]] = {"prompt_embeds": prompt(name, variants=0)}
+    if backbone == "svd":
+        own, control = image(name, height=height, width=width), boxes(name, frames, height=height, width=width)
+        first_frame = {"first_frame": own["first_frames"][0], "augmentation": torch.tensor(0.0)}
+        columns = {
+            "sample": {**{key: own[key] for key in ("image_embeds", "fps", "motion_bucket")}, **first_frame},
+            "boxes": {key: control[key] for key in ("boxes", "box_mask")},
+        }
+    for column, tensors in columns.items():
+        write_column(folder, name, column, tensors)
+    return Row(name, "clips", "preview", shape, dict.fromkeys(columns, name))
 
 
 def make_config(recipe: str, **options: Any) -> TrainConfig:
@@ -127,7 +135,7 @@ def make_job(
     config: TrainConfig,
     recipe: str,
     published: Published | None = None,
-    samples: Samples | None = None,
+    samples: Previews | None = None,
 ) -> Job:
     """A job in folder/job that writes to folder/out. A job that is already there is loaded as after a restart."""
     kept = folder / "job" / "job.json"
@@ -141,11 +149,11 @@ def make_job(
             recipe=recipe,
             config=vars(config),
             data=data,
-            source=source,
-            identity=Identity.of(recipe, source.identity, data.digest, config, {}),
+            sources={"model": source},
+            run_key=RunKey.of(recipe, source.key, data.digest, config, {}),
             outputs=dict.fromkeys(FOLDERS, str(folder / "out")),
             created=0.0,
-            samples=samples,
+            previews=samples,
         )
     method = recipes()[recipe]
     publish = Published() if published is None else published
@@ -164,7 +172,7 @@ def make_job(
 
 def finish(job: Job, model: Any, status: str = "finished") -> Job:
     """Start `job` and wait until it ended as expected."""
-    job.start(model)
+    job.start({"model": model})
     assert job.ended.wait(600)
     assert job.status == status, job.error or job.status
     return job
@@ -198,10 +206,10 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 
 def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The backbone of a private copy of `model`, as a job makes it, on the CPU."""
-    parts, cpu = parts_of(model), torch.device("cpu")
+    parts, cpu = carried_files(model), torch.device("cpu")
     private = load_private(model, cpu)
     kind = AnimateDiff if parts else Svd if type(private).__name__ == "SVD_img2vid" else Wan
-    backbone = kind(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
+    backbone = kind({"model": Private(private, parts)}, cpu, dtype, TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone
 
@@ -215,9 +223,9 @@ def placements(backbone: Any) -> Iterator[int]:
     backbone.placement = Placement()
 
 
-def make_batch(backbone: Any, data: TrainingData, split: str = "clips", size: int = 1) -> dict[str, Any]:
-    columns = tuple(data.rows[0].columns.keys() - {"mask"})
-    return PhaseData(data, split, columns, size, 0, backbone.prepare)[0]
+def make_batch(backbone: Any, data: TrainingData, unit: str = "clips", size: int = 1) -> dict[str, Any]:
+    columns = tuple(column for column in COLUMNS if column.name in data.rows[0].columns)
+    return PhaseData(data, unit, columns, size, 0, backbone.prepare)[0]
 
 
 def leaves(loss: Tensor) -> set[Tensor]:

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from ..lora_io.animatediff import read_spatial_lora, read_temporal_lora
 from .backbones.animatediff.model import AnimateDiff
 from .backbones.animatediff.motion_module import PART
+from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
 from .core.config import LoraConfig, changed, knob, naming
 from .core.data import Batch, TrainingData
-from .core.lora import LoraGroups
 from .core.losses import masked_mse
+from .core.plain_lora import LoraRecipe
 from .core.recipe import Export, Generation, Phase
 from .core.rng import Rng
 from .core.start_from import Start, check_starts
 from .core.transfer import to_device
-from .host.source import base_identities, carried
+from .host.source import carried_modules, model_keys
 from .host.weights import lora_patches
 
 SPATIAL, TEMPORAL = "spatial", "temporal"
@@ -42,7 +43,7 @@ SPATIAL_LAYERS = {"all": "spatial", "self-attention and feed-forward": "spatial_
 TEMPORAL_LAYERS = {"all": "temporal", "attention": "temporal_attention"}
 
 
-class MotionDirector:
+class MotionDirector(LoraRecipe):
     """Each step trains the spatial LoRA on one frame, then the temporal one on the clip with the spatial one active."""
 
     name = "KinoloomTrainMotionDirector"
@@ -52,7 +53,8 @@ class MotionDirector:
         "model."
     )
     backbone_class = AnimateDiff
-    columns = ("latents", "prompt_embeds")
+    columns = (LATENTS, PROMPT, MASK)
+    previews = (PREVIEW_PROMPT,)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LoraConfig):
@@ -201,8 +203,8 @@ class MotionDirector:
             return {group: start for group, start in found.items() if start.file}
 
         def check_model(self, model: Any) -> None:
-            modules = nn.ModuleDict({"unet": model.model.diffusion_model, "motion": carried(model)[PART]})
-            check_starts(self.starts(), self, modules, base_identities(model))
+            modules = nn.ModuleDict({"unet": model.model.diffusion_model, "motion": carried_modules(model)[PART]})
+            check_starts(self.starts(), self, modules, model_keys(model))
             if self.domain_adapter:
                 with naming("domain_adapter", self.domain_adapter):
                     lora_patches(model.model, Path(self.domain_adapter))
@@ -212,9 +214,9 @@ class MotionDirector:
             photos = [row.name for row in (*rows, *data.select("clips", "validation")) if row.shape[1] == 1]
             if photos and self.train == TEMPORAL:
                 raise ValueError(f"train={TEMPORAL!r}: {photos[0]} is a single frame, expected clips")
-            if self.train != TEMPORAL and self.spatial_loras not in (1, len(rows)):
+            if self.train != TEMPORAL and self.spatial_loras not in (1, looks := len(data.groups("clips"))):
                 raise ValueError(
-                    f"spatial_loras={self.spatial_loras}: expected 1, or {len(rows)}, the number of clips to train on"
+                    f"spatial_loras={self.spatial_loras}: expected 1, or {looks}, the number of clips to train on"
                 )
             if self.spatial_loras > 1 and self.batch_size > 1:
                 raise ValueError(
@@ -222,25 +224,23 @@ class MotionDirector:
                 )
 
     def __init__(self, backbone: AnimateDiff, config: Any) -> None:
-        self.backbone, self.config = backbone, config
+        super().__init__(backbone, config)
         if config.domain_adapter:
             with naming("domain_adapter", config.domain_adapter):
                 backbone.merge(Path(config.domain_adapter))
-        self.lora = LoraGroups(backbone.module, config.seed)
-        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
 
     @staticmethod
-    def phases(config: Any) -> list[Phase]:
+    def phases(config: Any, data: TrainingData) -> list[Phase]:
         return [Phase(PHASE, config.steps, "clips")]
 
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
-        looks = {name: Export("the look, for LoRA loaders", PHASE, "kohya") for name in spatial_groups(config)}
-        motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "motion_lora", MOTION_FOLDER)}
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]:
+        looks = {name: Export("the look, for LoRA loaders", PHASE, format="kohya") for name in spatial_groups(config)}
+        motion = {TEMPORAL: Export("the motion, for Load Motion LoRA", PHASE, "lora", "motion_lora", MOTION_FOLDER)}
         return looks | (motion if config.train != SPATIAL else {})
 
-    @staticmethod
-    def generations(config: Any) -> list[Generation]:
+    @classmethod
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         both, motion = "motion_director_both_generate", {"KinoloomLoadMotionLora": TEMPORAL}
         looks = [{"Load LoRA: spatial": name} for name in spatial_groups(config)]
         return [
@@ -304,9 +304,6 @@ class MotionDirector:
         with self.lora.without(*(looks if len(looks) > 1 else [])):
             return self.backbone.predict(noisy_latents, t, batch)
 
-    def export(self, name: str) -> dict[str, Tensor]:
-        return self.lora.export(name)
-
     def metadata(self, name: str) -> dict[str, str]:
         """`model_type` and `rank` as in other MotionDirector tools, and `sd_v1`, which LoRA managers read as SD1.5."""
         image_model = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
@@ -328,11 +325,11 @@ def spatial_groups(config: Any) -> list[str]:
 
 
 def own_group(config: Any, batch: Batch) -> str | None:
-    """The spatial LoRA of a batch. None for a validation clip if each training clip has its own."""
-    groups = spatial_groups(config)
-    if len(groups) <= 1:
-        return next(iter(groups), None)
-    return groups[int(batch["row"][0])] if batch["role"] == "train" else None
+    """The spatial LoRA of a batch; where each group of clips has its own, other clips have none."""
+    looks, group = spatial_groups(config), int(batch["group"][0])
+    if len(looks) <= 1:
+        return next(iter(looks), None)
+    return looks[group] if group >= 0 else None
 
 
 def pick_frames(rng: Rng, purpose: str, count: int, frames: int) -> Tensor:

@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
 from .backbones.flow.wan import Wan, WanConfig
+from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
 from .core.config import LoraConfig, changed, knob, naming
-from .core.data import Batch
-from .core.lora import LoraGroups, layer_shapes
+from .core.data import Batch, TrainingData
+from .core.lora import layer_shapes
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
+from .core.plain_lora import LoraRecipe
 from .core.recipe import Export, Generation, Phase
 from .core.rng import Rng
 from .core.start_from import Start, check_starts
-from .host.source import base_identities
+from .host.source import model_keys
 
 SET, SEQUENCE = "set", "sequence"
 IDENTITY, MOTION, COMBINED = "identity", "motion", "combined"
 
 
-class SetAndSequence:
+class SetAndSequence(LoraRecipe):
     """Stage 1 ("set") trains A1 and B1 on single frames; stage 2 ("sequence") trains only B2 on the clip."""
 
     name = "KinoloomTrainSetAndSequence"
@@ -38,7 +40,8 @@ class SetAndSequence:
         "Learns one moving subject from one clip: its look from the frames, then its motion from the sequence."
     )
     backbone_class = Wan
-    columns = ("latents", "prompt_embeds")
+    columns = (LATENTS, PROMPT, MASK)
+    previews = (PREVIEW_PROMPT,)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(WanConfig, LoraConfig):
@@ -152,18 +155,16 @@ class SetAndSequence:
 
         def check_model(self, model: Any) -> None:
             super().check_model(model)
-            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
+            check_starts(self.starts(), self, model.model.diffusion_model, model_keys(model))
             if self.identity_file:
-                read_identity(self, model.model.diffusion_model, base_identities(model))
+                read_identity(self, model.model.diffusion_model, model_keys(model))
 
     def __init__(self, backbone: Wan, config: Any) -> None:
-        self.backbone, self.config = backbone, config
-        self.lora = LoraGroups(backbone.module, config.seed)
-        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
+        super().__init__(backbone, config)
         self.dropout, self.shift = config.set_dropout, config.set_shift
 
     @staticmethod
-    def phases(config: Any) -> list[Phase]:
+    def phases(config: Any, data: TrainingData) -> list[Phase]:
         stages = [
             Phase(SET, config.set_steps, "frames", option="set_steps"),
             Phase(SEQUENCE, config.sequence_steps, "clips", option="sequence_steps"),
@@ -171,7 +172,7 @@ class SetAndSequence:
         return [stage for stage in stages if stage.steps]
 
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]:
         identity = {IDENTITY: Export("the look alone", SET)}
         stage_two = {
             MOTION: Export("the motion alone; works only together with the identity of the same run", SEQUENCE),
@@ -179,8 +180,8 @@ class SetAndSequence:
         }
         return (identity if config.set_steps else {}) | (stage_two if config.sequence_steps else {})
 
-    @staticmethod
-    def generations(config: Any) -> list[Generation]:
+    @classmethod
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         identity, motion = "Load LoRA: identity", "Load LoRA: motion"
         loaded = {identity: IDENTITY, motion: MOTION}, {motion: COMBINED}, {identity: IDENTITY}
         return [Generation("set_and_sequence_generate", loaders) for loaders in loaded]

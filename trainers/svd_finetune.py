@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .backbones.svd.model import Svd
 from .backbones.svd.objective import SvdConfig, video_losses
+from .conditions.columns import IMAGE, LATENTS, MASK, PREVIEW_FRAME
 from .core.config import changed, knob
-from .core.data import Batch
+from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
-from .core.recipe import Export, Generation, Phase
+from .core.recipe import Export, Phase, Recipe
 from .core.rng import Rng
 
 UNET = "unet"
@@ -24,14 +25,15 @@ LAYERS = {
 }
 
 
-class SvdFinetune:
+class SvdFinetune(Recipe):
     """The base model's own loss. Trained weights are fp32; all others stay frozen in half precision."""
 
     name = "KinoloomTrainSvdFinetune"
     title = "Train SVD Fine-tune"
     description = "Fine-tunes Stable Video Diffusion (image to video) on clips, and saves a whole model."
     backbone_class = Svd
-    columns = ("latents", "image")
+    columns = (LATENTS, IMAGE, MASK)
+    previews = (PREVIEW_FRAME,)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SvdConfig):
@@ -65,24 +67,19 @@ class SvdFinetune:
         save_minutes: float = changed(SvdConfig, "save_minutes", 60.0)
 
     def __init__(self, backbone: Svd, config: Any) -> None:
-        self.backbone, self.config = backbone, config
-        self.predict = backbone.predict
+        super().__init__(backbone, config)
         named = backbone.module.named_parameters()
         self.trained: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in named if re.fullmatch(LAYERS[config.layers], name)
         }
 
     @staticmethod
-    def phases(config: Any) -> list[Phase]:
-        return [Phase("clips", config.steps, "clips", clips=12)]
+    def phases(config: Any, data: TrainingData) -> list[Phase]:
+        return [Phase("clips", config.steps, "clips", fewest_rows=12)]
 
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
-        return {UNET: Export("the model, for Load Diffusion Model", "clips", "model", "diffusion_models")}
-
-    @staticmethod
-    def generations(config: Any) -> list[Generation]:
-        return []  # the template svd_finetune both trains and generates
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]:
+        return {UNET: Export("the model, for Load Diffusion Model", "clips", "model", "whole", "diffusion_models")}
 
     def start(self, phase: Phase) -> None:
         for parameter in self.trained.values():

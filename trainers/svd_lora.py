@@ -12,12 +12,13 @@ from ..lora_io.fitting import require_base
 from ..lora_io.keys import check_pairs, from_comfy
 from .backbones.svd.model import Svd
 from .backbones.svd.objective import SvdConfig, video_losses
+from .conditions.columns import IMAGE, LATENTS, MASK, PREVIEW_FRAME
 from .core.config import LoraConfig, knob
 from .core.data import Batch
 from .core.plain_lora import PlainLora, plain_start
 from .core.rng import Rng
 from .core.start_from import Start, check_starts
-from .host.source import base_identities
+from .host.source import model_keys
 
 
 class SvdLora(PlainLora):
@@ -27,7 +28,8 @@ class SvdLora(PlainLora):
     title = "Train SVD LoRA"
     description = "Trains a LoRA for Stable Video Diffusion (image to video) on clips."
     backbone_class = Svd
-    columns = ("latents", "image")
+    columns = (LATENTS, IMAGE, MASK)
+    previews = (PREVIEW_FRAME,)
     template = "svd_lora_generate"
 
     @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class SvdLora(PlainLora):
             return plain_start(self, Svd.lora_targets, read_svd_lora)
 
         def check_model(self, model: Any) -> None:
-            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
+            check_starts(self.starts(), self, model.model.diffusion_model, model_keys(model))
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return video_losses(self.backbone, batch, rng, self.config)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..lora_io.file import load
 from .backbones.svd.model import Svd
 from .backbones.svd.objective import SvdConfig, video_loss
+from .conditions.columns import IMAGE, LATENTS, MASK, PREVIEW_BOXES, PREVIEW_FRAME, TRACKLETS
 from .conditions.tracklet_control import BASE_LAYERS, NUMBERS, Controlled, TrackletControl, read, widths_of
 from .core.config import changed, knob, naming
-from .core.data import Batch
+from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior
-from .core.recipe import Export, Generation, Phase
+from .core.recipe import Export, Generation, Phase, Recipe
 from .core.rng import Rng, derived_generator
 from .core.transfer import to_device
 from .host.layers import OPERATIONS, make_private
@@ -33,14 +34,15 @@ MODULE = "tracklet_control"
 GROWTH = 0.5  # a soft box is wider than the hard one by up to this share of its side, on each edge
 
 
-class SvdTracklets:
+class SvdTracklets(Recipe):
     """Trains the position net, fusers, time mixers and the first and last layer. All other layers are frozen."""
 
     name = "KinoloomTrainSvdTracklets"
     title = "Train SVD Tracklets"
     description = "Teaches Stable Video Diffusion to move objects along boxes, from clips with tracked objects."
     backbone_class = Svd
-    columns = ("latents", "image", "tracklets")
+    columns = (LATENTS, IMAGE, TRACKLETS, MASK)
+    previews = (PREVIEW_FRAME, PREVIEW_BOXES)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SvdConfig):
@@ -122,7 +124,7 @@ class SvdTracklets:
                     read_control(Path(self.control_file), model.model.diffusion_model, self.soft_boxes)
 
     def __init__(self, backbone: Svd, config: Any) -> None:
-        self.backbone, self.config = backbone, config
+        super().__init__(backbone, config)
         numbers = NUMBERS + (config.soft_boxes > 0)
         control = TrackletControl(widths_of(backbone.module), numbers=numbers, operations=OPERATIONS)
         make_private(control.initialise(derived_generator(config.seed, "tracklet control")))
@@ -146,28 +148,28 @@ class SvdTracklets:
             require_finite(extremes(self.control), "the control")
 
     @staticmethod
-    def phases(config: Any) -> list[Phase]:
+    def phases(config: Any, data: TrainingData) -> list[Phase]:
         stages = {PAINTED: "self_tracking_steps", CLEAN: "clean_steps"}
         phases = [
-            Phase(name, getattr(config, option), "clips", clips=100, loss_falls=False, option=option)
+            Phase(name, getattr(config, option), "clips", fewest_rows=100, loss_falls=False, option=option)
             for name, option in stages.items()
         ]
         return [phase for phase in phases if phase.steps]
 
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]:
         files = {PAINTED: ("painting", "the control that paints boxes too"), CLEAN: (CONTROL, "the control")}
         return {
-            name: Export(f"{description}, for Load Tracklet Control", phase.name, "model", "tracklet_control")
-            for phase in SvdTracklets.phases(config)
+            name: Export(f"{description}, for Load Tracklet Control", phase.name, "module", "whole", "tracklet_control")
+            for phase in SvdTracklets.phases(config, data)
             for name, description in [files[phase.name]]
         }
 
-    @staticmethod
-    def generations(config: Any) -> list[Generation]:
+    @classmethod
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         return [
             Generation("svd_tracklets_generate", {"KinoloomLoadTrackletControl": name})
-            for name in reversed(SvdTracklets.exports(config))
+            for name in reversed(cls.exports(config, data))
         ]
 
     def start(self, phase: Phase) -> None:
@@ -206,6 +208,10 @@ class SvdTracklets:
         """`batch` holds boxes [B, T, 20, 8] and box_mask [B, T, 20], where 0 stands for the learned null token."""
         self.controlled.boxes, self.controlled.mask = (batch[name].flatten(0, 1) for name in ("boxes", "box_mask"))
         return self.backbone.predict(noisy_latents, t, batch)
+
+    def unconditional(self, batch: Batch) -> Batch:
+        """Without boxes, too."""
+        return {**super().unconditional(batch), "box_mask": torch.zeros_like(batch["box_mask"])}
 
     def export(self, name: str) -> dict[str, Tensor]:
         """The control, with TrackDiffusion's names in ComfyUI's layout, and the trained layers of the base model."""

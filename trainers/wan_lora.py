@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ..lora_io.wan import read_any_wan_lora
 from .backbones.flow.wan import Wan, WanConfig
+from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
 from .core.config import LoraConfig, knob
 from .core.data import Batch
 from .core.losses import concept_and_prior, denoising_loss, sample_timesteps
 from .core.plain_lora import PlainLora, plain_start
 from .core.rng import Rng
 from .core.start_from import Start, check_starts
-from .host.source import base_identities
+from .host.source import model_keys
 
 
 class WanLora(PlainLora):
@@ -24,7 +25,8 @@ class WanLora(PlainLora):
     title = "Train Wan LoRA"
     description = "Trains a LoRA for a Wan 2.1 text-to-video model on clips, photos, or both."
     backbone_class = Wan
-    columns = ("latents", "prompt_embeds")
+    columns = (LATENTS, PROMPT, MASK)
+    previews = (PREVIEW_PROMPT,)
     template = "wan_lora_generate"
 
     @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class WanLora(PlainLora):
 
         def check_model(self, model: Any) -> None:
             super().check_model(model)
-            check_starts(self.starts(), self, model.model.diffusion_model, base_identities(model))
+            check_starts(self.starts(), self, model.model.diffusion_model, model_keys(model))
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)

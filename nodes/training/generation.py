@@ -17,11 +17,11 @@ def generation(job: Job) -> dict[str, Any]:
 
     ValueError if no shipped workflow generates with the run's files.
     """
-    offered = job.recipe_class.generations(job.config)
+    offered = job.recipe_class.generations(job.config, job.spec.data)
     if not offered:
         title = job.recipe_class.title
         raise ValueError(f"No template generates with the files of {title}: load the model in your own workflow")
-    made = {name: path for name in job.recipe_class.exports(job.config) if (path := newest(job, name))}
+    made = {name: path for name in job.exports if (path := newest(job, name))}
     for choice in offered:
         if made.keys() >= set(choice.loaders.values()):
             same = (other.loaders for other in offered if other.template == choice.template)

@@ -8,9 +8,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...trainers.backbones.svd.model import SIDE
+from ...trainers.conditions.columns import PREVIEW_BOXES, PREVIEW_FRAME, PREVIEW_PROMPT
 from ...trainers.conditions.tracklets import Tracklets, to_tensors
 from ...trainers.core.config import check, knob
-from ...trainers.run.previews import FIRST_FRAMES, PROMPTS, Samples
+from ...trainers.core.data import Row
+from ...trainers.run.previews import Previews
 from ..data.encoding import model_keys
 from ..data.encoding.columns import encode_pixels, open_columns
 from ..data.encoding.svd_rows import LARGEST_BUCKET
@@ -83,28 +85,27 @@ def read_prompts(prompts: str) -> tuple[str, ...]:
     return names
 
 
-def sample_prompts(clip: Any, prompts: str, negative: str, options: PromptOptions) -> Samples:
+def sample_prompts(text_encoder: Any, prompts: str, negative: str, options: PromptOptions) -> Previews:
     """The samples of prompts. ValueError if there are no prompts or too many."""
     names = read_prompts(prompts)
     columns = open_columns(len(names) + 1)
-    clip_id = model_keys.of_text_encoder(clip)
+    key = model_keys.of_text_encoder(text_encoder)
     texts = {negative: "negative", **dict.fromkeys(names, "prompts")}
-    encoded = columns.prompts(clip, clip_id, texts, 0, literal=False)
-    stems = tuple(encoded[name] for name in names)
-    made_of = {"column": PROMPTS, "names": names, "stems": stems, "negative": encoded[negative]}
-    return Samples(folder=str(columns.folder), **made_of, first_cfg=options.cfg, **vars(options))
+    stems = columns.prompts(text_encoder, key, texts, 0, literal=False)
+    rows = tuple(preview(name, {PREVIEW_PROMPT.name: stems[name]}) for name in names)
+    away = preview("negative", {PREVIEW_PROMPT.name: stems[negative]})
+    return Previews(str(columns.folder), rows, away, first_cfg=options.cfg, **vars(options))
 
 
 def sample_first_frames(
     vae: Any, clip_vision: Any, images: Tensor, tracklets: Tracklets | None, options: FirstFrameOptions
-) -> Samples:
+) -> Previews:
     """One sample for each image [N, H, W, C], cropped to multiples of 64, all with the same boxes."""
     require_count("images", len(images))
     given = vars(options).copy()
     width, height = bucket(images.shape[2], images.shape[1], given.pop("size") ** 2, SIDE)
-    told = {"fps": options.fps, "motion_bucket": given.pop("motion_bucket"), "augmentation": 0}
-    boxes, mask = to_tensors(tracklets or Tracklets(width, height, options.frames), options.frames, (width, height))
-    columns = open_columns(len(images))
+    numbers = {"fps": options.fps, "motion_bucket": given.pop("motion_bucket"), "augmentation": 0}
+    columns = open_columns(len(images) + 1)
     models = model_keys.of_vae(vae), model_keys.of_patcher(clip_vision.patcher)
     frames = [sources.from_tensor(f"image {n + 1}", images[n : n + 1], options.fps) for n in range(len(images))]
 
@@ -113,16 +114,26 @@ def sample_first_frames(
         return {
             "image_embeds": clip_vision.encode_image(pixels).image_embeds[0].float().cpu(),
             "first_frame": encode_pixels(vae, pixels)[:, 0],
-            **{name: torch.tensor(float(value)) for name, value in told.items()},
-            "boxes": boxes,
-            "box_mask": mask,
+            **{name: torch.tensor(float(value)) for name, value in numbers.items()},
         }
 
-    key = (*models, width, height, options.frames, told, tracklets and tracklets.to_json())
-    stems = [columns.cached(FIRST_FRAMES, (*key, f.digest), f.name, lambda frame=f: make(frame)) for f in frames]
-    made_of = {"column": FIRST_FRAMES, "names": tuple(f.name for f in frames), "stems": tuple(stems), "negative": ""}
+    def boxes() -> dict[str, Tensor]:
+        drawn = to_tensors(tracklets or Tracklets(width, height, options.frames), options.frames, (width, height))
+        return dict(zip(("boxes", "box_mask"), drawn, strict=True))
+
+    key = (width, height, options.frames, tracklets and tracklets.to_json())
+    placed = columns.cached(PREVIEW_BOXES.name, key, "tracklets", boxes)
+    rows = []
+    for frame in frames:
+        key = (*models, width, height, numbers, frame.digest)
+        stem = columns.cached(PREVIEW_FRAME.name, key, frame.name, lambda frame=frame: make(frame))
+        rows.append(preview(frame.name, {PREVIEW_FRAME.name: stem, PREVIEW_BOXES.name: placed}))
     size = {"width": width, "height": height, "shift": 1.0, "first_cfg": 1.0}
-    return Samples(folder=str(columns.folder), **made_of, **size, **given)
+    return Previews(str(columns.folder), tuple(rows), None, **size, **given)
+
+
+def preview(name: str, columns: dict[str, str]) -> Row:
+    return Row(name, "clips", "preview", (), columns)
 
 
 def require_count(field: str, count: int) -> None:
@@ -193,9 +204,7 @@ class SampleFirstFrames(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, vae: Any, clip_vision: Any, images: Any, tracklets: Any = None, **options: Any
-    ) -> io.NodeOutput:
+    def execute(cls, vae: Any, clip_vision: Any, images: Any, tracklets: Any = None, **options: Any) -> io.NodeOutput:
         made_with = only_each({"vae": vae, "clip_vision": clip_vision, "tracklets": tracklets})
         chosen = FirstFrameOptions(**only_each(options))
         return io.NodeOutput(sample_first_frames(images=one_batch(listed(images)), options=chosen, **made_with))

@@ -19,12 +19,12 @@ from ...trainers.core.data import TrainingData
 from ...trainers.core.events import DELETED
 from ...trainers.core.recipe import Export
 from ...trainers.host.device import holds_models
-from ...trainers.host.source import ModelSource
-from ...trainers.run.checkpoint import Identity
+from ...trainers.host.source import ModelSource, base_key
+from ...trainers.run.checkpoint import RunKey
 from ...trainers.run.claim import in_use
 from ...trainers.run.job import Job
 from ...trainers.run.line import Line
-from ...trainers.run.previews import Samples
+from ...trainers.run.previews import Previews
 from ...trainers.run.record import Spec
 from ...trainers.run.unreadable import Unreadable
 from ..folders import FOLDERS, output_folder
@@ -90,30 +90,30 @@ class Registry(Shelf):
 
     def start(
         self,
-        model: Any,
+        models: dict[str, Any],
         recipe: str,
         config: TrainConfig,
         data: TrainingData,
         files: dict[str, str],
         run_name: str,
-        samples: Samples | None = None,
+        previews: Previews | None = None,
     ) -> Job:
         """The job for these inputs: a new one, an earlier one that resumes, or a finished one.
 
         ValueError if a run of this name cannot resume: it names the changed inputs, or the options that do not fit.
         """
         run_name = require_name("run_name", run_name)
-        source = ModelSource.of(model)
-        identity = Identity.of(recipe, source.identity, data.digest, config, files)
+        sources = {name: ModelSource.of(model) for name, model in models.items()}
+        run_key = RunKey.of(recipe, base_key(sources), data.digest, config, files)
         with self.alone():
-            name, job = self._claim(run_name, identity, config)
+            name, job = self._claim(run_name, run_key, config)
             if job is not None and not job.spec.asked_as:
                 job.spec = replace(job.spec, asked_as=run_name)
             over = job is not None and job.is_over  # read once: a run that ends in between is not started again
             if job is not None and (job.status != "finished" or job.steps_of(config) > job.kept_steps):
-                job.reconfigure(config, samples, identity)
+                job.reconfigure(config, previews, run_key)
                 if over:
-                    job.start(model)
+                    job.start(models)
             elif job is None:
                 job = self._job(
                     Spec(
@@ -122,19 +122,19 @@ class Registry(Shelf):
                         recipe=recipe,
                         config=vars(config),
                         data=data,
-                        source=source,
-                        identity=identity,
-                        outputs=output_folders(name, recipes()[recipe].exports(config)),
+                        sources=sources,
+                        run_key=run_key,
+                        outputs=output_folders(name, recipes()[recipe].exports(config, data)),
                         created=self._now(),
-                        samples=samples,
+                        previews=previews,
                         asked_as=run_name,
                     )
                 )
-                job.start(model)
+                job.start(models)
                 self.jobs[job.spec.id] = job
         return job
 
-    def _claim(self, run_name: str, identity: Identity, config: TrainConfig) -> tuple[str, Job | None]:
+    def _claim(self, run_name: str, run_key: RunKey, config: TrainConfig) -> tuple[str, Job | None]:
         """The job to resume, or None and an unused name: `run_name`, with a number if it is taken."""
         name, number = run_name, 1
         while True:
@@ -142,15 +142,15 @@ class Registry(Shelf):
             if earlier is None:
                 if not any((output_folder(folder) / name).exists() for folder in FOLDERS):
                     return name, None
-            elif not may_be_meant(earlier, run_name, identity):
+            elif not may_be_meant(earlier, run_name, run_key):
                 pass
             elif earlier.elsewhere:
                 raise in_use(earlier.spec.run_name)
             elif earlier.status == "finished":
-                if goes_on(earlier, identity, config):
+                if goes_on(earlier, run_key, config):
                     return name, earlier
             elif earlier.resumable or not earlier.is_over:
-                identity.require_same(earlier.spec.identity, name)
+                run_key.require_same(earlier.spec.run_key, name)
                 return name, earlier
             elif not earlier.files:
                 return name, None
@@ -190,7 +190,8 @@ class Registry(Shelf):
 
     def _start_alone(self, job: Job) -> None:
         """Start a job from the panel, without its nodes. Their cached outputs are stale then."""
-        job.spec.source.require_reloadable()
+        for source in job.spec.sources.values():
+            source.require_reloadable()
         job.start(None)
         self.voided.append(job.spec)
 

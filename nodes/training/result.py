@@ -52,15 +52,15 @@ class TrainingResult(io.ComfyNode):
             raise RuntimeError(f"Training run {name!r} failed: {found.error}")
         if status != "finished":
             logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
-        if not found.parts:
+        if not found.result_files:
             raise RuntimeError(f"Training run {name!r} ended before it saved anything")
-        if any(export.keys == "model" for export in found.recipe_class.exports(found.config).values()):
+        if any(export.kind != "lora" for export in found.exports.values()):
             lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of its file")
             loras = [lora]
         else:
-            loras = [load(Path(path))[0] for path in map(trained_file, found.parts)]
-        outputs = loras[-1], found.parts[-1], {"loss": found.losses()}, found.done, loras, found.parts
-        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.parts),), "kinoloom_job": (job,)})
+            loras = [load(Path(path))[0] for path in map(trained_file, found.result_files)]
+        outputs = loras[-1], found.result_files[-1], {"loss": found.losses()}, found.done, loras, found.result_files
+        return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.result_files),), "kinoloom_job": (job,)})
 
 
 def _wait(job: Job, node_id: str) -> None:

@@ -10,14 +10,15 @@ from safetensors import safe_open
 
 from ...lora_io.file import sha256
 from ...trainers import recipes
+from ...trainers.conditions.columns import PROMPT
 from ...trainers.core.backbone import Grid
 from ...trainers.core.config import TrainConfig, check, make
-from ...trainers.core.data import PhaseData, TrainingData, column_path
+from ...trainers.core.data import PhaseData, TrainingData, files_of
 from ...trainers.core.recipe import Recipe
 from ...trainers.host.device import resolve_precision, torch_device
-from ...trainers.host.source import carried, require_trainable
-from ...trainers.run.checkpoint import Identity
-from ...trainers.run.previews import PROMPTS, Samples
+from ...trainers.host.source import carried_modules, require_trainable
+from ...trainers.run.checkpoint import RunKey
+from ...trainers.run.previews import Previews
 from ..widgets import NO_FILE, files_state, model_file, require_name, widget
 from ..wires import TrainingDataType, TrainingJobType, TrainingSamplesType
 from .naming import asked_as, same_name
@@ -41,7 +42,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                 is_output_node=True,
                 description=recipe.description + " Runs in the background; attach Training Result to wait for it.",
                 inputs=[
-                    io.Model.Input("model", tooltip="The model to train on. It is copied, never changed."),
+                    *(io.Model.Input(model.name, tooltip=model.tooltip) for model in recipe.models),
                     TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
                     io.String.Input(
                         "run_name",
@@ -88,18 +89,23 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 
         @classmethod
         def execute(
-            cls, model: Any, data: TrainingData, run_name: str, samples: Samples | None = None, **values: Any
+            cls, data: TrainingData, run_name: str, samples: Previews | None = None, **values: Any
         ) -> io.NodeOutput:
-            require_trainable(model)
+            models = {model.name: values.pop(model.name) for model in recipe.models}
+            for name, model in models.items():
+                require_trainable(model, name)
             files = resolve_files(recipe.Config, values)
             config = make(recipe.Config, values)
             config = replace(config, precision=resolve_precision(config.precision, torch_device()))
-            grid = recipe.backbone_class.grid(model.model, carried(model))
+            first = next(iter(models.values()))
+            grid = recipe.backbone_class.grid(first.model, carried_modules(first))
             grid.check(data.rows)
-            config.check_model(model)
+            config.check_model(*models.values())
             check_data(recipe, config, data)
-            shaped = samples and fit_samples(recipe, grid, data, samples)
-            job = registry().start(model, recipe.name, config, data, files, run_name, shaped)
+            previews = samples and samples.fitted(recipe.previews, grid)
+            for name, given in {"data": data, "samples": previews}.items():
+                check_text_width(name, given, grid)
+            job = registry().start(models, recipe.name, config, data, files, run_name, previews)
             text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
             shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
             return io.NodeOutput(job.spec.id, ui=shown)
@@ -111,8 +117,8 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
 def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:
     """ValueError if the data does not suit the options. Warns if only some phases have prior clips."""
     phases = {
-        phase.name: PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, dict)
-        for phase in recipe.phases(config)
+        phase.name: PhaseData(data, phase.unit, recipe.columns, config.batch_size, config.seed, dict)
+        for phase in recipe.phases(config, data)
     }
     config.check_data(data)
     without = [name for name, phase in phases.items() if not phase.prior.rows]
@@ -120,26 +126,17 @@ def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) ->
         logging.warning("Kinoloom: the data has prior clips, but none for the phase %s", ", ".join(without))
 
 
-def fit_samples(recipe: type[Recipe], grid: Grid, data: TrainingData, samples: Samples) -> Samples:
-    """The samples with their latent shape. ValueError if this method's model cannot sample them."""
-    found, expected = ("prompts", "first frames") if samples.column == PROMPTS else ("first frames", "prompts")
-    if (samples.column == PROMPTS) != (PROMPTS in recipe.columns):
-        raise ValueError(f"samples: these are {found}, but {recipe.title} takes {expected}")
-    if samples.column == PROMPTS:
-        theirs = prompt_width(data.folder, data.rows[0].columns[PROMPTS])
-        ours = prompt_width(samples.folder, samples.stems[0])
-        if ours != theirs:
-            raise ValueError(f"samples: prompts are {ours} wide, the data's {theirs}: expected the same text encoder")
-    try:
-        shape = grid.latent_shape(samples.width, samples.height, samples.frames)
-    except ValueError as error:
-        raise ValueError(f"samples: {error}") from error
-    return replace(samples, shape=shape)
-
-
-def prompt_width(folder: str, stem: str) -> int:
-    with safe_open(str(column_path(folder, stem, PROMPTS)), framework="pt") as opened:
-        return opened.get_slice(PROMPTS).get_shape()[-1]
+def check_text_width(name: str, given: TrainingData | Previews | None, grid: Grid) -> None:
+    """ValueError unless prompts were encoded with a text encoder for this model."""
+    rows = given.rows[:1] if given and grid.text_width else ()
+    for path in (path for row in rows for path in files_of(given.folder, row, (PROMPT,)).values()):
+        with safe_open(str(path), framework="pt") as opened:
+            width = opened.get_slice(PROMPT.name).get_shape()[-1]
+        if width != grid.text_width:
+            raise ValueError(
+                f"{name}: prompts are {width} wide, expected {grid.text_width} for this model: were they encoded with "
+                "the text encoder of another one?"
+            )
 
 
 def file_options(config_class: type) -> dict[str, str]:
@@ -165,8 +162,8 @@ def check_earlier(name: str, recipe: str, config: TrainConfig) -> None:
     if earlier is None or earlier.status == "finished" or not same_name(asked_as(earlier.spec), name):
         return
     if earlier.resumable or not earlier.ended.is_set():
-        known = earlier.spec.identity
-        Identity.of(recipe, known.base_model, known.data, config, known.files).require_same(known, name)
+        known = earlier.spec.run_key
+        RunKey.of(recipe, known.base_model, known.data, config, known.files).require_same(known, name)
         earlier.require_reachable(config)
 
 

@@ -55,6 +55,7 @@ from steps import (
     enter_comfyui,
     make_recipe,
     measure,
+    phases,
     prompt,
     table,
     train,
@@ -71,12 +72,12 @@ LAYERS = {"spatial": 192, "temporal": 200}
 def our_recipe(shape: Shape, folder: Path, **options: Any) -> Any:
     enter_comfyui(folder)
     from kinoloom.trainers.backbones.animatediff.motion_module import PART
-    from kinoloom.trainers.host.source import Part
+    from kinoloom.trainers.host.source import Carried
     from toyworld.pack import unet
 
     with torch.inference_mode():
         model = unet.load(folder / "unet.safetensors")
-    parts = {PART: Part(str(folder / "motion.safetensors"), {})}
+    parts = {PART: Carried(str(folder / "motion.safetensors"), {})}
     options = {"preset": "custom", "rank": shape.rank, "spatial_off_prob": 0.0, "dropout": DROPOUT, **options}
     return make_recipe("KinoloomTrainMotionDirector", model, parts, **options)
 
@@ -99,7 +100,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, float], Any]:
     from kinoloom.trainers import motion_director
     from kinoloom.trainers.core.rng import Rng
 
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(phases(recipe)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)
     latents = batch["latents"]
     t = recipe.backbone.schedule.timesteps(rng.uniform(1, recipe.config.stratified_timesteps))

@@ -60,21 +60,27 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], **options: Any) ->
     from kinoloom.trainers.core.placement import Placement
     from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
     from kinoloom.trainers.host.device import compute_dtype, torch_device
-    from kinoloom.trainers.host.private import load_private
+    from kinoloom.trainers.host.private import Private, load_private
 
     method = recipes()[name]
     config = method.Config(steps=1_000_000, validate_every=0, save_every=100_000, **options)
     device = torch_device()
     dtype = compute_dtype(config.precision, device)
     private = load_private(model, device, Placement(stored=dtype))
-    backbone = method.backbone_class(private, parts, device, dtype, TRANSFORMER_OPTIONS)
+    backbone = method.backbone_class({"model": Private(private, parts)}, device, dtype, TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.placement = Placement(len(backbone.blocks) if config.checkpointing == "on" else 0, dtype)
     return method(backbone, config)
 
 
+def phases(recipe: Any) -> list[Any]:
+    from kinoloom.trainers.core.data import TrainingData
+
+    return recipe.phases(recipe.config, TrainingData("", ()))
+
+
 def batches(
-    recipe: Any, folder: Path, latents: Tensor, split: str = "clips", **columns: dict[str, Tensor]
+    recipe: Any, folder: Path, latents: Tensor, unit: str = "clips", **columns: dict[str, Tensor]
 ) -> Any:
     """One clip [C, F, h, w] and its other columns on disk, as micro-batches for `recipe`."""
     from kinoloom.trainers.core import data
@@ -82,9 +88,9 @@ def batches(
     columns = {"latents": {"latents": latents}, **columns}
     for column, tensors in columns.items():
         data.write_column(folder, "clip", column, tensors)
-    row = data.Row("clip", split, "train", tuple(latents.shape), dict.fromkeys(columns, "clip"))
+    row = data.Row("clip", unit, "train", tuple(latents.shape), dict.fromkeys(columns, "clip"))
     rows, c = data.TrainingData(str(folder), (row,)), recipe.config
-    return data.PhaseData(rows, split, recipe.columns, c.batch_size, c.seed, recipe.backbone.prepare)
+    return data.PhaseData(rows, unit, recipe.columns, c.batch_size, c.seed, recipe.backbone.prepare)
 
 
 def prompt(prompt_embeds: Tensor) -> dict[str, Tensor]:

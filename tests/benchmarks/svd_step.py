@@ -41,6 +41,7 @@ from steps import (
     enter_comfyui,
     make_recipe,
     measure,
+    phases,
     register_pack,
     table,
     train,
@@ -191,7 +192,7 @@ def our_numbers(shape: Shape, folder: Path) -> tuple[dict[str, Tensor], tuple[Te
     from kinoloom.trainers.core.plain_lora import GROUP
     from kinoloom.trainers.core.rng import Rng
 
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(phases(recipe)[0])
     batch, rng = clip(recipe, shape, folder / "data")[0], Rng(0, "clips", 0)
     c = recipe.config
     drawn = drawn_conditions(batch, rng, c.conditioning_dropout)

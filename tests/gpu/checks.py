@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from models import Bench, host
-from steps import Done, train
+from steps import Done, phases, train
 from torch import Tensor
 from wan_step import Shape
 
@@ -111,7 +111,7 @@ def _numbers(bench: Bench, name: str, device: str | None, options: dict[str, Any
     for key, loss in recipe.losses(bench.batch(recipe, *SMALL)[0], Rng(0, "check", 0)):
         loss.backward()
         found[f"{key} loss"] = loss.item()
-    trained = [p for group in recipe.param_groups(recipe.phases(recipe.config)[0]) for p in group["params"]]
+    trained = [p for group in recipe.param_groups(phases(recipe)[0]) for p in group["params"]]
     gradients = [p.grad.norm() for p in trained if p.grad is not None]
     assert gradients, f"{name}: no gradient"
     return {**found, "gradient": float(torch.stack(gradients).norm())}
@@ -161,7 +161,7 @@ def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str,
     from kinoloom.trainers import recipes
     from kinoloom.trainers.core.data import Row, TrainingData, write_column
     from kinoloom.trainers.host.source import ModelSource
-    from kinoloom.trainers.run.checkpoint import Identity
+    from kinoloom.trainers.run.checkpoint import RunKey
     from kinoloom.trainers.run.job import Job
     from kinoloom.trainers.run.record import Spec
     from steps import prompt
@@ -174,11 +174,11 @@ def start_job(bench: Bench, model: Any, clip: tuple[int, int, int], *, run: str,
     data = TrainingData(str(folder), (Row("clip", "clips", "train", tuple(latents.shape), columns),))
     method, source = recipes()[name], ModelSource.of(model)
     config = method.Config(validate_every=0, **options)
-    identity = Identity.of(name, source.identity, data.digest, config, {})
+    run_key = RunKey.of(name, source.key, data.digest, config, {})
     outputs = {"loras": str(folder / "out")}
-    spec = Spec(run, run, name, vars(config), data, source, identity, outputs, time.time())
+    spec = Spec(run, run, name, vars(config), data, {"model": source}, run_key, outputs, time.time())
     job = Job(folder / "job", spec, method, lambda job, event: None, lambda job: False)
-    job.start(model)
+    job.start({"model": model})
     return job
 
 

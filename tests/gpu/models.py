@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from steps import TESTS, batches, enter_comfyui, prompt
+from steps import TESTS, batches, enter_comfyui, phases, prompt
 from tiny import svd as tiny_svd
 from tiny import write_wan
 from tiny.sd import write_motion_module, write_unet
@@ -40,14 +40,14 @@ class Bench:
         """A MODEL as ComfyUI loads it, and the parts it carries. `kind` is a backbone's name or "wan 14B"."""
         import comfy.sd
         from kinoloom.trainers.backbones.animatediff.motion_module import PART
-        from kinoloom.trainers.host.source import Part
+        from kinoloom.trainers.host.source import Carried
         from toyworld.pack import unet, video_unet
 
         path, load, parts = self.models / f"{kind}.safetensors", comfy.sd.load_diffusion_model, {}
         if kind == "animatediff":
             widths, load, motion = SD if self.full else TINY_SD, unet.load, self.models / "motion.safetensors"
             write = partial(write_unet, widths=widths)
-            parts = {PART: Part(str(motion), {})}
+            parts = {PART: Carried(str(motion), {})}
             _once(motion, partial(write_motion_module, widths=widths))
         elif kind == "svd":
             shape = {"widths": SD} if self.full else {"widths": TINY_SVD, "blocks": 1}
@@ -65,12 +65,12 @@ class Bench:
 
         kind = options.pop("kind", recipes()[name].backbone_class.name)
         recipe = make_recipe(name, *self.model(kind, dtype), device=torch.device(device or host().torch_device()), **options)
-        recipe.start(recipe.phases(recipe.config)[0])
+        recipe.start(phases(recipe)[0])
         return recipe
 
     def columns(self, recipe: Any, frames: int, height: int, width: int) -> tuple[Tensor, dict[str, Any]]:
         """Latents of a clip in pixels, and the other columns that the recipe needs."""
-        kind = type(recipe).backbone
+        kind = type(recipe).backbone_class.name
         channels = 16 if kind == "wan" else 4
         shape = (channels, 1 + (frames - 1) // FRAMES[kind], height // 8, width // 8)
         made: dict[str, Callable[[], dict[str, Tensor]]] = {
@@ -78,14 +78,14 @@ class Bench:
             "image": lambda: _image(shape),
             "tracklets": lambda: _tracklets(shape),
         }
-        return _random(1, *shape), {name: made[name]() for name in recipe.columns if name in made}
+        return _random(1, *shape), {name: made[name]() for name in (column.name for column in recipe.columns) if name in made}
 
     def batch(self, recipe: Any, frames: int, height: int, width: int) -> Any:
         """One micro-batch of one clip."""
         latents, columns = self.columns(recipe, frames, height, width)
-        split = recipe.phases(recipe.config)[0].split
+        unit = phases(recipe)[0].unit
         folder = self.folder / f"data-{time.time_ns()}"
-        return batches(recipe, folder, latents[:, :1] if split == "frames" else latents, split=split, **columns)
+        return batches(recipe, folder, latents[:, :1] if unit == "frames" else latents, unit=unit, **columns)
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> None:
@@ -104,7 +104,7 @@ def make_recipe(name: str, model: Any, parts: dict[str, Any], device: torch.devi
     config = method.Config(validate_every=0, **options)
     dtype = host().compute_dtype(config.precision, device)
     private = host().load_private(model, device, Placement(stored=dtype))
-    backbone = method.backbone_class(private, parts, device, dtype, host().TRANSFORMER_OPTIONS)
+    backbone = method.backbone_class({"model": host().Private(private, parts)}, device, dtype, host().TRANSFORMER_OPTIONS)
     memory.checkpointed_blocks(backbone)
     backbone.placement = Placement(len(backbone.blocks) if config.checkpointing == "on" else 0, dtype)
     return method(backbone, config)

@@ -25,7 +25,7 @@ from kinoloom.nodes.folders import output_folder
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import routes
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
-from kinoloom.trainers.run.previews import Samples
+from kinoloom.trainers.run.previews import Previews
 
 from ..coroutines import result_of
 from ..encoders import own_folders
@@ -105,9 +105,10 @@ def test_runs_that_are_not_finished_keep_their_clips_and_samples(
     rows = (Row("clip", "clips", "train", (16, 1, 8, 8), {"latents": stems["clip"]}),)
     data = TrainingData(str(data_folder()), rows)
     job = make_job(tmp_path / "user" / "__kinoloom" / "jobs", *inputs(WAN), make_config(WAN), WAN)
-    sampled = {"column": "prompt_embeds", "names": ("p",), "stems": (stems["prompt"],), "negative": stems["negative"]}
+    shown, away = (Row("p", "clips", "preview", (), {"prompt_embeds": stems[name]}) for name in ("prompt", "negative"))
     numbers = dict.fromkeys(("width", "height", "frames", "fps", "steps", "cfg", "first_cfg", "shift", "seed"), 1)
-    job.spec = replace(job.spec, data=data, samples=Samples(str(data_folder()), **sampled, **numbers, sample_every=1))
+    previews = Previews(str(data_folder()), (shown,), away, **numbers, sample_every=1)
+    job.spec = replace(job.spec, data=data, previews=previews)
     job.status = status
     job.write()
     restart(monkeypatch)

@@ -160,24 +160,25 @@ def test_prior_clips(wan: dict[str, Any], change: dict[str, Any], columns: set[s
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "columns"),
     [
-        {"vae": "other vae"},
-        {"vision": "other vision"},
-        {"images": 0.5},
-        {"size": 128},
-        {"frames": 3},
-        {"fps": 7},
-        {"motion_bucket": 98},
-        {"tracklets": TRACKED},
+        ({"vae": "other vae"}, {"sample"}),
+        ({"vision": "other vision"}, {"sample"}),
+        ({"images": 0.5}, {"sample"}),
+        ({"size": 128}, {"sample", "boxes"}),
+        ({"frames": 3}, {"boxes"}),
+        ({"fps": 7}, {"sample"}),
+        ({"motion_bucket": 98}, {"sample"}),
+        ({"tracklets": TRACKED}, {"boxes"}),
     ],
 )
-def test_first_frames_of_samples(svd: dict[str, Any], change: dict[str, Any]) -> None:
+def test_first_frames_of_samples(svd: dict[str, Any], change: dict[str, Any], columns: set[str]) -> None:
     def make(vae: str = "vae", vision: str = "vision", images: float = 1, **options: Any) -> dict:
         given = {"images": moving(1, images), **FIRST, **options}
-        return {"sample": set(samples_nodes.SampleFirstFrames.execute(svd[vae], svd[vision], **given).result[0].stems)}
+        (row,) = samples_nodes.SampleFirstFrames.execute(svd[vae], svd[vision], **given).result[0].rows
+        return {name: {stem} for name, stem in row.columns.items()}
 
-    assert changed(make, change) == {"sample"}
+    assert changed(make, change) == columns
 
 
 def test_windows_and_mask_sizes(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from kinoloom.nodes.data.encoding.vae import encode_pixels
 from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.cutting import Options
 from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.conditions.columns import LATENTS, PREVIEW_PROMPT, PROMPT
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
 from kinoloom.trainers.run.plain import read
-from kinoloom.trainers.run.previews import Samples
+from kinoloom.trainers.run.previews import Previews
 from PIL import Image
 
 from ..encoders import load_wan, own_folders
@@ -103,7 +104,7 @@ def test_a_single_frame_is_index_0_of_its_clip(vae: Any) -> None:
 def test_rows_of_a_clip_and_its_frames(models: dict[str, Any], vae: Any) -> None:
     frames = pixels(9)
     data = encode(models, frames, frames_per_clip=9, single_frames=3)
-    assert [(row.name, row.split, row.role, row.shape) for row in data.rows] == [
+    assert [(row.name, row.unit, row.role, row.shape) for row in data.rows] == [
         ("images frames 0-8", "clips", "train", (16, 3, 8, 8)),
         ("images frame 0", "frames", "train", (16, 1, 8, 8)),
         ("images frame 4", "frames", "train", (16, 1, 8, 8)),
@@ -126,11 +127,11 @@ def test_batches_reads_what_the_nodes_write(models: dict[str, Any]) -> None:
     )
     wide = encode(models, pixels(5, 32, 128), "another, longer caption with more words")
     data = data_nodes.CombineData.execute(data, wide).result[0]
-    clips = Batches(data, "clips", "train", ("latents", "prompt_embeds"), batch_size=2)
+    clips = Batches(data, "clips", "train", (LATENTS, PROMPT), batch_size=2)
     assert len(clips) == 2
     shapes = {tuple(clips[i]["latents"].shape) for i in range(2)}
     assert shapes == {(2, 16, 2, 8, 8), (2, 16, 2, 4, 16)}
-    frames = Batches(data, "frames", "train", ("latents", "prompt_embeds"), batch_size=2)[0]
+    frames = Batches(data, "frames", "train", (LATENTS, PROMPT), batch_size=2)[0]
     assert frames["prompt_embeds"].shape == (2, 3, 77, 768)
     assert frames["mask"].shape == (2, 1, 1, 8, 8)
     assert frames["prompt_tokens"].shape == (2, 3)
@@ -155,7 +156,7 @@ def test_too_short_a_clip_says_what_would_fit(models: dict[str, Any]) -> None:
 
 def test_one_image_is_a_photo(models: dict[str, Any]) -> None:
     data = encode(models, pixels(1), single_frames=8, motion_caption="ignored")
-    assert [(row.split, row.shape) for row in data.rows] == [("clips", (16, 1, 8, 8)), ("frames", (16, 1, 8, 8))]
+    assert [(row.unit, row.shape) for row in data.rows] == [("clips", (16, 1, 8, 8)), ("frames", (16, 1, 8, 8))]
     assert data.rows[0].columns == data.rows[1].columns
 
 
@@ -592,9 +593,9 @@ SAMPLED = {
 def test_sample_prompts_are_encoded_as_captions_are_and_survive_a_restart(clip: Any) -> None:
     node = samples_nodes.SamplePrompts
     (samples,) = node.execute(clip, "a man\n\n  a [v] dog runs \n", "blurry", **SAMPLED).result
-    assert samples.names == ("a man", "a [v] dog runs") and samples.sample_every == 3
-    assert read(Samples, json.loads(json.dumps(asdict(samples))), "samples") == samples
-    positive, negative = replace(samples, shape=(16, 2, 4, 4)).conditions(1)
+    assert samples.names == ["a man", "a [v] dog runs"] and samples.sample_every == 3
+    assert read(Previews, json.loads(json.dumps(asdict(samples))), "samples") == samples
+    positive, negative = samples.conditions(1, (PREVIEW_PROMPT,))
     for batch, text in ((positive, "a [v] dog runs"), (negative, "blurry")):
         encoded, length = clip.encode_from_tokens(clip.tokenize(text)), batch["prompt_embeds"].shape[1]
         assert torch.equal(batch["prompt_embeds"], encoded[:, :length]) and not encoded[:, length:].any()

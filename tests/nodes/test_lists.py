@@ -75,7 +75,7 @@ def test_photos_and_texts_of_a_folder_are_one_data_set(models: dict[str, Any], f
         (folder / f"{name}.txt").write_text(f"photo {name}")
     ((images, texts),) = run(core.LoadImageTextDataSetFromFolderNode, folder="set")
     data = encode(models, images=images, caption=texts)
-    assert [(row.name, row.split) for row in data.rows] == [(f"images #{n}", "clips") for n in (1, 2, 3)]
+    assert [(row.name, row.unit) for row in data.rows] == [(f"images #{n}", "clips") for n in (1, 2, 3)]
     for place, text in enumerate(texts):
         width, height = sizes[text[-1]]
         assert (data.rows[place].shape[2] < data.rows[place].shape[3]) == (height < width)

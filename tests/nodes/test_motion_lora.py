@@ -19,7 +19,7 @@ from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.widgets import NO_FILE
 from kinoloom.trainers.backbones.animatediff.motion_module import MID, PART, Layout, MotionModules
-from kinoloom.trainers.host.source import parts_of
+from kinoloom.trainers.host.source import carried_files
 from tiny import sd as tiny_sd
 from torch import Tensor
 from toyworld.pack import unet as toy_unet
@@ -93,14 +93,14 @@ def test_middle_layers_of_a_v2_lora_are_left_out_elsewhere_with_a_warning(
     with caplog.at_level(logging.WARNING):
         patched = motion_loras.with_motion_lora(applied, tensors, 1.0, "lora.ckpt")
     assert "lora.ckpt was made for a v2 motion module; this one is v3" in caplog.text
-    assert list(parts_of(patched)[PART].patches) == [f"{QUERY}.weight"]
+    assert list(carried_files(patched)[PART].patches) == [f"{QUERY}.weight"]
     caplog.clear()
     (tmp_path / "diffusion_models").symlink_to(tiny_models / "diffusion_models")
     tiny_sd.write_motion_module(tmp_path / "animatediff_models" / "v2.safetensors", tiny.SD_WIDTHS, mid=True)
     with caplog.at_level(logging.WARNING):
         patched = motion_loras.with_motion_lora(load_animatediff(tmp_path, "v2"), tensors, 1.0, "lora.ckpt")
     assert not caplog.text
-    assert sorted(parts_of(patched)[PART].patches) == sorted([f"{QUERY}.weight", f"{MID_QUERY}.weight"])
+    assert sorted(carried_files(patched)[PART].patches) == sorted([f"{QUERY}.weight", f"{MID_QUERY}.weight"])
 
 
 def test_a_motion_model_of_animatediff_evolved_is_the_same_file_and_loras(

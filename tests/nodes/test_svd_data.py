@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy_extras.nodes_video_model as core
@@ -14,9 +15,11 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import svd_nodes as svd_data
 from kinoloom.nodes.data.encoding import svd_rows as svd_encode
 from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.backbones.svd.model import Svd
 from kinoloom.trainers.conditions.tracklet_painting import paint
 from kinoloom.trainers.conditions.tracklets import Keyframe, Tracklet, Tracklets, to_tensors
 from kinoloom.trainers.core.data import TrainingData, column_path
+from kinoloom.trainers.svd_tracklets import SvdTracklets
 from PIL import Image
 from torch import Tensor
 
@@ -67,7 +70,7 @@ def test_a_row_is_what_core_s_own_nodes_encode(vae: Any, clip_vision: Any) -> No
     images = moving(2)
     data, _ = encode(vae, clip_vision, images, motion_bucket=99)
     (row,) = data.rows
-    assert row.shape == (4, 4, 8, 16) and row.split == "clips"
+    assert row.shape == (4, 4, 8, 16) and row.unit == "clips"
     assert torch.allclose(column(data, "latents")["latents"], vae.encode(images).movedim(0, 1), atol=1e-4)
     image = column(data, "image")
     positive, negative, _ = core.SVD_img2vid_Conditioning().encode(
@@ -266,18 +269,19 @@ SAMPLED = {"size": 64, "frames": 4, "fps": 8, "motion_bucket": 99, "steps": 2, "
 def test_a_sample_starts_from_what_core_s_own_node_makes_of_the_first_frame(vae: Any, clip_vision: Any) -> None:
     images = moving(2)
     (samples,) = samples_nodes.SampleFirstFrames.execute(vae, clip_vision, images[:2], **SAMPLED).result
-    assert samples.names == ("image 1", "image 2") and (samples.width, samples.height) == (128, 64)
+    assert samples.names == ["image 1", "image 2"] and (samples.width, samples.height) == (128, 64)
     core_node = core.SVD_img2vid_Conditioning()
     given = core_node.encode(
         clip_vision, images[1:2], vae, 128, 64, 4, motion_bucket_id=99, fps=8, augmentation_level=0.0
     )
-    for ours, ((pooled, theirs),) in zip(samples.conditions(1), given[:2], strict=True):
+    positive, negative = samples.conditions(1, SvdTracklets.previews)
+    for ours, ((pooled, theirs),) in zip((positive, Svd.unconditional(None, negative)), given[:2], strict=True):
         assert torch.allclose(ours["image_embeds"], pooled[0], atol=1e-4)
         assert torch.allclose(ours["first_frame"], theirs["concat_latent_image"], atol=1e-4)
         told = [float(ours[name]) for name in ("fps", "motion_bucket", "augmentation")]
         assert told == [theirs[name] for name in ("fps", "motion_bucket_id", "augmentation_level")]
         assert not ours["box_mask"].any()
-    guidance = replace(samples, shape=(4, 4, 8, 16)).guidance().flatten()
+    guidance = samples.guidance(4).flatten()
     torch.testing.assert_close(guidance, torch.tensor([1.0, 1.5, 2.0, 2.5]))
 
 
@@ -286,9 +290,11 @@ def test_a_sample_s_boxes_are_in_what_is_asked_for_and_not_in_the_negative(vae: 
     tracklets = Tracklets(128, 64, 8, (Tracklet(1, "dog", "#ff0000", (key,)),))
     node = samples_nodes.SampleFirstFrames
     (samples,) = node.execute(vae, clip_vision, moving(2)[:1], tracklets, **SAMPLED).result
-    positive, negative = samples.conditions(0)
+    positive, negative = samples.conditions(0, SvdTracklets.previews)
+    recipe = SimpleNamespace(backbone=SimpleNamespace(unconditional=dict))
+    negative = SvdTracklets.unconditional(recipe, negative)
     boxes, mask = to_tensors(tracklets, 4, (128, 64))
     assert torch.equal(positive["boxes"], boxes[None]) and torch.equal(positive["box_mask"], mask[None])
     assert mask.any() and not negative["box_mask"].any()
     (without,) = node.execute(vae, clip_vision, moving(2)[:1], **SAMPLED).result
-    assert without.stems != samples.stems
+    assert without.rows[0].columns["boxes"] != samples.rows[0].columns["boxes"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinoloom.trainers.conditions.columns import LATENTS, MASK, PROMPT
 from kinoloom.trainers.core.data import Batches, PhaseData, TrainingData, collate
 
 from ..rows import write_row
@@ -18,7 +19,7 @@ def rows_of(folder: Path, *shapes: tuple[int, ...], role: str = "train") -> list
 
 def order(batches: Batches, epoch: int) -> list[int]:
     count = len(batches)
-    return [row for place in range(count) for row in batches[epoch * count + place]["row"].tolist()]
+    return [row for place in range(count) for row in batches[epoch * count + place]["group"].tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 
 
 def test_every_epoch_visits_every_row_once_in_another_order(eight: TrainingData) -> None:
-    batches = Batches(eight, "clips", "train", ("latents",), seed=5)
+    batches = Batches(eight, "clips", "train", (LATENTS,), seed=5)
     orders = [order(batches, epoch) for epoch in range(4)]
     assert all(sorted(found) == list(range(8)) for found in orders)
     assert len({tuple(found) for found in orders}) == 4
@@ -39,7 +40,7 @@ def test_another_seed_joins_and_orders_rows_otherwise(eight: TrainingData) -> No
     """Which rows share a batch, too."""
     pairs = {
         seed: [
-            frozenset(Batches(eight, "clips", "train", ("latents",), batch_size=2, seed=seed)[m]["row"].tolist())
+            frozenset(Batches(eight, "clips", "train", (LATENTS,), batch_size=2, seed=seed)[m]["group"].tolist())
             for m in range(8)
         ]
         for seed in (1, 2)
@@ -51,7 +52,7 @@ def test_another_seed_joins_and_orders_rows_otherwise(eight: TrainingData) -> No
 
 def test_batches_of_different_shapes_take_turns(tmp_path: Path) -> None:
     data = TrainingData(str(tmp_path), tuple(rows_of(tmp_path, *[SMALL] * 6, *[LARGE] * 6)))
-    batches = Batches(data, "clips", "train", ("latents",), batch_size=2)
+    batches = Batches(data, "clips", "train", (LATENTS,), batch_size=2)
     shapes = [batches[m]["latents"].shape[2] for m in range(6 * 4)]
     for epoch in range(4):
         assert sorted(shapes[6 * epoch : 6 * epoch + 6]) == [1, 1, 1, 3, 3, 3]
@@ -65,7 +66,7 @@ def test_the_largest_batch_is_of_the_largest_shape(tmp_path: Path) -> None:
     data = TrainingData(
         str(tmp_path), (*rows_of(tmp_path, *shapes), *rows_of(tmp_path, LARGE, SMALL, role="prior"))
     )
-    batch = PhaseData(data, "clips", ("latents",), 3, 0, dict).largest()
+    batch = PhaseData(data, "clips", (LATENTS,), 3, 0, dict).largest()
     assert batch["latents"].shape == (3, *wide) and batch["prior"]["latents"].shape == (3, *LARGE)
 
 
@@ -73,29 +74,43 @@ def test_each_batch_has_a_prior_of_its_own(tmp_path: Path) -> None:
     data = TrainingData(
         str(tmp_path), (*rows_of(tmp_path, SMALL, SMALL), *rows_of(tmp_path, *[SMALL] * 5, role="prior"))
     )
-    phase = PhaseData(data, "clips", ("latents",), 1, 0, dict)
-    assert sorted(int(phase[index]["prior"]["row"]) for index in range(5)) == list(range(5))
+    phase = PhaseData(data, "clips", (LATENTS,), 1, 0, dict)
+    seen = {tuple(phase[index]["prior"]["latents"].flatten()[:3].tolist()) for index in range(5)}
+    assert len(seen) == 5
 
 
 def test_an_unmasked_sample_among_masked_ones_counts_in_full() -> None:
-    masked = {"latents": torch.zeros(16, 2, 3, 3), "mask": torch.zeros(1, 2, 3, 3)}
-    plain = {"latents": torch.zeros(16, 2, 3, 3)}
-    batch = collate([masked, plain])
+    latents = {"latents": {"latents": torch.zeros(16, 2, 3, 3)}}
+    masked = {**latents, "mask": {"mask": torch.zeros(1, 2, 3, 3)}}
+    batch = collate([masked, latents], (LATENTS, MASK), (16, 2, 3, 3))
     assert batch["mask"].shape == (2, 1, 2, 3, 3)
     assert not batch["mask"][0].any() and (batch["mask"][1] == 1).all()
-    assert "mask" not in collate([plain, plain])
+    assert "mask" not in collate([latents, latents], (LATENTS, MASK), (16, 2, 3, 3))
 
 
 def test_prompts_are_padded_at_their_end() -> None:
     short, long = torch.ones(1, 2, 3), torch.full((1, 5, 3), 2.0)
-    joined = collate([{"prompt_embeds": short}, {"prompt_embeds": long}])["prompt_embeds"]
+    rows = [{"prompt_embeds": {"prompt_embeds": prompt}} for prompt in (short, long)]
+    joined = collate(rows, (PROMPT,), ())["prompt_embeds"]
     assert joined.shape == (2, 1, 5, 3)
     assert torch.equal(joined[0, 0, :2], short[0]) and not joined[0, 0, 2:].any()
     assert torch.equal(joined[1], long)
 
 
+def test_rows_of_one_group_have_one_number_in_training_and_validation(tmp_path: Path) -> None:
+    named = [("cat", "train"), ("dog", "train"), ("cat", "train"), ("dog", "validation"), ("", "validation")]
+    rows = [
+        replace(write_row(tmp_path, f"{i}", "clips", SMALL, role), group=group) for i, (group, role) in enumerate(named)
+    ]
+    data = TrainingData(str(tmp_path), tuple(rows))
+    numbers = {role: Batches(data, "clips", role, (LATENTS,)) for role in ("train", "validation")}
+    assert data.groups("clips") == ["cat", "dog"]
+    assert [int(numbers["train"].of_rows([i])["group"]) for i in range(3)] == [0, 1, 0]
+    assert [int(numbers["validation"].of_rows([i])["group"]) for i in range(2)] == [1, -1]
+
+
 @pytest.mark.parametrize(
-    "changed", [{"role": "prior"}, {"split": "frames"}, {"name": "other"}, {"columns": {"latents": "other"}}]
+    "changed", [{"role": "prior"}, {"unit": "frames"}, {"group": "dog"}, {"name": "other"}, {"columns": {"latents": "other"}}]
 )
 def test_the_digest_changes_with_what_a_row_is_and_is_for(changed: dict, eight: TrainingData) -> None:
     first, *others = eight.rows

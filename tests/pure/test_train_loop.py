@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinoloom.trainers.conditions.columns import LATENTS
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import Batch, PhaseData, TrainingData
 from kinoloom.trainers.core.events import Event, Step, Validation
@@ -32,7 +33,7 @@ class Toy:
         self.weights = module
         self.drawn: list[Rng] = []
 
-    def phases(self, config: TrainConfig) -> list[Phase]:
+    def phases(self, config: TrainConfig, data: TrainingData) -> list[Phase]:
         return self.order
 
     def start(self, phase: Phase) -> None:
@@ -80,9 +81,9 @@ def run(data: TrainingData) -> Run:
         config = TrainConfig(**{"validate_every": 0, "weight_decay": 0.0, **options})
 
         def rows(phase: Phase) -> PhaseData:
-            return PhaseData(data, "clips", ("latents",), config.batch_size, config.seed, dict)
+            return PhaseData(data, "clips", (LATENTS,), config.batch_size, config.seed, dict)
 
-        train(toy, rows, config, State(), session, torch.amp.GradScaler("cpu", enabled=False))
+        train(toy, toy.phases(config, data), rows, config, State(), session, torch.amp.GradScaler("cpu", enabled=False))
         return toy, emitted, saved
 
     return whole

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kinoloom.lora_io.file import SaveError
 from kinoloom.trainers import recipes
-from kinoloom.trainers.core.data import Row
+from kinoloom.trainers.core.data import Row, TrainingData
 from kinoloom.trainers.core.loop import Diverged
 from kinoloom.trainers.run import advice
 from kinoloom.trainers.run.advice import Finding, Seen, advise, look_at, of_failure
@@ -22,8 +22,8 @@ WAN, SNS, FINE_TUNE = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "Ki
 TRACKLETS = "KinoloomTrainSvdTracklets"
 
 
-def row(number: int = 0, split: str = "clips", frames: int = 5, role: str = "train") -> Row:
-    return Row(f"{role} {number}", split, role, (16, frames, 8, 8), {})
+def row(number: int = 0, unit: str = "clips", frames: int = 5, role: str = "train") -> Row:
+    return Row(f"{role} {number}", unit, role, (16, frames, 8, 8), {})
 
 
 def curve(
@@ -66,7 +66,7 @@ def kinds(
     history: list[dict], name: str = WAN, rows: list[Row] | None = None, seen: Seen | None = None, **options: Any
 ) -> list[str]:
     recipe = recipes()[name]
-    found = advise(recipe, recipe.Config(**options), rows or [row()], history, seen or Seen())
+    found = advise(recipe, recipe.Config(**options), TrainingData("", tuple(rows or [row()])), history, seen or Seen())
     assert len({finding.kind for finding in found}) == len(found)
     return [finding.kind for finding in found]
 
@@ -115,7 +115,7 @@ def test_one_falling_loss_of_two_is_well() -> None:
 
 def test_tracklets_whose_loss_hardly_falls_are_well() -> None:
     rows = [row(i) for i in range(200)]
-    painted = recipes()[TRACKLETS].phases(recipes()[TRACKLETS].Config())[0].name
+    painted = recipes()[TRACKLETS].phases(recipes()[TRACKLETS].Config(), TrainingData("", ()))[0].name
     assert kinds(curve([1.0] * 300, painted), TRACKLETS, rows) == []
 
 
@@ -153,12 +153,12 @@ def test_overfit_by_held_out_loss() -> None:
         assert kinds(steps + measured(still, held_out=True)) == [], "noise about a level"
     recipe = recipes()[WAN]
     history = curve(falling(800)) + measured(rises, held_out=True)
-    (finding,) = advise(recipe, recipe.Config(), [row()], history, Seen())
+    (finding,) = advise(recipe, recipe.Config(), TrainingData("", (row(),)), history, Seen())
     assert "step 400" in finding.text
 
 
 def test_phases_are_judged_apart() -> None:
-    first, second = [p.name for p in recipes()[SNS].phases(recipes()[SNS].Config())]
+    first, second = [p.name for p in recipes()[SNS].phases(recipes()[SNS].Config(), TrainingData("", ()))]
     rows = [row(), row(1, "frames", 1)]
     history = curve(falling(600, 0.1, 0.05), first) + curve(falling(900, 1.0, 0.6), second)
     assert kinds(history, SNS, rows) == [], "another phase has another loss"
@@ -171,7 +171,7 @@ def test_phases_are_judged_apart() -> None:
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_the_defaults_on_data_that_suits_a_method_are_well(name: str) -> None:
     recipe = recipes()[name]
-    count = max(phase.clips for phase in recipe.phases(recipe.Config()))
+    count = max(phase.fewest_rows for phase in recipe.phases(recipe.Config(), TrainingData("", ())))
     rows = [row(i) for i in range(count)] + [row(i, "frames", 1) for i in range(3)]
     assert kinds([], name, rows) == []
 
@@ -195,7 +195,7 @@ def test_findings_from_samples() -> None:
     assert kinds(history, seen=Seen(moving=0.1, change=0.1)) == ["nothing-is-learned"]
     assert kinds(history, seen=Seen(moving=0.1, change=3.0)) == []
     assert kinds([sampled(0, ["a"]), sampled(50, ["b"])], seen=Seen(change=0.1)) == [], "too early"
-    first = recipes()[SNS].phases(recipes()[SNS].Config())[0].name
+    first = recipes()[SNS].phases(recipes()[SNS].Config(), TrainingData("", ()))[0].name
     rows = [row(), row(1, "frames", 1)]
     assert kinds([sampled(9, ["a"], first)], SNS, rows, Seen(moving=0.0)) == [], "a stage on frames makes stills"
 

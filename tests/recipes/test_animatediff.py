@@ -25,8 +25,8 @@ from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.schedules import Ddpm
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
-from kinoloom.trainers.host.private import load_private
-from kinoloom.trainers.host.source import ModelSource, carried, parts_of
+from kinoloom.trainers.host.private import Private, load_private
+from kinoloom.trainers.host.source import ModelSource, carried_files, carried_modules
 from kinoloom.trainers.motion_director import MotionDirector
 from safetensors.torch import load_file, save_file
 from tiny import sd as tiny_sd
@@ -35,6 +35,7 @@ from torch.nn.functional import group_norm
 from toyworld.pack import unet as toy_unet
 
 from ..runs import (
+    NO_DATA,
     TEXT_WIDTH,
     load_animatediff,
     load_model,
@@ -465,10 +466,10 @@ def test_data_that_does_not_fit_is_refused_before_a_run(applied: Any) -> None:
     with pytest.raises(ValueError, match="model: has no motion module. Put Apply Motion Module before the train node"):
         check({}, 4, 16, 8, 8)
     with pytest.raises(ValueError, match=r"clip.mp4 has 33 frames, but this model takes 32 at most"):
-        check(carried(applied), 4, 33, 8, 8)
+        check(carried_modules(applied), 4, 33, 8, 8)
     with pytest.raises(ValueError, match="clip.mp4 has latents of 16 channels, expected 4"):
-        check(carried(applied), 16, 5, 8, 8)
-    check(carried(applied), 4, 32, 8, 8)
+        check(carried_modules(applied), 16, 5, 8, 8)
+    check(carried_modules(applied), 4, 32, 8, 8)
 
 
 # -- training --------------------------------------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_gradients_under_dropout_are_the_same_when_activations_are_recomputed(
     name: str, model: Any, data: TrainingData
 ) -> None:
     recipe = MotionDirector(make_backbone(model), make_config(name, dropout=0.3, spatial_off_prob=0.0))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     with torch.no_grad():
         for group in ("spatial", "temporal"):
             for path, up in recipe.lora.factors(group, "up").items():
@@ -504,8 +505,8 @@ def test_gradients_under_dropout_are_the_same_when_activations_are_recomputed(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_frozen_weights_are_kept_in_half_precision_and_lora_factors_in_fp32(dtype: torch.dtype, applied: Any) -> None:
     cpu, full = torch.device("cpu"), make_backbone(applied)
-    private, parts = load_private(applied, cpu, Placement(stored=dtype)), parts_of(applied)
-    backbone = animatediff.AnimateDiff(private, parts, cpu, dtype, TRANSFORMER_OPTIONS)
+    private, parts = load_private(applied, cpu, Placement(stored=dtype)), carried_files(applied)
+    backbone = animatediff.AnimateDiff({"model": Private(private, parts)}, cpu, dtype, TRANSFORMER_OPTIONS)
     matrices = {name: p.dtype for name, p in backbone.module.named_parameters() if p.ndim in (2, 4)}
     assert set(matrices.values()) == {dtype}
     assert {name.split(".")[0] for name in matrices} == {"unet", "motion"}
@@ -513,7 +514,7 @@ def test_frozen_weights_are_kept_in_half_precision_and_lora_factors_in_fp32(dtyp
     assert half.dtype == dtype
     assert (half.float() - exact).norm() < 0.1 * exact.norm()
     recipe = MotionDirector(backbone, make_config(NAME))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     trained = [p for p in backbone.module.parameters() if p.requires_grad]
     assert len(trained) == 2 * (192 + 200) and {p.dtype for p in trained} == {torch.float32}
 
@@ -527,8 +528,8 @@ def test_identity_changes_with_the_motion_module_and_the_loras_on_it(
     (tmp_path / "diffusion_models").symlink_to(folder / "diffusion_models")
     tiny_sd.write_motion_module(module_file(tmp_path, "copy"), SD_WIDTHS)
     tiny_sd.write_motion_module(module_file(tmp_path, "other"), SD_WIDTHS, seed=1)
-    own = ModelSource.of(applied).identity
-    assert ModelSource.of(load_animatediff(tmp_path, "copy")).identity == own, "a path is no identity"
+    own = ModelSource.of(applied).key
+    assert ModelSource.of(load_animatediff(tmp_path, "copy")).key == own, "a path is no identity"
     base = toy_unet.load(folder / "diffusion_models" / "tiny_sd.safetensors")
     others = [
         base,
@@ -537,7 +538,7 @@ def test_identity_changes_with_the_motion_module_and_the_loras_on_it(
         motion_loras.with_motion_lora(applied, LORA, 0.5, "lora"),
         motion_loras.with_motion_lora(applied, motion_lora({QUERY: (64, 64)}, 3, "other"), 1.0, "lora"),
     ]
-    identities = [own, *(ModelSource.of(other).identity for other in others)]
+    identities = [own, *(ModelSource.of(other).key for other in others)]
     assert len(set(identities)) == len(identities)
 
 

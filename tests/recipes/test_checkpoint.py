@@ -72,7 +72,7 @@ def test_the_newest_run_is_the_last_one_though_the_clock_went_back(
     for clock, seed in ((2e9, 0), (1e9, 1), (1.5e9, 2)):
         monkeypatch.setattr(jobs, "time", SimpleNamespace(time=lambda clock=clock: clock))
         config = make_config(WAN_LORA, seed=seed, steps=1, validate_every=0)
-        started.append(registry.start(model, WAN_LORA, config, data, {}, "run"))
+        started.append(registry.start({"model": model}, WAN_LORA, config, data, {}, "run"))
         assert started[-1].ended.wait(600) and started[-1].status == "finished"
         assert registry.newest("run") is started[-1]
     assert [job.spec.run_name for job in started] == ["run", "run-2", "run-3"]
@@ -101,7 +101,7 @@ def test_of_the_files_called_best_the_last_is_kept(model: Any, data: TrainingDat
 def test_a_scale_is_exact_in_a_file_of_half_precision(model: Any, data: TrainingData, tmp_path: Path) -> None:
     alpha = 3.3000001
     job = finish(make_job(tmp_path, model, data, make_config(WAN_LORA, alpha=alpha, steps=1), WAN_LORA), model)
-    tensors, _ = load(Path(job.parts[-1]))
+    tensors, _ = load(Path(job.result_files[-1]))
     scales = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
     assert len(scales) == 20
     assert all(scale.dtype == torch.float32 and float(scale) == pytest.approx(alpha, rel=1e-7) for scale in scales)
@@ -127,4 +127,4 @@ def test_a_checkpoint_is_read_back_as_it_was(model: Any, data: TrainingData, tmp
     atomic_write(tmp_path / "again.pt", lambda temporary: write(
         {"state": vars(state), "identity": "{}"}, temporary))  # fmt: skip
     assert_same(torch.load(tmp_path / "again.pt", weights_only=True)["state"], vars(state))
-    assert identity == job.spec.identity
+    assert identity == job.spec.run_key

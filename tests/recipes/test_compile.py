@@ -10,7 +10,7 @@ from kinoloom.trainers.core.memory import checkpointed_blocks
 from kinoloom.trainers.core.rng import Rng, derived_generator
 from torch import Tensor
 
-from ..runs import make_backbone, make_batch, make_config, placements
+from ..runs import NO_DATA, make_backbone, make_batch, make_config, placements
 
 
 def gradients(recipe: Any, data: TrainingData) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def test_compiled_blocks_have_no_graph_breaks_and_the_same_gradients(name: str, 
     torch._dynamo.reset()
     without_dropout = {"dropout": 0.0} if name == "KinoloomTrainMotionDirector" else {}
     recipe = recipes()[name](make_backbone(model), make_config(name, **without_dropout))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     for group in sorted(recipe.lora.active):
         for path, up in recipe.lora.factors(group, "up").items():
             up.data.normal_(0, 0.1, generator=derived_generator("up", path))

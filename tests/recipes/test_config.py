@@ -15,10 +15,10 @@ from kinoloom.nodes.training import registry as jobs
 from kinoloom.trainers import recipes
 from kinoloom.trainers.core.config import make
 from kinoloom.trainers.core.data import TrainingData
-from kinoloom.trainers.run.checkpoint import Identity, load_state
+from kinoloom.trainers.run.checkpoint import RunKey, load_state
 from kinoloom.trainers.run.job import Job
 
-from ..runs import RUNS, Published, events, finish, make_config, make_job, state_of
+from ..runs import NO_DATA, RUNS, Published, events, finish, make_config, make_job, state_of
 
 SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
 SVD_LORA, FINETUNE = "KinoloomTrainSvdLora", "KinoloomTrainSvdFinetune"
@@ -105,7 +105,7 @@ def test_set_and_sequence_refuses_what_does_not_go_together(options: dict[str, A
     ],
 )
 def test_set_and_sequence_runs_the_stages_that_have_steps(options: dict[str, Any], phases: list[str]) -> None:
-    assert [phase.name for phase in recipes()[SNS].phases(make_config(SNS, **options))] == phases
+    assert [phase.name for phase in recipes()[SNS].phases(make_config(SNS, **options), NO_DATA)] == phases
 
 
 # -- every option does something -------------------------------------------------------------------------------------------
@@ -219,10 +219,10 @@ def test_no_option_is_missing_from_the_table(name: str) -> None:
 
 def test_what_changes_the_result_is_noticed_when_a_run_is_resumed() -> None:
     for name in RUNS:
-        start = Identity.of(name, "m", "d", make_config(name, **BASE[name]), {})
+        start = RunKey.of(name, "m", "d", make_config(name, **BASE[name]), {})
         for option, (value, changes) in {**SHARED, **OWN[name]}.items():
             if option in recipes()[name].Config.__dataclass_fields__:
-                other = Identity.of(name, "m", "d", make_config(name, **{**BASE[name], option: value}), {})
+                other = RunKey.of(name, "m", "d", make_config(name, **{**BASE[name], option: value}), {})
                 found = other.changes(start) + other.adjusted(start)
                 free = changes in (PLAN, SAVED, METADATA, VALIDATIONS)
                 assert bool(found) != free, (name, option)
@@ -243,7 +243,7 @@ def observed(folder: Path, model: Any, data: TrainingData, name: str, **options:
 
     config = make_config(name, **{"validate_every": 0, "save_every": 2, **BASE[name], **options})
     job = finish(make_job(folder, model, data, config, name, Published().at(2, look)), model)
-    tensors, metadata = load(Path(job.parts[-1]))
+    tensors, metadata = load(Path(job.result_files[-1]))
     return {
         WEIGHTS: state_of(job).recipe,
         FILES: sorted(tensors),

@@ -47,7 +47,7 @@ def start(registry: jobs.Registry, inputs: Callable) -> Start:
     def run(run_name: str, recipe: str = WAN, files: dict[str, str] | None = None, **options: Any) -> Job:
         model, data = inputs(recipe)
         config = make_config(recipe, **options)
-        job = registry.start(model, recipe, config, data, files or {}, run_name)
+        job = registry.start({"model": model}, recipe, config, data, files or {}, run_name)
         assert job.ended.wait(600)
         return job
 
@@ -62,7 +62,7 @@ def moved(value: Any) -> Any:
 
 
 def tensors(job: Job) -> dict:
-    return load(Path(job.parts[-1]))[0]
+    return load(Path(job.result_files[-1]))[0]
 
 
 # -- longer ------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_a_finished_run_made_longer_equals_the_long_run_to_the_bit(
     assert_same(tensors(again), tensors(straight))
     ours, theirs = ([(e["done"], e["losses"]) for e in events(job, "step")] for job in (again, straight))
     assert ours == theirs
-    assert again.parts[-1] in {e["path"] for e in again.history if e["event"] == "saved"}
+    assert again.result_files[-1] in {e["path"] for e in again.history if e["event"] == "saved"}
     plans = [e["note"] for e in again.history if e["event"] == "plan"]
     assert plans and all(f"Goes on from step {done} with changed options" in note for note in plans)
     assert f"Goes on from step {done}" in again.log_path.read_text()
@@ -180,10 +180,10 @@ def test_another_rate_alone_or_another_rank_is_another_run_once_a_run_is_finishe
 
 def test_a_run_that_goes_on_is_not_changed_under_way(start: Start, registry: jobs.Registry, inputs: Callable) -> None:
     model, data = inputs(WAN)
-    job = registry.start(model, WAN, make_config(WAN, steps=500), data, {}, "dance")
+    job = registry.start({"model": model}, WAN, make_config(WAN, steps=500), data, {}, "dance")
     try:
         with pytest.raises(ValueError, match=r"run 'dance' is \w+: stop it before .* steps \(was 500, now 600\)"):
-            registry.start(model, WAN, make_config(WAN, steps=600), data, {}, "dance")
+            registry.start({"model": model}, WAN, make_config(WAN, steps=600), data, {}, "dance")
     finally:
         job.stop()
         assert job.ended.wait(60)
@@ -242,7 +242,7 @@ def test_runs_wait_in_line_first_come_first_served_and_can_be_reordered(
     config = make_config(WAN, steps=1, validate_every=0)
 
     def queue(name: str) -> Job:
-        return registry.start(model, WAN, config, data, {}, name)
+        return registry.start({"model": model}, WAN, config, data, {}, name)
 
     first = queue("a")
     while not begun:
@@ -321,7 +321,7 @@ def test_a_finished_run_keeps_its_state_as_keep_state_says(keep: str, size: int,
 
 def test_a_run_whose_state_is_gone_is_not_made_longer(start: Start, registry: jobs.Registry) -> None:
     short = start("short", steps=1, keep_state="never")
-    assert short.state_bytes == 0 and short.status == "finished" and Path(short.parts[-1]).is_file()
+    assert short.state_bytes == 0 and short.status == "finished" and Path(short.result_files[-1]).is_file()
     freed = start("freed", steps=1)
     registry.free(freed)
     assert freed.summary()["state_bytes"] == 0

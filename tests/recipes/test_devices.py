@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..runs import RUNS, make_backbone, make_config
+from ..runs import NO_DATA, RUNS, make_backbone, make_config
 
 GPU = torch.device("meta")
 COPIES = ("_to_copy", "copy_")
@@ -71,10 +71,10 @@ def test_a_step_mixes_no_devices_and_reads_the_gpu_once(name: str, model: Any, d
     method = recipes()[name]
     config = make_config(name, **OPTIONS.get(name, {}))
     recipe = method(backbone, config)
-    phase = recipe.phases(config)[-1]
-    for each in recipe.phases(config):
+    phase = recipe.phases(config, NO_DATA)[-1]
+    for each in recipe.phases(config, NO_DATA):
         recipe.start(each)
-    batches = PhaseData(data, phase.split, recipe.columns, config.batch_size, config.seed, backbone.prepare)
+    batches = PhaseData(data, phase.unit, recipe.columns, config.batch_size, config.seed, backbone.prepare)
     session = Session(lambda event: None, lambda: False, lambda *a: None, lambda *a: None)
     run = PhaseRun(recipe, phase, batches, config, State(), session, torch.amp.GradScaler("cpu", enabled=False))
     with Watch() as watch:

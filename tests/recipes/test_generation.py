@@ -10,7 +10,7 @@ from kinoloom.nodes.training.generation import generation, workflow
 from kinoloom.trainers import recipes
 from kinoloom.trainers.run.job import Job
 
-from ..runs import make_config, make_job
+from ..runs import NO_DATA, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 FINETUNE, BOXES = "KinoloomTrainSvdFinetune", "KinoloomTrainSvdTracklets"
@@ -86,8 +86,8 @@ def test_what_a_method_names_is_in_its_templates(name: str) -> None:
     recipe = recipes()[name]
     config = make_config(name)
     named: dict[str, set[str]] = {}
-    for choice in recipe.generations(config):
-        assert recipe.exports(config).keys() >= set(choice.loaders.values()) and choice.loaders
+    for choice in recipe.generations(config, NO_DATA):
+        assert recipe.exports(config, NO_DATA).keys() >= set(choice.loaders.values()) and choice.loaders
         named.setdefault(choice.template, set()).update(choice.loaders)
     for template, loaders in named.items():
         nodes = json.loads((WORKFLOWS / f"{template}.json").read_text())["nodes"]

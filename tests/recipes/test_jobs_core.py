@@ -35,8 +35,8 @@ from kinoloom.trainers.core.optim import make_optimizer
 from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.state import State
-from kinoloom.trainers.host.source import ModelSource, parts_of
-from kinoloom.trainers.run.checkpoint import Identity, load_state, save_state
+from kinoloom.trainers.host.source import ModelSource, carried_files
+from kinoloom.trainers.run.checkpoint import RunKey, load_state, save_state
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.line import Line
 from kinoloom.trainers.run.record import ENDED
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from ..runs import (
     LAYERS,
+    NO_DATA,
     RUNS,
     SHAPES,
     Published,
@@ -103,7 +104,7 @@ def own_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def steps_of(name: str) -> list[int]:
     """Optimizer steps done at the end of each phase."""
     ends, done = [], 0
-    for phase in recipes()[name].phases(make_config(name)):
+    for phase in recipes()[name].phases(make_config(name), NO_DATA):
         done += phase.steps
         ends.append(done)
     return ends
@@ -154,7 +155,7 @@ def test_every_phase_lowers_the_loss_on_a_fixed_batch(name: str, model: Any, tmp
     before, after = {}, {}
 
     def phase_data(phase: Any) -> PhaseData:
-        return PhaseData(data, phase.split, method.columns, 1, 0, backbone.prepare)
+        return PhaseData(data, phase.unit, method.columns, 1, 0, backbone.prepare)
 
     def measure(phase: Any, into: dict) -> None:
         into[phase.name] = validation_loss(recipe, phase_data(phase).validation(), phase, 0)
@@ -164,8 +165,8 @@ def test_every_phase_lowers_the_loss_on_a_fixed_batch(name: str, model: Any, tmp
             measure(phase, after)
 
     session = Session(lambda event: None, lambda: False, saved, lambda phase, batches: measure(phase, before))
-    assert train(recipe, phase_data, config, State(), session, torch.amp.GradScaler("cpu", enabled=False))
-    assert list(before) == list(after) == [phase.name for phase in method.phases(config)]
+    assert train(recipe, recipe.phases(config, NO_DATA), phase_data, config, State(), session, torch.amp.GradScaler("cpu", enabled=False))
+    assert list(before) == list(after) == [phase.name for phase in method.phases(config, NO_DATA)]
     for phase in before:
         assert after[phase] < 0.95 * before[phase], (phase, before, after)
 
@@ -191,7 +192,7 @@ def test_validation_is_repeatable_and_does_not_change_training(
     rates = own_options(name, {"learning_rate": 0.0, "spatial_learning_rate": 0.0, "clean_learning_rate": 0.0})
     config = make_config(name, validate_every=1, weight_decay=0.0, **rates)
     still = finish(make_job(tmp_path / "b", model, data, config, name), model)
-    for phase in recipes()[name].phases(config):
+    for phase in recipes()[name].phases(config, NO_DATA):
         losses = [e["loss"] for e in events(still, "validation") if e["phase"] == phase.name]
         assert len(losses) == phase.steps and len(set(losses)) == 1, "the same weights have the same loss"
         trained = [tuple(e["losses"].items()) for e in events(still, "step") if e["phase"] == phase.name]
@@ -206,7 +207,7 @@ def test_samples_do_not_change_training(
     job = finish(make_job(tmp_path, model, data, make_config(name), name, samples=samples), model)
     assert not events(job, "samplefailed")
     places = [(e["phase"], e["step"]) for e in events(job, "sample")]
-    phases = recipes()[name].phases(job.config)
+    phases = recipes()[name].phases(job.config, NO_DATA)
     steps = [(phase, n) for phase in phases for n in range(1, phase.steps + 1) if n % 2 == 0 or n == phase.steps]
     assert places == [(phases[0].name, 0), *((phase.name, n) for phase, n in steps)]
     assert_same_run(job, whole(name))
@@ -241,7 +242,7 @@ def export_of(path: str) -> str:
 
 
 def count_patches(model: Any) -> int:
-    return len(model.patches) + sum(len(part.patches) for part in parts_of(model).values())
+    return len(model.patches) + sum(len(part.patches) for part in carried_files(model).values())
 
 
 def velocity(backbone: Any, batch: dict) -> Tensor:
@@ -264,7 +265,7 @@ def test_core_loads_every_key_and_has_the_effect_of_training(
 ) -> None:
     config = make_config(name, alpha=alpha, save_precision=precision)
     job = finish(make_job(tmp_path, model, data, config, name), model)
-    assert list(recipes()[name].exports(config)) == [label for label in job.files if not label.endswith("-best")]
+    assert list(recipes()[name].exports(config, NO_DATA)) == [label for label in job.files if not label.endswith("-best")]
     for path in job.files.values():
         downs = [
             key for key in tensors(path) if key.endswith(("lora_A.weight", "lora_down.weight", "lora.down.weight"))
@@ -276,12 +277,12 @@ def test_core_loads_every_key_and_has_the_effect_of_training(
     batch = make_batch(backbone, data)
     plain = velocity(backbone, batch)
     recipe = recipes()[name](backbone, config)
-    for phase in recipe.phases(config):
+    for phase in recipe.phases(config, NO_DATA):
         recipe.start(phase)
     recipe.load_state_dict(state_of(job).recipe)
     trained = velocity(backbone, batch) - plain
     patched = model
-    for path in job.parts if "temporal" in job.files else job.parts[-1:]:
+    for path in job.result_files if "temporal" in job.files else job.result_files[-1:]:
         patched = patched_by_core(patched, path, caplog)
     in_core = velocity(make_backbone(patched), batch) - plain
     size = trained.abs().max()
@@ -291,10 +292,10 @@ def test_core_loads_every_key_and_has_the_effect_of_training(
 
 def test_a_file_says_what_it_is(whole: Callable[[str], Job]) -> None:
     job = whole(WAN_LORA)
-    metadata = load(Path(job.parts[-1]))[1]
+    metadata = load(Path(job.result_files[-1]))[1]
     assert metadata["kinoloom.recipe"] == WAN_LORA and metadata["kinoloom.export"] == "lora"
     assert json.loads(metadata["kinoloom.config"]) == vars(job.config)
-    assert metadata["kinoloom.base_model"] == job.spec.source.identity
+    assert metadata["kinoloom.base_model"] == job.spec.sources["model"].key
     assert (metadata["kinoloom.step"], metadata["kinoloom.steps"]) == ("6", "6")
 
 
@@ -315,9 +316,9 @@ def test_a_stopped_run_keeps_a_usable_file_and_resumes_to_the_same_bits(
     stopped = finish(make_job(tmp_path, model, data, make_config(name), name, published), model, "stopped")
     assert (stopped.done, stopped.total) == (done, steps_of(name)[-1])
     assert stopped.resumable and published[-1]["event"] == "status"
-    assert Path(stopped.parts[-1]).name.endswith(f"-{done:06d}.safetensors")
-    last = stopped.parts[-1]
-    if recipes()[name].exports(stopped.config)[export_of(last)].keys == "model":
+    assert Path(stopped.result_files[-1]).name.endswith(f"-{done:06d}.safetensors")
+    last = stopped.result_files[-1]
+    if recipes()[name].exports(stopped.config, NO_DATA)[export_of(last)].kind != "lora":
         assert not any(value.isnan().any() for value in tensors(last).values())
     else:
         layers = LAYERS.get(export_of(last)) or LAYERS.get(name, 20)
@@ -369,7 +370,7 @@ for name, done in job["runs"].items():
     def hold(job, reached=reached):
         reached.set()
         threading.Event().wait()
-    runs.make_job(Path(job["folder"]) / name, model, data, runs.make_config(name), name, runs.Published().at(done, hold)).start(model)
+    runs.make_job(Path(job["folder"]) / name, model, data, runs.make_config(name), name, runs.Published().at(done, hold)).start({"model": model})
     assert reached.wait(500), name
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -455,7 +456,7 @@ def test_pausing_holds_the_run_between_steps_and_changes_nothing(
 
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
     job.publish = publish
-    job.start(model)
+    job.start({"model": model})
     assert paused.wait(60)
     assert (job.done, job.summary()["pause_requested"], job.ended.is_set()) == (2, True, False)
     job.resume()
@@ -469,7 +470,7 @@ def test_a_busy_queue_holds_the_run_and_stop_ends_it_there(model: Any, data: Tra
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
     job.publish = lambda job, event: job.status == "paused" and paused.set()
     job.busy = lambda job: job.done >= 1
-    job.start(model)
+    job.start({"model": model})
     assert paused.wait(60)
     job.stop()
     assert job.ended.wait(60)
@@ -481,7 +482,7 @@ def test_a_paused_run_that_waits_lets_others_pass(model: Any, data: TrainingData
     first.line = second.line = Line()
     first.line.join(second)
     assert first.line.take(second)
-    first.start(model)
+    first.start({"model": model})
     first.pause()
     first.line.release()
     finish(second, model)
@@ -501,14 +502,14 @@ def test_resuming_something_else_is_refused_by_name(
 ) -> None:
     job = stopped_run(tmp_path, model, data)
     before = (job.folder / "state.pt").read_bytes()
-    own = job.spec.identity
+    own = job.spec.run_key
     if changed == "model":
         tiny.write_wan(tmp_path / "other.safetensors", seed=1)
         model = load_model(tmp_path / "other.safetensors")
     identities = {
         "rank": lambda: replace(own, config={**own.config, "rank": 8}),
         "data": lambda: replace(own, data=write_data(tmp_path / "d", "wan", each=3).digest),
-        "model": lambda: replace(own, base_model=ModelSource.of(model).identity),
+        "model": lambda: replace(own, base_model=ModelSource.of(model).key),
         "file": lambda: replace(own, files={"identity_file": "0" * 64}),
         "method": lambda: replace(own, recipe="KinoloomTrainOther"),
     }
@@ -530,8 +531,8 @@ def test_resuming_something_else_is_refused_by_name(
 
 
 def test_what_does_not_change_the_result_may_change_on_resume() -> None:
-    def identity(**options: Any) -> Identity:
-        return Identity.of(WAN_LORA, "m", "d", make_config(WAN_LORA, **options), {})
+    def identity(**options: Any) -> RunKey:
+        return RunKey.of(WAN_LORA, "m", "d", make_config(WAN_LORA, **options), {})
 
     for option, value in {
         "save_every": 7,
@@ -576,7 +577,7 @@ def test_a_wrong_text_width_fails_with_both_widths(name: str, model: Any, tmp_pa
 
 @every_recipe
 def test_data_without_the_split_of_a_phase_says_what_it_has(name: str, model: Any, tmp_path: Path) -> None:
-    split = recipes()[name].phases(make_config(name))[0].split
+    split = recipes()[name].phases(make_config(name), NO_DATA)[0].unit
     other = {"clips": "frames", "frames": "clips"}[split]
     data = TrainingData(str(tmp_path / "d"), (write_row(tmp_path / "d", "x", other, (16, 1, 4, 4)),))
     job = finish(make_job(tmp_path, model, data, make_config(name), name), model, "failed")
@@ -600,21 +601,21 @@ def test_a_damaged_checkpoint_is_named(model: Any, data: TrainingData, tmp_path:
 @every_recipe
 def test_a_loss_that_overflows_stops_the_run_with_the_last_good_weights(name: str, model: Any, tmp_path: Path) -> None:
     """The first sample is good, the second is not."""
-    phase = recipes()[name].phases(make_config(name))[0]
-    shape = SHAPES[recipes()[name].backbone_class.name][phase.split]
+    phase = recipes()[name].phases(make_config(name), NO_DATA)[0]
+    shape = SHAPES[recipes()[name].backbone_class.name][phase.unit]
     bad = {"latents": torch.full(shape, HUGE)}
     painted = boxes("bad", shape[1], height=shape[2], width=shape[3]) if "Tracklets" in name else {}
     others = {"tracklets": {**painted, "painted": torch.full((2, *shape), HUGE)}} if painted else {}
     rows = (
-        write_row(tmp_path / "d", "good", phase.split, shape),
-        write_row(tmp_path / "d", "bad", phase.split, shape, latents=bad, **others),
+        write_row(tmp_path / "d", "good", phase.unit, shape),
+        write_row(tmp_path / "d", "bad", phase.unit, shape, latents=bad, **others),
     )
     config = make_config(name, save_every=1, validate_every=0, gradient_accumulation=1)
     data = TrainingData(str(tmp_path / "d"), rows)
     seed = next(
         s
         for s in range(20)
-        if PhaseData(data, phase.split, recipes()[name].columns, 1, s, dict)[0]["latents"].max() < HUGE
+        if PhaseData(data, phase.unit, recipes()[name].columns, 1, s, dict)[0]["latents"].max() < HUGE
     )
     config = replace(config, seed=seed)
     job = finish(make_job(tmp_path, model, data, config, name), model, "failed")
@@ -622,8 +623,8 @@ def test_a_loss_that_overflows_stops_the_run_with_the_last_good_weights(name: st
     assert job.done == 1 and job.resumable
     state = state_of(job)
     assert (state.phase, state.step) == (0, 1)
-    exported = tensors(job.parts[-1])
-    assert Path(job.parts[-1]).name.endswith("-000001.safetensors")
+    exported = tensors(job.result_files[-1])
+    assert Path(job.result_files[-1]).name.endswith("-000001.safetensors")
     assert all(t.isfinite().all() for t in exported.values())
     if "Finetune" in name:
         before = model.model.diffusion_model.state_dict()
@@ -640,7 +641,7 @@ def test_overflow_in_fp16_stops_the_run_and_keeps_the_checkpoint(
     job = finish(make_job(tmp_path, model, data, config, WAN_LORA), model, "failed")
     assert "concept became" in job.error and "precision bf16 or fp32" in job.error
     assert 0 < job.done < 40 and state_of(job).step == job.done
-    assert all(t.isfinite().all() for t in tensors(job.parts[-1]).values())
+    assert all(t.isfinite().all() for t in tensors(job.result_files[-1]).values())
 
 
 @contextmanager
@@ -657,7 +658,7 @@ def full_disk(left: int) -> Iterator[None]:
 WRITERS: dict[str, Callable[[Path, int], None]] = {
     "lora": lambda path, n: save(path, {"a": torch.full((n,), 2.0)}),
     "state": lambda path, n: save_state(
-        path, State(recipe={"a": torch.full((n,), 2.0)}), Identity("r", "m", "d", {}, {})
+        path, State(recipe={"a": torch.full((n,), 2.0)}), RunKey("r", "m", "d", {}, {})
     ),
     "text": lambda path, n: write_text(path, "x" * n),
 }
@@ -723,13 +724,13 @@ def test_a_run_that_cannot_even_begin_on_a_full_disk_says_so_and_begins_later(
 ) -> None:
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
     with full_disk(0), pytest.raises(OSError, match="cannot write"):
-        job.start(model)
+        job.start({"model": model})
     assert job.is_over and not finish(job, model).error
 
 
 def test_who_sees_the_end_finds_it_written_down(model: Any, data: TrainingData, tmp_path: Path) -> None:
     job = make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA)
-    job.start(model)
+    job.start({"model": model})
     while job.status not in ENDED:
         time.sleep(0)
     assert job.is_over and (job.folder / "report.html").is_file()
@@ -754,7 +755,7 @@ def one_step(folder: Path, model: Any, data: TrainingData, name: str, **options:
 @every_recipe
 def test_accumulating_four_batches_is_one_batch_of_four(name: str, model: Any, tmp_path: Path) -> None:
     """Four equal rows, so that the order does not matter; noise and timesteps differ per sample and are the same."""
-    split = recipes()[name].phases(make_config(name))[0].split
+    split = recipes()[name].phases(make_config(name), NO_DATA)[0].unit
     shape = SHAPES[recipes()[name].backbone_class.name].get(
         "frames", (4, 2, 16, 16)
     )  # no norm over two numbers, which has no slope
@@ -827,7 +828,7 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(
         WAN_LORA, optimizer=optimizer, learning_rate=rate, steps=5, validate_every=0, beta2=0.98, lr_schedule="linear"
     )
     straight = finish(make_job(tmp_path / "a", model, data, config, WAN_LORA), model)
-    ups = [t for key, t in tensors(straight.parts[-1]).items() if "lora_B" in key]
+    ups = [t for key, t in tensors(straight.result_files[-1]).items() if "lora_B" in key]
     assert all(t.abs().max() > 0 for t in ups)
     finish(make_job(tmp_path / "b", model, data, config, WAN_LORA, Published().at(3, Job.stop)), model, "stopped")
     assert_same_run(finish(make_job(tmp_path / "b", model, data, config, WAN_LORA), model), straight)
@@ -888,7 +889,7 @@ def test_the_best_file_holds_the_weights_of_the_lowest_validation(
     assert Path(job.files["lora-best"]).name == f"run-lora-best-{lowest['step']:06d}.safetensors"
     assert len(list((tmp_path / "a" / "out").glob("*-best-*"))) == 1
     short = finish(make_job(tmp_path / "b", model, data, replace(config, steps=lowest["step"]), WAN_LORA), model)
-    assert_same(tensors(job.files["lora-best"]), tensors(short.parts[-1]))
+    assert_same(tensors(job.files["lora-best"]), tensors(short.result_files[-1]))
     assert not torch.equal(*(next(iter(tensors(job.files[label]).values())) for label in ("lora", "lora-best")))
 
 
@@ -902,12 +903,12 @@ def test_held_out_rows_are_validated_on_and_never_trained_on(model: Any, data: T
         "validation",
         latents={"latents": torch.full((16, 3, 4, 4), HUGE)},
     )
-    own = [write_row(tmp_path / "d", row.name, row.split, row.shape, row.role) for row in data.rows]
+    own = [write_row(tmp_path / "d", row.name, row.unit, row.shape, row.role) for row in data.rows]
     with_bad = TrainingData(str(tmp_path / "d"), (*own, bad))
     job = finish(make_job(tmp_path / "a", model, with_bad, make_config(WAN_LORA), WAN_LORA), model)
     assert [(e["held_out"], e["loss"]) for e in events(job, "validation")] == [(True, None)] * 2
     assert "lora-best" not in job.files
-    assert all(t.isfinite().all() for t in tensors(job.parts[-1]).values())
+    assert all(t.isfinite().all() for t in tensors(job.result_files[-1]).values())
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------------
@@ -971,10 +972,10 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
     backbone = make_backbone(model)
     config = make_config(name)
     recipe = recipes()[name](backbone, config)
-    phase = recipe.phases(config)[0]
+    phase = recipe.phases(config, NO_DATA)[0]
     recipe.start(phase)
-    data = TrainingData(str(tmp_path), (write_row(tmp_path, "big", phase.split, shape),))
-    batch = PhaseData(data, phase.split, recipe.columns, 1, 0, backbone.prepare).largest()
+    data = TrainingData(str(tmp_path), (write_row(tmp_path, "big", phase.unit, shape),))
+    batch = PhaseData(data, phase.unit, recipe.columns, 1, 0, backbone.prepare).largest()
 
     def losses() -> Iterator[tuple[str, Tensor]]:
         return recipe.losses(batch, Rng(0, phase.name, 0))
@@ -1004,7 +1005,7 @@ def test_the_plan_knows_the_memory_within_a_factor_of_two_and_decides_by_it(
 def test_each_phase_is_planned_and_timed(name: str, whole: Callable[[str], Job]) -> None:
     job = whole(name)
     plans = events(job, "plan")
-    steps = [phase.steps for phase in recipes()[name].phases(job.config)]
+    steps = [phase.steps for phase in recipes()[name].phases(job.config, NO_DATA)]
     assert [p["seconds_per_step"] is None for p in plans] == [True, False] * len(steps)
     for timed, count in zip(plans[1::2], steps, strict=True):
         assert timed["seconds_total"] == pytest.approx(timed["seconds_per_step"] * count)

@@ -15,11 +15,12 @@ import pytest
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.trainers import recipes
+from kinoloom.trainers.conditions.columns import LATENTS
 from kinoloom.trainers.core import data as data_module
 from kinoloom.trainers.core.data import PhaseData, TrainingData, column_path
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.weights import extremes, not_finite
-from kinoloom.trainers.run.checkpoint import Identity
+from kinoloom.trainers.run.checkpoint import RunKey
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def test_a_checkpoint_is_made_after_so_many_minutes_and_changes_nothing(
     assert seen == checkpoints
     other = finish(make_job(tmp_path / "b", model, data, replace(config, save_minutes=7.0), WAN_LORA), model)
     assert_same(vars(state_of(job)), vars(state_of(other)))
-    ours, theirs = (Identity.of(WAN_LORA, "m", "d", job.config, {}) for job in (job, other))
+    ours, theirs = (RunKey.of(WAN_LORA, "m", "d", job.config, {}) for job in (job, other))
     assert ours == theirs, "a run may be resumed with another value"
 
 
@@ -123,7 +124,7 @@ def test_after_a_pause_the_run_makes_room_again(model: Any, data: TrainingData, 
             paused.set()
 
     job.publish = noticing
-    job.start(model)
+    job.start({"model": model})
     assert paused.wait(60) and rooms == [("loading", 0)]
     job.resume()
     assert job.ended.wait(60) and job.status == "finished"
@@ -136,7 +137,7 @@ def test_a_run_that_is_stopped_while_paused_makes_no_room(model: Any, data: Trai
     job.make_room = lambda: rooms.append(job.status)
     job.publish = lambda job, event: job.status == "paused" and paused.set()
     job.busy = lambda job: job.done >= 1
-    job.start(model)
+    job.start({"model": model})
     assert paused.wait(60)
     job.stop()
     assert job.ended.wait(60) and rooms == ["loading"]
@@ -225,7 +226,7 @@ def test_bad_numbers_in_data_are_named_before_the_first_step(
     job = finish(make_job(tmp_path, model, data, make_config(name), name), model, "failed")
     assert f"training data row '{stem}': {tensor} holds NaN or infinity" in job.error
     assert "learning_rate" not in job.error and str(column_path(tmp_path / "d", stem, column)) in job.error
-    assert job.done == 0 and not job.parts and not [f for f in job.advice if f["kind"] == "loss-diverges"]
+    assert job.done == 0 and not job.result_files and not [f for f in job.advice if f["kind"] == "loss-diverges"]
 
 
 def test_bad_numbers_in_data_that_is_too_large_to_keep_are_named_when_they_are_met(
@@ -235,11 +236,11 @@ def test_bad_numbers_in_data_that_is_too_large_to_keep_are_named_when_they_are_m
     monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
     data = write_data(tmp_path / "d", "wan", roles=["train"])
     config = make_config(WAN_LORA, save_every=100, validate_every=0)
-    first = PhaseData(data, "clips", ("latents",), 1, config.seed, dict)[0]["row"].item()
+    first = PhaseData(data, "clips", (LATENTS,), 1, config.seed, dict)[0]["group"].item()
     spoil(tmp_path / "d", f"train-clips-{1 - first}", "latents", "latents", math.nan)
     job = finish(make_job(tmp_path, model, data, config, WAN_LORA), model, "failed")
     assert f"training data row 'train-clips-{1 - first}': latents holds NaN" in job.error
-    assert job.done == 1 and Path(job.parts[-1]).name.endswith("-000001.safetensors")
+    assert job.done == 1 and Path(job.result_files[-1]).name.endswith("-000001.safetensors")
 
 
 def test_bad_numbers_in_a_held_out_row_and_in_a_sample_are_named(model: Any, tmp_path: Path) -> None:

@@ -19,12 +19,23 @@ from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.trainers.backbones.animatediff.motion_module import PART
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.rng import Rng
-from kinoloom.trainers.host.source import carried
+from kinoloom.trainers.host.source import carried_modules
 from kinoloom.trainers.motion_director import MotionDirector, temporal_loss
 from kinoloom.trainers.run.job import Job
 from torch import Tensor
 
-from ..runs import finish, leaves, make_backbone, make_batch, make_config, make_job, random, state_of, write_row
+from ..runs import (
+    NO_DATA,
+    finish,
+    leaves,
+    make_backbone,
+    make_batch,
+    make_config,
+    make_job,
+    random,
+    state_of,
+    write_row,
+)
 
 NAME = MotionDirector.name
 SHAPE, PHOTO = (4, 6, 8, 8), (4, 1, 8, 8)  # more frames than channels
@@ -84,7 +95,7 @@ def attention_keys(model: Any) -> dict[str, str]:
 def started(model: Any, **options: Any) -> MotionDirector:
     """The method at its first step, with factors that are not at their start values."""
     recipe = MotionDirector(make_backbone(model), make_config(NAME, **options))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     with torch.no_grad():
         for group in recipe.lora.active:
             for path, up in recipe.lora.factors(group, "up").items():
@@ -143,7 +154,7 @@ def test_the_temporal_loss_is_the_papers() -> None:
     assert same == pytest.approx(1 + (math.sqrt(2) - 1) ** 2, rel=1e-5), "what all frames share is weighed down"
 
 
-def test_a_mask_weighs_both_parts_of_the_temporal_loss() -> None:
+def test_a_mask_weighs_both_carried_files_the_temporal_loss() -> None:
     pred, target = random(1, 4, 5, 3, 3, name="pred"), random(1, 4, 5, 3, 3, name="target")
     mask = (random(1, 1, 5, 3, 3, name="mask") > 0).float()
     error = pred - target
@@ -224,7 +235,7 @@ def test_each_loss_trains_its_own_lora_and_never_the_other(alone: float, model: 
     assert trains == (both if not alone else {"temporal": both["temporal"]})
     assert [len(both[name]) for name in both] == [2 * 192, 2 * 200]
     assert all(p.requires_grad for p in parameters(recipe, "spatial", "temporal")), "as before"
-    groups = recipe.param_groups(recipe.phases(recipe.config)[0])
+    groups = recipe.param_groups(recipe.phases(recipe.config, NO_DATA)[0])
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert rates == {**dict.fromkeys(both["spatial"], 7e-4), **dict.fromkeys(both["temporal"], 3e-3)}
 
@@ -269,7 +280,7 @@ def test_evaluation_has_both_losses_and_no_dropout(model: Any, clips: TrainingDa
 )
 def test_either_lora_can_be_trained_alone(train: str, groups: list[str], model: Any, clips: TrainingData) -> None:
     recipe = started(model, train=train, spatial_off_prob=0.0)
-    assert list(recipe.exports(recipe.config)) == groups
+    assert list(recipe.exports(recipe.config, NO_DATA)) == groups
     batch, calls = make_batch(recipe.backbone, clips), watch(recipe)
     trains = {name: leaves(loss) for name, loss in recipe.losses(batch, Rng(0, "clips", 0))}
     assert trains == {group: parameters(recipe, group) for group in groups}
@@ -309,7 +320,7 @@ def test_clips_with_a_spatial_lora_each_train_that_alone(model: Any, clips: Trai
     for row in (0, 1):
         calls.clear()
         own = f"spatial-{row + 1}"
-        losses = recipe.losses({**batch, "row": torch.tensor([row])}, Rng(0, "clips", 0))
+        losses = recipe.losses({**batch, "group": torch.tensor([row])}, Rng(0, "clips", 0))
         assert {name: leaves(loss) for name, loss in losses} == {
             "spatial": parameters(recipe, own), "temporal": parameters(recipe, "temporal")
         }  # fmt: skip
@@ -439,7 +450,7 @@ def evolved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def layers_of(model: Any, feed_forward: bool = True) -> set[str]:
     endings = [*(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
     endings += ["ff.net.0.proj.weight", "ff.net.2.weight"] * feed_forward
-    return {key for key in carried(model)[PART].state_dict() if key.endswith(tuple(endings))}
+    return {key for key in carried_modules(model)[PART].state_dict() if key.endswith(tuple(endings))}
 
 
 @pytest.mark.parametrize(("layers", "count"), [("all", 200), ("attention", 160)])

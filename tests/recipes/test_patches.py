@@ -138,13 +138,13 @@ PASS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", PASS)
 def test_what_only_samplers_use_passes_and_is_the_same_model(name: str, models: dict[str, Any]) -> None:
     backbone, patched = PASS[name]
-    assert ModelSource.of(patched(models[backbone])).identity == ModelSource.of(models[backbone]).identity
+    assert ModelSource.of(patched(models[backbone])).key == ModelSource.of(models[backbone]).key
 
 
 def test_weights_that_a_node_changes_are_kept(models: dict[str, Any]) -> None:
     """UNetSelfAttentionMultiply patches weights, as LoRA loaders do: merged into the copy, and part of the identity."""
     patched = run(nodes_attention_multiply.UNetSelfAttentionMultiply, q=1.2)(models["animatediff"])
-    assert ModelSource.of(patched).identity != ModelSource.of(models["animatediff"]).identity
+    assert ModelSource.of(patched).key != ModelSource.of(models["animatediff"]).key
 
 
 def test_the_train_node_refuses_before_anything_else(models: dict[str, Any]) -> None:

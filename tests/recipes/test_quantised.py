@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runs import load_model, make_backbone, make_batch, make_config, write_data
+from ..runs import NO_DATA, load_model, make_backbone, make_batch, make_config, write_data
 
 NAME = "KinoloomTrainWanLora"
 LARGEST_FP8, LARGEST_INT8 = 448, 127
@@ -49,7 +49,7 @@ def gradient(model, data) -> torch.Tensor:
     """All LoRA gradients of one loss, from the same non-zero factors."""
     backbone, config = make_backbone(model), make_config(NAME)
     recipe = recipes()[NAME](backbone, config)
-    recipe.start(recipe.phases(config)[0])
+    recipe.start(recipe.phases(config, NO_DATA)[0])
     for path, up in recipe.lora.factors("lora", "up").items():
         up.data.normal_(0, 0.1, generator=derived_generator("up", path))
     for _, loss in recipe.losses(make_batch(backbone, data), Rng(0, "test", 0)):

@@ -1,4 +1,4 @@
-"""Samples during training: the sampler against ComfyUI's, cheap decoders, and a run's sample files and failures."""
+"""Previews during training: the sampler against ComfyUI's, cheap decoders, and a run's sample files and failures."""
 
 import json
 from collections.abc import Callable
@@ -21,21 +21,24 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import train
+from kinoloom.nodes.training.train import check_text_width
 from kinoloom.trainers import recipes
+from kinoloom.trainers.conditions.columns import PREVIEW_FRAME, PREVIEW_PROMPT
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.sampling import sample
 from kinoloom.trainers.core.schedules import Ddpm, Edm, FlowMatch
 from kinoloom.trainers.host.preview import decode_preview, levels
-from kinoloom.trainers.host.source import carried
+from kinoloom.trainers.host.source import carried_modules
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.plain import read
-from kinoloom.trainers.run.previews import Samples, Sampling, write_webp
+from kinoloom.trainers.run.previews import Previews, Sampling, write_webp
 from kinoloom.trainers.run.record import Spec
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..runs import (
+    NO_DATA,
     SHAPES,
     Published,
     events,
@@ -60,9 +63,11 @@ BACKBONES = {
 # -- the sampler -----------------------------------------------------------------------------------------------------------
 
 
-def core_conditions(samples: Samples, index: int) -> list[list[list]]:
+def core_conditions(samples: Previews, index: int, recipe: Any) -> list[list[list]]:
     """Ours, as ComfyUI's nodes give them."""
-    if samples.column == "sample":
+    positive, negative = samples.conditions(index, recipe.previews)
+    batches = positive, recipe.unconditional(negative)
+    if "first_frame" in positive:
         return [
             [
                 [
@@ -75,11 +80,11 @@ def core_conditions(samples: Samples, index: int) -> list[list[list]]:
                     },
                 ]
             ]
-            for given in samples.conditions(index)
+            for given in batches
         ]
     padded = (
         nn.functional.pad(b["prompt_embeds"], (0, 0, 0, int(b["prompt_length"]) - b["prompt_embeds"].shape[1]))
-        for b in samples.conditions(index)
+        for b in batches
     )
     return [[[embeds, {}]] for embeds in padded]
 
@@ -99,10 +104,12 @@ def test_a_sample_is_what_core_s_sampler_makes(
 ) -> None:
     """The same model, noise and conditions through comfy.sample's Euler and scheduler, with guidance."""
     model, samples = load_tiny(tiny_models, backbone), write_samples(tmp_path, backbone, steps=steps, shift=shift)
-    recipe = SimpleNamespace(predict=(ours := make_backbone(model)).predict)
+    ours = make_backbone(model)
+    columns = (PREVIEW_FRAME,) if backbone == "svd" else (PREVIEW_PROMPT,)
+    recipe = SimpleNamespace(predict=ours.predict, unconditional=ours.unconditional, previews=columns)
     sampling = Sampling(samples, recipe, ours, None, tmp_path, lambda event: None, lambda: False)
     made = sampling._sample(1)
-    noise = torch.randn(1, *samples.shape, generator=torch.Generator().manual_seed(samples.seed + 1))
+    noise = torch.randn(1, *samples.rows[1].shape, generator=torch.Generator().manual_seed(samples.seed + 1))
 
     if backbone == "wan":
         (model,) = ModelSamplingSD3().patch(model, shift)
@@ -111,7 +118,7 @@ def test_a_sample_is_what_core_s_sampler_makes(
         (model,) = VideoLinearCFGGuidance().patch(model, 1.0)
     folded = noise if backbone == "wan" else noise[0].movedim(1, 0)
     with torch.inference_mode():
-        sampler, conditions = comfy.samplers.sampler_object("euler"), core_conditions(samples, 1)
+        sampler, conditions = comfy.samplers.sampler_object("euler"), core_conditions(samples, 1, recipe)
         theirs = comfy.sample.sample_custom(
             model, folded, samples.cfg, sampler, levels, *conditions, torch.zeros_like(folded), disable_pbar=True
         ).clone()
@@ -246,7 +253,7 @@ def test_regularisers_are_off_in_a_sample(name: str, inputs: Callable[[str], Any
     config = make_config(name, **({"dropout": 0.5} if name == DIRECTOR else {}))
     recipe, batch = recipes()[name](backbone, config), make_batch(backbone, data)
     clean = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
-    for phase in recipe.phases(config):
+    for phase in recipe.phases(config, NO_DATA):
         recipe.start(phase)
         for group in recipe.param_groups(phase):
             for number, parameter in enumerate(group["params"]):
@@ -289,7 +296,7 @@ def test_a_resumed_run_has_the_samples_of_an_uninterrupted_one(
     if crash:
         (job.folder / "state.pt").write_bytes(checkpoint[0])
     resumed = finish(make_job(tmp_path, model, data, make_config(SNS), SNS), model)
-    assert resumed.spec.samples == samples
+    assert resumed.spec.previews == samples
     assert events(resumed, "sample") == events(sampled, "sample")
     assert files(resumed) == files(sampled)
 
@@ -314,10 +321,11 @@ def test_samples_that_fail_are_reported_once_and_the_run_goes_on(
     inputs: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, data = inputs(WAN_LORA)
-    samples = write_samples(tmp_path, "wan", stems=("first", "gone"))
+    samples = write_samples(tmp_path, "wan")
+    (tmp_path / "second.prompt_embeds.safetensors").rename(tmp_path / "gone")
     job = finish(make_job(tmp_path, model, data, make_config(WAN_LORA), WAN_LORA, samples=samples), model)
     (failed,) = events(job, "samplefailed", "sample")
-    assert (failed["event"], failed["done"]) == ("samplefailed", 0) and "gone.prompt_embeds" in failed["error"]
+    assert (failed["event"], failed["done"]) == ("samplefailed", 0) and "second.prompt_embeds" in failed["error"]
     assert len([r for r in caplog.records if "a sample failed" in r.message]) == 1 and job.done == job.total
 
 
@@ -327,8 +335,8 @@ def test_samples_that_fail_are_reported_once_and_the_run_goes_on(
 def test_a_record_without_samples_is_read(sampled: Job) -> None:
     value = json.loads((sampled.folder / "job.json").read_text())["spec"]
     assert read(Spec, value, "spec") == sampled.spec
-    del value["samples"]
-    assert read(Spec, value, "spec") == replace(sampled.spec, samples=None)
+    del value["previews"]
+    assert read(Spec, value, "spec") == replace(sampled.spec, previews=None)
 
 
 def test_other_samples_are_the_same_run(
@@ -344,16 +352,16 @@ def test_other_samples_are_the_same_run(
     (node,) = (node for node in train.NODES if node.__name__ == WAN_LORA)
     samples, options = write_samples(tmp_path, "wan"), vars(make_config(WAN_LORA))
 
-    def run(samples: Samples | None) -> Job:
-        job = registry.get(node.execute(model, data, "run", samples, **options).result[0])
+    def run(samples: Previews | None) -> Job:
+        job = registry.get(node.execute(model=model, data=data, run_name="run", samples=samples, **options).result[0])
         assert job.ended.wait(600)
         return job
 
     job = run(None)
     assert job.status == "stopped" and not events(job, "sample")
-    assert run(replace(samples, cfg=1.0, names=("one",), stems=("first",), sample_every=1)) is job
+    assert run(replace(samples, cfg=1.0, rows=samples.rows[:1], sample_every=1)) is job
     assert job.status == "finished" and [e["done"] for e in events(job, "sample")] == [3, 4, 5, 6]
-    assert run(samples) is job and json.loads((job.folder / "job.json").read_text())["spec"]["samples"]["cfg"] == 1.0
+    assert run(samples) is job and json.loads((job.folder / "job.json").read_text())["spec"]["previews"]["cfg"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -363,15 +371,15 @@ def test_other_samples_are_the_same_run(
         (WAN_LORA, {"height": 1000}, "samples: height=1000: expected a multiple of 16"),
         (WAN_LORA, {"frames": 16}, "samples: frames=16: expected 4n.1 for this model; the nearest are 13 and 17"),
         (DIRECTOR, {"height": 100}, "samples: height=100: expected a multiple of 8"),
-        (DIRECTOR, {"frames": 33}, "samples: frames=33: expected at most 32 for this motion module"),
+        (DIRECTOR, {"frames": 33}, "samples: frames=33: expected at most 32 for this model"),
         ("KinoloomTrainSvdLora", {"width": 96}, "samples: width=96: expected a multiple of 64"),
         (
             "KinoloomTrainSvdLora",
             {"column": "prompt_embeds"},
             "these are prompts, but Train SVD LoRA takes first frames",
         ),
-        (WAN_LORA, {"column": "sample"}, "these are first frames, but Train Wan LoRA takes prompts"),
-        (WAN_LORA, {"stems": ("wide",)}, "samples: prompts are 64 wide, the data's 768"),
+        (WAN_LORA, {"column": "sample"}, "samples: 'first' was not encoded for this trainer .*use Sample Prompts"),
+        (WAN_LORA, {"column": "prompt_embeds", "stem": "wide"}, "samples: prompts are 64 wide, expected 768"),
     ],
 )
 def test_samples_that_do_not_suit_the_model_are_refused(
@@ -380,7 +388,13 @@ def test_samples_that_do_not_suit_the_model_are_refused(
     model, data = inputs(name)
     samples = write_samples(tmp_path, recipes()[name].backbone_class.name)
     save_file({"prompt_embeds": torch.zeros(1, 2, 64)}, tmp_path / "wide.prompt_embeds.safetensors")
-    fitted = train.fit_samples(recipes()[name], carried(model), data, replace(samples, shape=()))
-    assert fitted == samples
+    recipe = recipes()[name]
+    grid = recipe.backbone_class.grid(model.model, carried_modules(model))
+    unknown = replace(samples, rows=tuple(replace(row, shape=()) for row in samples.rows))
+    assert unknown.fitted(recipe.previews, grid) == samples
+    check_text_width("samples", samples, grid)
+    if "column" in options:
+        columns = {options.pop("column"): options.pop("stem", "first")}
+        options["rows"] = tuple(replace(row, columns=columns) for row in samples.rows)
     with pytest.raises(ValueError, match=message):
-        train.fit_samples(recipes()[name], carried(model), data, replace(samples, **options))
+        check_text_width("samples", replace(samples, **options).fitted(recipe.previews, grid), grid)

@@ -18,6 +18,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from ..runs import (
+    NO_DATA,
     TEXT_LENGTH,
     TOKENS,
     finish,
@@ -53,7 +54,7 @@ def run(inputs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) 
 def started(model: Any, *stages: str, **options: Any) -> SetAndSequence:
     """The method at the start of the last of `stages`. After stage 1 its factors differ from their start values."""
     recipe = SetAndSequence(make_backbone(model), make_config(NAME, **options))
-    phases = {phase.name: phase for phase in recipe.phases(recipe.config)}
+    phases = {phase.name: phase for phase in recipe.phases(recipe.config, NO_DATA)}
     for stage in stages:
         recipe.start(phases[stage])
         if stage == "set":
@@ -92,7 +93,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (c.beta2, c.weight_decay, c.max_grad_norm) == (0.99, 0.01, 0.05)
     assert (c.set_dropout, c.sequence_dropout, c.token_mask_prob, c.prior_weight) == (0.8, 0.5, 0.1, 1.0)
     assert (c.set_shift, c.sequence_shift, c.self_conditioning_prob, c.alpha) == (1.0, 3.0, 0.0, 0.0)
-    assert [(p.name, p.split) for p in SetAndSequence.phases(c)] == list(SPLITS.items())
+    assert [(p.name, p.unit) for p in SetAndSequence.phases(c, NO_DATA)] == list(SPLITS.items())
 
 
 def test_every_linear_of_every_block_is_adapted_and_nothing_else(model: Any) -> None:
@@ -110,14 +111,14 @@ def test_stage_one_trains_both_factors_and_stage_two_only_the_motion_up(model: A
     identity = [recipe.lora.factors("identity", name) for name in ("down", "up")]
     loss = total_loss(recipe, make_batch(recipe.backbone, data, "frames"), Rng(0, "set", 0))
     assert leaves(loss) == {p for factor in identity for p in factor.values()}
-    groups = recipe.param_groups(recipe.phases(recipe.config)[0])
+    groups = recipe.param_groups(recipe.phases(recipe.config, NO_DATA)[0])
     assert {p for g in groups for p in g["params"]} == leaves(loss)
 
     recipe = started(model, "set", "sequence")
     loss = total_loss(recipe, make_batch(recipe.backbone, data), Rng(0, "sequence", 0))
     motion = set(recipe.lora.factors("motion", "up").values())
     assert leaves(loss) == motion
-    assert {p for g in recipe.param_groups(recipe.phases(recipe.config)[1]) for p in g["params"]} == motion
+    assert {p for g in recipe.param_groups(recipe.phases(recipe.config, NO_DATA)[1]) for p in g["params"]} == motion
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
@@ -164,7 +165,7 @@ def test_an_identity_file_continues_to_the_same_bits_as_one_run(
     }
     assert len(hashes) == 1, "files that belong together say so"
     other = finish(make_job(tmp_path / "other", model, data, make_config(NAME, seed=1, sequence_steps=0), NAME), model)
-    assert load(Path(other.parts[-1]))[1]["sns.identity_sha256"] not in hashes
+    assert load(Path(other.result_files[-1]))[1]["sns.identity_sha256"] not in hashes
 
 
 def test_an_identity_file_that_does_not_fit_is_refused(run: Job, model: Any, tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_prior_adds_exactly_its_weight_times_its_own_gradient(model: Any, data: 
     batch = make_batch(recipe.backbone, data, SPLITS[stage])
     rng = Rng(0, stage, 0)
     parameters = [
-        p for g in recipe.param_groups(recipe.phases(recipe.config)[list(SPLITS).index(stage)]) for p in g["params"]
+        p for g in recipe.param_groups(recipe.phases(recipe.config, NO_DATA)[list(SPLITS).index(stage)]) for p in g["params"]
     ]
 
     def gradients(weight: float) -> dict[str, tuple[Tensor, ...]]:
@@ -337,7 +338,7 @@ def test_gradients_with_masks_are_the_same_when_activations_are_recomputed(
 
 def test_evaluation_and_export_see_no_mask_and_no_hidden_token(model: Any, data: TrainingData) -> None:
     recipe = started(model, "set", token_mask_prob=0.5)
-    phase = recipe.phases(recipe.config)[0]
+    phase = recipe.phases(recipe.config, NO_DATA)[0]
     batch = make_batch(recipe.backbone, data, "frames")
     exported = recipe.export("identity")
     drawn_masks(recipe, batch, Rng(0, "set", 0))
@@ -498,4 +499,4 @@ def test_combined_chained_and_concatenated_files_are_the_same_model_to_core(
     [({"sequence_steps": 0}, ["identity"]), ({}, ["identity", "motion", "combined"])],
 )
 def test_the_files_are_those_of_the_stages_that_run(options: dict, made: list[str]) -> None:
-    assert list(SetAndSequence.exports(make_config(NAME, **options))) == made
+    assert list(SetAndSequence.exports(make_config(NAME, **options), NO_DATA)) == made

@@ -29,7 +29,7 @@ from kinoloom.trainers.run.job import Job
 
 import nodes
 
-from ..runs import Published, finish, make_config, make_job
+from ..runs import NO_DATA, Published, finish, make_config, make_job
 
 WAN = "KinoloomTrainWanLora"
 
@@ -72,7 +72,7 @@ Start = Callable[..., Job]
 @pytest.fixture
 def start(model: Any, data: Any) -> Start:
     def begin(registry: jobs.Registry, name: str = "dance", **options: Any) -> Job:
-        return registry.start(model, WAN, make_config(WAN, **options), data, {}, name)
+        return registry.start({"model": model}, WAN, make_config(WAN, **options), data, {}, name)
 
     return begin
 
@@ -203,7 +203,7 @@ def test_a_run_that_ends_while_it_is_asked_for_again_is_not_started_anew(
         return found
 
     held.registry._claim = claim  # type: ignore[method-assign]
-    assert held.registry.start(model, WAN, watched, data, {}, "dance") is job
+    assert held.registry.start({"model": model}, WAN, watched, data, {}, "dance") is job
     assert job.ended.is_set() and job.status == "finished" and not job.state_path.exists()
     assert [e["event"] for e in job.history].count("finished") == 1
 
@@ -281,7 +281,7 @@ def test_a_record_that_cannot_be_written_starts_nothing(
     (job.folder / "job.json").unlink()
     (job.folder / "job.json").mkdir()
     with pytest.raises(SaveError, match=r"job\.json"):
-        job.start(model)
+        job.start({"model": model})
     assert job.status == "stopped" and job.ended.is_set() and not claim_of(job.folder).elsewhere
     (job.folder / "job.json").rmdir()
     assert finish(job, model).done == 6
@@ -348,7 +348,7 @@ def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
         choices = [(name, choice) for name, f in recipe.Config.__dataclass_fields__.items() for choice in f.metadata["choices"]]
         for options in ({}, *({name: choice} for name, choice in choices)):
             with suppress(ValueError):  # a choice that needs another option too
-                exports = recipe.exports(recipe.Config(**options))
+                exports = recipe.exports(recipe.Config(**options), NO_DATA)
                 written |= {export.folder for export in exports.values()}
     chosen = {option.metadata["file_of"] for recipe in recipes().values() for option in fields(recipe.Config)} - {""}
     assert written | chosen <= folders.FOLDERS.keys()
@@ -369,7 +369,7 @@ def test_a_finished_run_whose_file_was_deleted_says_so(start: Start, tmp_path: P
     job = start(registry)
     assert job.ended.wait(100)
     assert job.spec.outputs == {"loras": str(tmp_path / "out" / job.spec.run_name)}, "as its exports say"
-    kept, (path,) = dict(job.files), job.parts
+    kept, (path,) = dict(job.files), job.result_files
     assert jobs.trained_file(path) == path
     Path(path).unlink()
     with pytest.raises(ValueError, match=r"dance-lora-000006\.safetensors.*deleted.*another run name"):

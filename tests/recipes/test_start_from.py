@@ -47,7 +47,7 @@ def chosen(recipe: str, job: Job) -> dict[str, str]:
     """The options with which a run begins from the files of another."""
     if recipe == DIRECTOR:
         return {"start_from": job.files["spatial"], "start_from_motion": job.files["temporal"]}
-    return {"start_from": job.parts[-1]}
+    return {"start_from": job.result_files[-1]}
 
 
 @pytest.mark.parametrize("recipe", [WAN, SVD, DIRECTOR])
@@ -79,11 +79,11 @@ def test_a_resumed_run_does_not_begin_from_the_file_again(run: Run, inputs: Call
 
 
 def test_a_file_of_another_scale_has_the_same_effect(run: Run, inputs: Callable, tmp_path: Path) -> None:
-    tensors = load(Path(first(run, WAN).parts[-1]))[0]
+    tensors = load(Path(first(run, WAN).result_files[-1]))[0]
     scaled = {**tensors, **{k.replace("lora_A.weight", "alpha"): torch.tensor(8.0) for k in tensors if "lora_A" in k}}
     save(tmp_path / "scaled.safetensors", scaled)
     begun = run(WAN, **STILL, alpha=2.0, start_from=str(tmp_path / "scaled.safetensors"))
-    ours = load(Path(begun.parts[-1]))[0]
+    ours = load(Path(begun.result_files[-1]))[0]
     for key in (key for key in tensors if "lora_B" in key):
         torch.testing.assert_close(ours[key] * (2.0 / 4), tensors[key] * (8.0 / 4), rtol=1e-6, atol=0)
 
@@ -91,8 +91,8 @@ def test_a_file_of_another_scale_has_the_same_effect(run: Run, inputs: Callable,
 def test_set_and_sequence_begins_stage_one_from_a_look(run: Run) -> None:
     look = first(run, WAN)
     stages = {"set_steps": 1, "sequence_steps": 0, "gradient_accumulation": 1}
-    begun = run(SNS, **{k: v for k, v in STILL.items() if k != "steps"}, **stages, start_from=look.parts[-1])
-    assert_same(load(Path(begun.files["identity"]))[0], load(Path(look.parts[-1]))[0])
+    begun = run(SNS, **{k: v for k, v in STILL.items() if k != "steps"}, **stages, start_from=look.result_files[-1])
+    assert_same(load(Path(begun.files["identity"]))[0], load(Path(look.result_files[-1]))[0])
     with pytest.raises(ValueError, match="start_from='a.safetensors': expected none beside an identity_file"):
         make_config(SNS, set_steps=0, identity_file="/x/b.safetensors", start_from="/x/a.safetensors")
 
@@ -113,7 +113,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_before_the_run(
     case: str, message: str, run: Run, inputs: Callable, tmp_path: Path
 ) -> None:
     model, _ = inputs(WAN)
-    tensors, metadata = load(Path(first(run, WAN).parts[-1]))
+    tensors, metadata = load(Path(first(run, WAN).result_files[-1]))
     options: dict[str, Any] = {"rank": 8} if case == "rank" else {"target_layers": "attention"} if case == "layers" else {}
     if case == "motion":
         metadata["sns.stage"] = "motion"
@@ -196,7 +196,7 @@ def test_every_method_that_trains_a_lora_can_begin_from_one() -> None:
 
 
 def test_an_svd_lora_in_other_names_points_to_the_converter(run: Run, inputs: Callable, tmp_path: Path) -> None:
-    tensors, metadata = load(Path(first(run, SVD).parts[-1]))
+    tensors, metadata = load(Path(first(run, SVD).result_files[-1]))
     other = {key.replace("diffusion_model.", "unet."): tensor for key, tensor in tensors.items()}
     save(tmp_path / "diffusers.safetensors", other, metadata)
     with pytest.raises(ValueError, match="start_from='diffusers.safetensors': .* Convert SVD Model"):

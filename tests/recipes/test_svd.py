@@ -27,6 +27,7 @@ from torch import Tensor
 from toyworld.pack import video_unet
 
 from ..runs import (
+    NO_DATA,
     Published,
     assert_same,
     finish,
@@ -235,7 +236,7 @@ def test_queries_and_keys_of_cross_attention_have_no_gradient(model: Any, data: 
 
 def test_the_file_works_in_comfyui_as_in_training(model: Any, data: Any, tmp_path: Path) -> None:
     job = finish(make_job(tmp_path, model, data, make_config(LORA, save_precision="fp32", alpha=2.0), LORA), model)
-    tensors, metadata = load(Path(job.parts[-1]))
+    tensors, metadata = load(Path(job.result_files[-1]))
     assert sum(key.endswith(".lora_A.weight") for key in tensors) == 192 and metadata["kinoloom.recipe"] == LORA
     patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}))
     assert len(patches) == 192
@@ -263,7 +264,7 @@ def test_a_fine_tune_trains_what_it_says(model: Any, data: Any, layers: str, tra
     """Fact 7; the loss depends on every trained weight and on no other."""
     backbone = make_backbone(model)
     recipe = SvdFinetune(backbone, make_config(FINETUNE, layers=layers))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     names = [name for name, p in backbone.module.named_parameters() if p.requires_grad]
     assert names == list(recipe.trained) and all(p.dtype == torch.float32 for p in recipe.trained.values())
     if trained:
@@ -277,7 +278,7 @@ def test_gradients_of_trained_weights_are_those_of_a_plain_model(model: Any, dat
     """The private layers, casting included, against finite differences along the gradient."""
     backbone = make_backbone(model, dtype)
     recipe = SvdFinetune(backbone, make_config(FINETUNE, layers="all"))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     batch = make_batch(backbone, data)
 
     def loss() -> Tensor:
@@ -287,7 +288,7 @@ def test_gradients_of_trained_weights_are_those_of_a_plain_model(model: Any, dat
     if dtype == torch.bfloat16:
         reference = make_backbone(model)
         other = SvdFinetune(reference, make_config(FINETUNE, layers="all"))
-        other.start(other.phases(other.config)[0])
+        other.start(other.phases(other.config, NO_DATA)[0])
         video_loss(reference, make_batch(reference, data), Rng(0, "clips", 0), WHOLE).backward()
         ours, theirs = (torch.cat([p.grad.flatten() for p in r.trained.values()]) for r in (recipe, other))
         assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
@@ -331,7 +332,7 @@ def test_a_fine_tuned_model_loads_as_stable_video_diffusion(tmp_path: Path) -> N
     options = {"steps": 2, "precision": "bf16", "save_precision": "fp32", "validate_every": 0}
     config = make_config(FINETUNE, **options, learning_rate=1e-6)
     job = finish(make_job(tmp_path, model, data, config, FINETUNE), model)
-    tuned = load_model(Path(job.parts[-1]), dtype=torch.float32)
+    tuned = load_model(Path(job.result_files[-1]), dtype=torch.float32)
     assert type(tuned.model).__name__ == "SVD_img2vid"
     weights, before = tuned.model.diffusion_model.state_dict(), model.model.diffusion_model.state_dict()
     trained = state_of(job).recipe
@@ -360,7 +361,7 @@ def test_the_file_of_a_run_with_a_moving_average_holds_it(model: Any, data: Any,
     for n, current in enumerate(weights[1:], start=1):
         kept = min(decay, (1 + n) / (10 + n))
         average = {key: kept * average[key] + (1 - kept) * current[key] for key in current}
-    tensors = load(Path(job.parts[-1]))[0]
+    tensors = load(Path(job.result_files[-1]))[0]
     expected = to_comfy({key.removeprefix("lora/"): value for key, value in average.items()})
     assert tensors.keys() == expected.keys()
     assert all(torch.allclose(tensors[key], expected[key], atol=1e-6) for key in tensors)
@@ -379,5 +380,5 @@ def test_a_stopped_run_with_a_moving_average_resumes_to_the_same_bits(tiny_model
         finish(make_job(folder, wan, data, config, name, Published().at(done, Job.stop)), wan, "stopped")
         resumed = finish(make_job(folder, wan, data, config, name), wan)
         assert_same(state_of(resumed).recipe, state_of(whole).recipe)
-        for ours, theirs in zip(resumed.parts, whole.parts, strict=True):
+        for ours, theirs in zip(resumed.result_files, whole.result_files, strict=True):
             assert_same(load(Path(ours))[0], load(Path(theirs))[0])

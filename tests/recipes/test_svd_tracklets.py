@@ -32,6 +32,7 @@ from kinoloom.trainers.svd_tracklets import CLEAN, PAINTED, SvdTracklets, box_we
 from torch import Tensor, nn
 
 from ..runs import (
+    NO_DATA,
     assert_same,
     finish,
     leaves,
@@ -67,7 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def new_recipe(model: Any, phase: int = 0, **options: Any) -> SvdTracklets:
     recipe = SvdTracklets(make_backbone(model), make_config(NAME, **options))
-    recipe.start(recipe.phases(recipe.config)[phase])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[phase])
     return recipe
 
 
@@ -244,7 +245,7 @@ def test_a_box_weighs_more_and_the_mean_stays() -> None:
 
 
 def test_a_phase_without_steps_is_left_out_and_none_at_all_refused() -> None:
-    phases = SvdTracklets.phases(make_config(NAME, self_tracking_steps=0))
+    phases = SvdTracklets.phases(make_config(NAME, self_tracking_steps=0), NO_DATA)
     assert [phase.name for phase in phases] == [CLEAN]
     with pytest.raises(ValueError, match="self_tracking_steps=0 and clean_steps=0: expected steps"):
         make_config(NAME, self_tracking_steps=0, clean_steps=0)
@@ -263,7 +264,7 @@ def trained(request: pytest.FixtureRequest, model: Any, data: Any, tmp_path_fact
         "save_precision": "fp32",
     }
     job = finish(make_job(tmp_path_factory.mktemp("run"), model, data, make_config(NAME, **options), NAME), model)
-    return job, Path(job.parts[-1])
+    return job, Path(job.result_files[-1])
 
 
 def applied(model: Any, path: Path, tracklets: Tracklets = PATH) -> Any:
@@ -395,7 +396,7 @@ def test_a_run_goes_on_from_a_control_file(model: Any, trained: Any, data: Any, 
     other_boxes = 0.0 if job.config.soft_boxes else 0.8
     config = make_config(NAME, **options, soft_boxes=job.config.soft_boxes, control_file=str(file))
     again = finish(make_job(tmp_path / "again", model, data, config, NAME), model)
-    assert_same(load(Path(again.parts[-1]))[0], load(file)[0])
+    assert_same(load(Path(again.result_files[-1]))[0], load(file)[0])
     config = make_config(NAME, **options, soft_boxes=other_boxes, control_file=str(file))
     refused = finish(make_job(tmp_path / "refused", model, data, config, NAME), model, "failed")
     assert f"control_file={file.name!r}: was trained with soft_boxes" in refused.error

@@ -16,7 +16,7 @@ from kinoloom.nodes.training.routes import files
 from kinoloom.trainers.core.events import Plan, Step, to_json
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.run import plain, versions
-from kinoloom.trainers.run.checkpoint import Identity, load_state, save_state
+from kinoloom.trainers.run.checkpoint import RunKey, load_state, save_state
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.record import from_json, read_record
 from kinoloom.trainers.run.unreadable import Unreadable
@@ -68,7 +68,7 @@ def test_a_run_of_an_earlier_version_is_listed_and_shown(version: str, status: s
     job = jobs.Registry(folder.parent).get("job")
     kept = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert len(kept) == len(job.history) and [{**now, **then} for now, then in zip(job.history, kept, strict=True)] == job.history
-    assert job.spec.samples and job.config.rank == 1
+    assert job.spec.previews and job.config.rank == 1
     assert f"run-lora-{done:06d}.safetensors" in job.report() and len(job.losses()) == done
 
 
@@ -93,8 +93,8 @@ def test_a_new_best_deletes_no_file_but_the_runs_own(
     folder = recorded(VERSIONS[0], "stopped")
     (tmp_path / place).write_text("of another")
     change(folder, "files", "lora-best", to=str(tmp_path / place))
-    state, identity = load_state(folder / "state.pt")
-    save_state(folder / "state.pt", replace(state, best=float("inf")), identity)
+    state, run_key = load_state(folder / "state.pt")
+    save_state(folder / "state.pt", replace(state, best=float("inf")), run_key)
     job = finish(make_job(folder.parent, model, data, make_config(WAN, rank=1), WAN), model)
     assert Path(job.files["lora-best"]).name == "run-lora-best-000006.safetensors"
     assert (tmp_path / place).read_text() == "of another"
@@ -102,7 +102,7 @@ def test_a_new_best_deletes_no_file_but_the_runs_own(
 
 def rename_rank(kind: str, content: dict[str, Any]) -> None:
     """The step that a version needs which calls `lora_rank` rank."""
-    for config in {"record": [content.get("spec", {}), content.get("spec", {}).get("identity", {})]}.get(kind, [content]):
+    for config in {"record": [content.get("spec", {}), content.get("spec", {}).get("run_key", {})]}.get(kind, [content]):
         if "lora_rank" in config.get("config", {}):
             config["config"]["rank"] = config["config"].pop("lora_rank")
     if kind == "event" and "number" in content:
@@ -116,15 +116,15 @@ def test_one_step_brings_a_renamed_option_up_to_date(
     folder = recorded(VERSIONS[0], "stopped")
     for name, old, new in (("job.json", '"rank"', '"lora_rank"'), ("history.jsonl", '"step":', '"number":')):
         (folder / name).write_text((folder / name).read_text().replace(old, new))
-    state, identity = load_state(folder / "state.pt")
-    identity.config["lora_rank"] = identity.config.pop("rank")
+    state, run_key = load_state(folder / "state.pt")
+    run_key.config["lora_rank"] = run_key.config.pop("rank")
     content = torch.load(folder / "state.pt", weights_only=True)
-    torch.save({**content, "identity": json.dumps(asdict(identity))}, folder / "state.pt")
+    torch.save({**content, "run_key": json.dumps(asdict(run_key)), "version": versions.VERSION}, folder / "state.pt")
 
     (lost,) = listed(folder.parent)
     assert (lost["status"], lost["run_name"]) == ("unreadable", "run") and "'lora_rank'" in lost["error"]
-    monkeypatch.setattr(versions, "VERSION", 2)
-    monkeypatch.setattr(versions, "STEPS", [rename_rank])
+    monkeypatch.setattr(versions, "VERSION", versions.VERSION + 1)
+    monkeypatch.setattr(versions, "STEPS", [*versions.STEPS, rename_rank])
     (found,) = listed(folder.parent)
     assert (found["status"], found["done"]) == ("stopped", 3)
     job = finish(make_job(folder.parent, model, data, make_config(WAN, rank=1), WAN), model)
@@ -273,10 +273,10 @@ def test_every_event_comes_back_from_json_as_it_was() -> None:
     assert [from_json(json.loads(json.dumps(to_json(event)))) for event in (plan, step)] == [plan, step]
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "another zip", "no state", "identity"])
+@pytest.mark.parametrize("damage", ["text", "cut", "another zip", "no state", "run_key"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path, whole = tmp_path / "state.pt", tmp_path / "whole.pt"
-    save_state(whole, State(step=3), Identity(WAN, "m", "d", {"rank": 1}, {}))
+    save_state(whole, State(step=3), RunKey(WAN, "m", "d", {"rank": 1}, {}))
     content = torch.load(whole, weights_only=True)
     if damage in ("text", "cut"):
         path.write_bytes(b"text" if damage == "text" else whole.read_bytes()[:-100])
@@ -284,8 +284,8 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
         shutil.make_archive(str(tmp_path / "state"), "zip", tmp_path)
         (tmp_path / "state.zip").rename(path)
     else:
-        torch.save({**content, "identity": "[]"} if damage == "identity" else {"identity": "{}"}, path)
-    with pytest.raises(ValueError, match=r"checkpoint .*state\.pt: damaged|identity: expected"):
+        torch.save({**content, "run_key": "[]"} if damage == "run_key" else {"run_key": "{}"}, path)
+    with pytest.raises(ValueError, match=r"checkpoint .*state\.pt: damaged|run_key: expected"):
         load_state(path)
     assert load_state(whole)[0].step == 3
 

@@ -30,13 +30,14 @@ from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS, sdpa
 from kinoloom.trainers.host.device import compute_dtype
 from kinoloom.trainers.host.layers import Rope
-from kinoloom.trainers.host.private import load_private
+from kinoloom.trainers.host.private import Private, load_private
 from kinoloom.trainers.host.source import ModelSource
 from kinoloom.trainers.wan_lora import WanLora
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runs import (
+    NO_DATA,
     TEXT_LENGTH,
     TEXT_WIDTH,
     TOKENS,
@@ -136,7 +137,7 @@ def test_a_mask_weighs_the_squared_error(model: Any, tmp_path: Path) -> None:
     row = write_row(tmp_path, "clip", "clips", shape, mask={"mask": mask})
     backbone = make_backbone(model)
     recipe = WanLora(backbone, make_config(NAME))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     batch = make_batch(backbone, TrainingData(str(tmp_path), (row,)))
     rng = Rng(0, "clips", 0)
     [(_, loss)] = recipe.losses(batch, rng)
@@ -225,24 +226,24 @@ def test_the_private_copy_shares_no_storage_and_needs_no_gradient(model: Any) ->
 
 
 def test_identity_changes_with_content_storage_and_patches(file: Path, model: Any, tmp_path: Path) -> None:
-    own = ModelSource.of(model).identity
-    assert ModelSource.of(load_model(file)).identity == own
+    own = ModelSource.of(model).key
+    assert ModelSource.of(load_model(file)).key == own
     tiny.write_wan(tmp_path / "copy.safetensors")
-    assert ModelSource.of(load_model(tmp_path / "copy.safetensors")).identity == own, "a path is no identity"
+    assert ModelSource.of(load_model(tmp_path / "copy.safetensors")).key == own, "a path is no identity"
     tiny.write_wan(tmp_path / "other.safetensors", seed=1)
     others = [load_model(tmp_path / "other.safetensors"), load_model(file, dtype=torch.float8_e4m3fn)]
     for strength, file_strength in ((1.0, 1.0), (0.5, 1.0), (1.0, 2.0)):
         others.append(comfy.sd.load_lora_for_models(model, None, lora_file(file_strength), strength, 0)[0])
     again = comfy.sd.load_lora_for_models(load_model(file), None, lora_file(), 1.0, 0)[0]
-    identities = [own, *(ModelSource.of(other).identity for other in others)]
+    identities = [own, *(ModelSource.of(other).key for other in others)]
     assert len(set(identities)) == len(identities)
-    assert ModelSource.of(again).identity == identities[3]
+    assert ModelSource.of(again).key == identities[3]
 
 
 def test_a_source_reloads_the_same_model_or_says_why_not(file: Path, model: Any, tmp_path: Path) -> None:
     for options in ({}, {"dtype": torch.float8_e4m3fn}):
         source = ModelSource.of(load_model(file, **options))
-        assert ModelSource.of(source.reload()).identity == source.identity
+        assert ModelSource.of(source.reload()).key == source.key
         assert torch.equal(predict(make_backbone(source)), predict(make_backbone(load_model(file, **options))))
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora_file(), 1.0, 0)
     with pytest.raises(ValueError, match="on a model with LoRAs applied: run its Train node again"):
@@ -395,7 +396,7 @@ def test_model_patched_inside_is_refused_by_what_was_patched(model: Any) -> None
         ModelSource.of(patched)
     schedule = model.clone()
     schedule.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
-    assert ModelSource.of(schedule).identity == ModelSource.of(model).identity
+    assert ModelSource.of(schedule).key == ModelSource.of(model).key
 
 
 def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: Any, data: TrainingData) -> None:
@@ -406,9 +407,9 @@ def test_matrices_narrowed_once_give_the_bits_of_those_cast_at_every_use(model: 
         module = private.diffusion_model
         assert module.blocks[0].ffn[0].weight.dtype == (torch.bfloat16 if narrowed else torch.float32)
         assert module.patch_embedding.weight.dtype == torch.float32, "computed in fp32 by the model"
-        backbone = wan.Wan(private, {}, torch.device("cpu"), torch.bfloat16, TRANSFORMER_OPTIONS)
+        backbone = wan.Wan({"model": Private(private, {})}, torch.device("cpu"), torch.bfloat16, TRANSFORMER_OPTIONS)
         recipe = WanLora(backbone, WanLora.Config(rank=4))
-        recipe.start(recipe.phases(recipe.config)[0])
+        recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
         for path, up in recipe.lora.factors("lora", "up").items():
             up.data.copy_(random(*up.shape, name=path) * 0.1)
         for _, loss in recipe.losses(make_batch(backbone, data), Rng(0, "test", 0)):

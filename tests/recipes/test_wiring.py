@@ -15,7 +15,7 @@ from kinoloom.trainers.set_and_sequence import IDENTITY, SetAndSequence
 from kinoloom.trainers.svd_tracklets import SvdTracklets, box_weights, soften
 from torch import Tensor
 
-from ..runs import load_model, make_backbone, make_batch, make_config, random
+from ..runs import NO_DATA, load_model, make_backbone, make_batch, make_config, random
 
 BACKBONES = ["KinoloomTrainWanLora", "KinoloomTrainMotionDirector", "KinoloomTrainSvdLora"]
 
@@ -58,7 +58,7 @@ def fill(lora: LoraGroups, *groups: str) -> None:
 
 def begun(cls: type, model: Any, phase: int = 0, **options: Any) -> Any:
     recipe = cls(make_backbone(model), make_config(cls.name, **options))
-    recipe.start(recipe.phases(recipe.config)[phase])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[phase])
     return recipe
 
 
@@ -111,7 +111,7 @@ def test_the_last_mask_of_stage_one_does_not_stay_on_the_frozen_look(name: str, 
     recipe = begun(SetAndSequence, model)
     losses(recipe, alone(make_batch(recipe.backbone, data, "frames")), Rng(0, "set", 0))
     assert all(IDENTITY in layer.masks for layer in recipe.lora.layers.values())
-    recipe.start(recipe.phases(recipe.config)[1])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[1])
     assert not any(IDENTITY in layer.masks for layer in recipe.lora.layers.values())
 
 

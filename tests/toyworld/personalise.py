@@ -53,8 +53,8 @@ def train(studio: Studio, data: TrainingData, recipe: str, options: Mapping[str,
     """Run a job to its end in `folder`; its LoRA files, of which the last holds all it learned."""
     config = recipes()[recipe].Config(**options)
     job = runs.make_job(folder, studio.model, data, config, recipe)
-    job.start(studio.model)
+    job.start({"model": studio.model})
     job.ended.wait()
     if job.status != "finished":
         raise RuntimeError(f"{recipe} ended as {job.status}: {job.error}")
-    return [Path(file) for file in job.parts]
+    return [Path(file) for file in job.result_files]

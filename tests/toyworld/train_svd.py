@@ -12,6 +12,7 @@ from kinoloom.trainers.backbones.svd.model import Svd
 from kinoloom.trainers.backbones.svd.objective import SvdConfig, video_loss
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
+from kinoloom.trainers.host.private import Private
 from numpy.random import Generator
 from tiny import svd as tiny_svd
 from tiny.weights import Weights, save
@@ -120,4 +121,4 @@ def build() -> Svd:
         if name.endswith("mix_factor"):
             nn.init.zeros_(parameter)
     unet.requires_grad_(True)
-    return Svd(model, {}, DEVICE, torch.float32, TRANSFORMER_OPTIONS)
+    return Svd({"model": Private(model, {})}, DEVICE, torch.float32, TRANSFORMER_OPTIONS)

@@ -95,9 +95,9 @@ class Backbone(Protocol):
     device: torch.device
 
     def __init__(
-        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, models: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel, `carried` holds its added modules by name."""
+        """models: private copies of the MODELs that the recipe takes; transformer_options: of every forward."""
         ...
 
     @staticmethod
@@ -119,15 +119,3 @@ def prepare_latents(batch: dict[str, Any], device: torch.device, process_latent_
     """Copy latents and mask to the device, and latents to the model's latent space. Other columns stay on the CPU."""
     own = {**batch, "latents": process_latent_in(batch["latents"].float())}
     return {**own, **{name: to_device(own[name], device) for name in ("latents", "mask") if name in own}}
-
-
-def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`prompt_embeds` [B, n, D], with padding zeros that were cut off added again if the text encoder uses them."""
-    prompt_embeds = batch["prompt_embeds"]
-    if prompt_embeds.shape[-1] != width:
-        raise ValueError(
-            f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {width}. Was the data "
-            "encoded with another model's text encoder?"
-        )
-    padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
-    return nn.functional.pad(to_device(prompt_embeds, device, dtype), (0, 0, 0, padding))

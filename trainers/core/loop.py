@@ -53,17 +53,17 @@ class Session:
 
 def train(
     recipe: Recipe,
+    phases: list[Phase],
     data: Callable[[Phase], PhaseData],
     config: TrainConfig,
     state: State,
     session: Session,
     scaler: torch.amp.GradScaler,
 ) -> bool:
-    """Run every phase from `state` on. False if the session stopped it between two steps.
+    """Run the recipe's phases from `state` on. False if the session stopped it between two steps.
 
     Raises Diverged, or NotFinite if data is the cause.
     """
-    phases = recipe.phases(config)
     for index, phase in enumerate(phases):
         recipe.start(phase)
         if index < state.phase:

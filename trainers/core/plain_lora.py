@@ -1,37 +1,49 @@
-"""The shared part of recipes that train one LoRA with one loss in one phase."""
+"""The shared parts of recipes that train LoRAs: their state, and one LoRA with one loss in one phase."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .data import TrainingData
 from .lora import LoraGroups
-from .recipe import Export, Generation, Phase
+from .recipe import Export, Generation, Phase, Recipe
 from .start_from import Reader, Start
 
 GROUP = "lora"
 
 
-class PlainLora:
+class LoraRecipe(Recipe):
+    """A recipe whose trained weights are the groups of `lora`."""
+
+    def __init__(self, backbone: Any, config: Any) -> None:
+        super().__init__(backbone, config)
+        self.lora = LoraGroups(backbone.module, config.seed)
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        return self.lora.export(name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.lora.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.lora.load_state_dict(state)
+
+
+class PlainLora(LoraRecipe):
     """A recipe without its name, options and `losses`. Its Config is a LoraConfig with `steps` and `target_layers`."""
 
     template: ClassVar[str]  # the workflow that generates videos with the LoRA
 
-    def __init__(self, backbone: Any, config: Any) -> None:
-        self.backbone, self.config = backbone, config
-        self.predict = backbone.predict
-        self.lora = LoraGroups(backbone.module, config.seed)
-        self.state_dict, self.load_state_dict = self.lora.state_dict, self.lora.load_state_dict
-
     @staticmethod
-    def phases(config: Any) -> list[Phase]:
+    def phases(config: Any, data: TrainingData) -> list[Phase]:
         return [Phase("clips", config.steps, "clips")]
 
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]:
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]:
         return {GROUP: Export("the trained LoRA", "clips")}
 
     @classmethod
-    def generations(cls, config: Any) -> list[Generation]:
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         return [Generation(cls.template, {"LoraLoaderModelOnly": GROUP})]
 
     def start(self, phase: Phase) -> None:
@@ -42,12 +54,6 @@ class PlainLora:
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         return self.lora.param_groups(GROUP, self.config.learning_rate, self.config.lora_plus_ratio)
-
-    def export(self, name: str) -> dict[str, Tensor]:
-        return self.lora.export(name)
-
-    def metadata(self, name: str) -> dict[str, str]:
-        return {}
 
 
 def plain_start(config: Any, targets: dict[str, str], read: Reader) -> dict[str, Start]:

@@ -1,43 +1,54 @@
 """The contract between the loop and a training method."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .backbone import Backbone
-from .data import Batch
+from .config import TrainConfig
+from .data import Batch, Column, TrainingData
 from .rng import Rng
 
 
 @dataclass(frozen=True)
-class Phase:
-    """`steps` optimizer steps on the rows of one split of the data ("clips" or "frames").
+class ModelInput:
+    """A MODEL that a recipe trains on or with: the input of its node, and the key of its private copy."""
 
-    clips: with fewer rows advice warns. loss_falls: whether advice expects the loss to fall. option: the name of the
-    option that holds `steps`.
+    name: str = "model"
+    tooltip: str = "The model to train on. It is copied, never changed."
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` optimizer steps on the training rows of one unit ("clips" or "frames").
+
+    fewest_rows: below it advice warns. loss_falls: whether advice expects the loss to fall. option: the option that
+    holds `steps`.
     """
 
     name: str
     steps: int
-    split: str
-    clips: int = 1
+    unit: str
+    fewest_rows: int = 1
     loss_falls: bool = True
     option: str = "steps"
 
 
 @dataclass(frozen=True)
 class Export:
-    """One file that a recipe writes. keys: its key format, one of lora_io.keys.FORMATS or "model" for a whole model.
-    folder: ComfyUI's model folder for it.
+    """One file that a recipe writes, when `phase` is complete. The last export of a recipe is its main one.
 
-    The last export of a recipe is its main one.
+    kind: "lora" (a LoRA, which Training Result outputs), "module" (layers of this pack) or "model" (a whole one).
+    format: how its keys are named, one of lora_io.keys.FORMATS. folder: ComfyUI's model folder that loaders look in.
     """
 
     description: str
     phase: str
-    keys: str = "comfy"
+    kind: str = "lora"
+    format: str = "comfy"
     folder: str = "loras"
 
 
@@ -52,37 +63,60 @@ class Generation:
     loaders: dict[str, str]
 
 
-class Recipe(Protocol):
+class Recipe(ABC):
     """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
 
-    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch. It runs backward at
-    every yield, inside any `with` block that the recipe has open. `predict` calls the backbone with all trained factors
-    active and regularisers off. `losses` must reset the state that `predict` leaves.
+    The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at
+    every yield inside whatever `with` the recipe has open. `losses` undoes whatever it leaves behind.
+
+    columns: of the rows that it trains on. previews: of the rows that it samples. models: the MODELs that its node
+    takes, of which the backbone gets private copies.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[TrainConfig]]
     name: ClassVar[str]
     title: ClassVar[str]
     description: ClassVar[str]
     backbone_class: ClassVar[type[Backbone]]
-    columns: ClassVar[tuple[str, ...]]
-    config: Any
+    columns: ClassVar[tuple[Column, ...]]
+    previews: ClassVar[tuple[Column, ...]]
+    models: ClassVar[tuple[ModelInput, ...]] = (ModelInput(),)
 
-    def __init__(self, backbone: Any, config: Any) -> None: ...
+    def __init__(self, backbone: Any, config: Any) -> None:
+        self.backbone, self.config = backbone, config
+
     @staticmethod
-    def phases(config: Any) -> list[Phase]: ...
+    @abstractmethod
+    def phases(config: Any, data: TrainingData) -> list[Phase]: ...
     @staticmethod
-    def exports(config: Any) -> dict[str, Export]: ...
-    @staticmethod
-    def generations(config: Any) -> list[Generation]:
+    @abstractmethod
+    def exports(config: Any, data: TrainingData) -> dict[str, Export]: ...
+    @classmethod
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         """The best first; one serves if the run made all that it loads."""
-        ...
+        return []
 
+    @abstractmethod
     def start(self, phase: Phase) -> None: ...
+    @abstractmethod
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]: ...
+    @abstractmethod
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]: ...
-    def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor: ...
+    def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """The backbone's prediction with everything trained so far at work and regularisers off."""
+        return self.backbone.predict(noisy_latents, t, batch)
+
+    def unconditional(self, batch: Batch) -> Batch:
+        """The conditions that guidance goes away from, for a batch whose prompt is the negative one already."""
+        return self.backbone.unconditional(batch)
+
+    @abstractmethod
     def export(self, name: str) -> dict[str, Tensor]: ...
-    def metadata(self, name: str) -> dict[str, str]: ...
+    def metadata(self, name: str) -> dict[str, str]:
+        """Of an export's file, besides what every file of this pack says."""
+        return {}
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

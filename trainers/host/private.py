@@ -1,6 +1,7 @@
 """A run's private copy of a MODEL, outside ComfyUI's model manager."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ from torch import nn
 
 from ..core.placement import AS_IT_IS, Placement
 from .layers import make_private
-from .source import ModelSource
+from .source import Carried, ModelSource
 from .weights import extremes, not_finite, require_finite
+
+
+@dataclass(frozen=True)
+class Private:
+    """A run's own copy of a MODEL: the frozen BaseModel, and the files of the models that ride on it, by name."""
+
+    model: Any
+    carried: dict[str, Carried]
 
 
 def load_private(model: Any, device: torch.device, placement: Placement = AS_IT_IS) -> Any:

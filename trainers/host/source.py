@@ -1,4 +1,4 @@
-"""A run's MODEL: the file it came from, how to load it again, and its identity."""
+"""A run's MODEL: the file it came from, how to load it again, and its model key."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from .weights import SAFETENSORS, load_tensors, merge
 # Values of ModelSource.weight_dtype: the storage types that Load Diffusion Model offers.
 WEIGHT_DTYPES = ("", "torch.float8_e4m3fn", "torch.float8_e4m3fn+fast", "torch.float8_e5m2")
 LONGEST_METADATA = 1 << 16  # characters that are searched
-PARTS = "kinoloom."  # prefix of attachment names for models of this pack on a MODEL, such as a motion module
+CARRIED = "kinoloom."  # prefix of attachment names for models of this pack on a MODEL, such as a motion module
 
 
 @dataclass(frozen=True)
-class Part:
+class Carried:
     """A second model carried by a MODEL, such as a motion module: its file and its LoRA patches by key."""
 
     path: str
@@ -34,50 +34,50 @@ class Part:
         merge(module, self.patches)
 
 
-def parts_of(model: Any) -> dict[str, Part]:
-    """The parts that a MODEL or a ModelSource carries, by name."""
+def carried_files(model: Any) -> dict[str, Carried]:
+    """The models that a MODEL or a ModelSource carries, by name."""
     if isinstance(model, ModelSource):
-        return {name: Part(path, {}) for name, path in model.parts.items()}
+        return {name: Carried(path, {}) for name, path in model.carried.items()}
     found = _patchers(model).items()
-    return {name: Part(patcher.cached_patcher_init[1][0], patcher.patches) for name, patcher in found}
+    return {name: Carried(patcher.cached_patcher_init[1][0], patcher.patches) for name, patcher in found}
 
 
-def carried(model: Any) -> dict[str, nn.Module]:
+def carried_modules(model: Any) -> dict[str, nn.Module]:
     """The modules that a MODEL carries, by name."""
     return {name: patcher.model for name, patcher in _patchers(model).items()}
 
 
 def _patchers(model: Any) -> dict[str, Any]:
-    return {name: patchers[0] for name, patchers in model.additional_models.items() if name.startswith(PARTS)}
+    return {name: patchers[0] for name, patchers in model.additional_models.items() if name.startswith(CARRIED)}
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """The source of a private copy: the MODEL's file, or the MODEL itself while this process lives.
 
-    `identity` is a hash of the file's content, the storage type, upstream LoRA patches, and the same of every part.
+    `key` is a hash of the file's content, the storage type, upstream LoRA patches, and the same of every carried model.
     """
 
     path: str
     loader: str
     weight_dtype: str
-    identity: str
+    key: str
     patched: bool
-    parts: dict[str, str] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Any, parts: dict[str, Part] | None = None) -> "ModelSource":
-        """The source of a MODEL. ValueError if it cannot be copied. `parts` replaces the parts that it carries."""
+    def of(model: Any, carried: dict[str, Carried] | None = None) -> "ModelSource":
+        """The source of a MODEL. ValueError if it cannot be copied. `carried` replaces the models that it carries."""
         require_trainable(model)
         factory, arguments = model.cached_patcher_init[:2]
         path = str(arguments[0])
         options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
-        parts = parts_of(model) if parts is None else parts
-        identity = _identity(fingerprint(Path(path)), weight_dtype, model.patches, parts)
-        patched = any([model.patches, *(part.patches for part in parts.values())])
-        files = {name: part.path for name, part in parts.items()}
-        return ModelSource(path, factory.__name__, weight_dtype, identity, patched, files)
+        carried = carried_files(model) if carried is None else carried
+        key = _key(fingerprint(Path(path)), weight_dtype, model.patches, carried)
+        patched = any([model.patches, *(each.patches for each in carried.values())])
+        files = {name: each.path for name, each in carried.items()}
+        return ModelSource(path, factory.__name__, weight_dtype, key, patched, files)
 
     def require_reloadable(self) -> None:
         """ValueError if the MODEL cannot be loaded from its file alone, which a restart requires."""
@@ -87,7 +87,7 @@ class ModelSource:
             )
         if self.loader not in ("load_diffusion_model", "load_checkpoint_guess_config"):
             raise ValueError(f"this run's model came from {self.loader}: run its Train node again to resume it")
-        for path in (self.path, *self.parts.values()):
+        for path in (self.path, *self.carried.values()):
             if not Path(path).is_file():
                 raise ValueError(f"base model {path}: not found")
 
@@ -100,21 +100,29 @@ class ModelSource:
             options = ({"dtype": dtypes[name]} if name else {}) | ({"fp8_optimizations": True} if fast else {})
             model = comfy.sd.load_diffusion_model(self.path, options, disable_dynamic=True)
         else:
-            parts = {"output_vae": False, "output_clip": False}
-            model = comfy.sd.load_checkpoint_guess_config(self.path, **parts, disable_dynamic=True)[0]
-        if (now := ModelSource.of(model, parts_of(self))).identity != self.identity:
+            without = {"output_vae": False, "output_clip": False}
+            model = comfy.sd.load_checkpoint_guess_config(self.path, **without, disable_dynamic=True)[0]
+        if (now := ModelSource.of(model, carried_files(self))).key != self.key:
             raise ValueError(f"base model {now.path}: its content changed since the run was started")
         return model
 
 
-def require_trainable(model: Any) -> None:
-    """ValueError if a MODEL cannot be copied, or names the patches that a copy would lose."""
+def base_key(sources: dict[str, ModelSource]) -> str:
+    """The model key of what a run trains on: that of its MODEL, or one of all of them together."""
+    keys = {name: source.key for name, source in sources.items()}
+    if len(keys) == 1:
+        return next(iter(keys.values()))
+    return hashlib.sha256(repr(sorted(keys.items())).encode()).hexdigest()
+
+
+def require_trainable(model: Any, name: str = "model") -> None:
+    """ValueError if the MODEL of that input cannot be copied, or names the patches that a copy would lose."""
     if model.cached_patcher_init is None:
         raise ValueError(
-            f"model: a {type(model).__name__} that cannot be loaded a second time (its loader keeps no file). Use Load "
-            "Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
+            f"{name}: a {type(model).__name__} that cannot be loaded a second time (its loader keeps no file). Use "
+            "Load Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
         )
-    require_kept(model, PARTS)
+    require_kept(model, CARRIED)
 
 
 def file_of(model: Any) -> tuple[Path, str]:
@@ -124,19 +132,19 @@ def file_of(model: Any) -> tuple[Path, str]:
     return path, " ".join(metadata.values())[:LONGEST_METADATA]
 
 
-def base_identities(model: Any) -> frozenset[str]:
-    """Identities of a MODEL's file in every storage type, patched and not. A LoRA trained on it names one of them."""
-    parts, file = parts_of(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
+def model_keys(model: Any) -> frozenset[str]:
+    """Model keys of a MODEL's file in every storage type, patched and not. A LoRA trained on it names one of them."""
+    carried, file = carried_files(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
     stored = [(weight_dtype, patches) for weight_dtype in WEIGHT_DTYPES for patches in (model.patches, {})]
-    return frozenset(_identity(file, *how, parts) for how in stored)
+    return frozenset(_key(file, *how, carried) for how in stored)
 
 
-def _identity(file: str, weight_dtype: str, patches: dict[str, list], parts: dict[str, Part]) -> str:
+def _key(file: str, weight_dtype: str, patches: dict[str, list], carried: dict[str, Carried]) -> str:
     digest = hashlib.sha256(f"{file}{weight_dtype}".encode())
     _digest(patches, digest)
-    for name, part in parts.items():
-        digest.update(f"{name}{fingerprint(Path(part.path))}".encode())
-        _digest(part.patches, digest)
+    for name, each in carried.items():
+        digest.update(f"{name}{fingerprint(Path(each.path))}".encode())
+        _digest(each.patches, digest)
     return digest.hexdigest()
 
 

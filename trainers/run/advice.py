@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from ..core.about import project
 from ..core.config import TrainConfig
-from ..core.data import Row
+from ..core.data import Row, TrainingData
 from ..core.events import Sample, Step, Validation, entries
 from ..core.loop import Diverged
 from ..core.memory import is_out_of_memory
@@ -60,11 +60,11 @@ class Seen:
 
 
 def advise(
-    recipe: type[Recipe], config: TrainConfig, rows: Sequence[Row], history: Sequence[dict], seen: Seen
+    recipe: type[Recipe], config: TrainConfig, data: TrainingData, history: Sequence[dict], seen: Seen
 ) -> list[Finding]:
     """All findings, at most one of each kind."""
-    phases = {phase.name: phase for phase in recipe.phases(config)}
-    found = [*_data(recipe, config, rows), *_samples(phases, rows, history, seen)]
+    phases = {phase.name: phase for phase in recipe.phases(config, data)}
+    found = [*_data(recipe, config, data), *_samples(phases, data.rows, history, seen)]
     for name, phase in phases.items():
         own = [e for e in history if e.get("phase") == name]
         steps = entries(own, Step)
@@ -73,27 +73,28 @@ def advise(
     return list({finding.kind: finding for finding in reversed(found)}.values())[::-1]
 
 
-def _data(recipe: type[Recipe], config: TrainConfig, rows: Sequence[Row]) -> Iterator[Finding]:
+def _data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> Iterator[Finding]:
     kind, usual_config = "too-little-data", recipe.Config()
-    usual = {phase.name: _samples_shown(phase, usual_config) for phase in recipe.phases(usual_config)}
-    for phase in recipe.phases(config):
-        chosen = [row for row in rows if row.split == phase.split and row.role == "train"]
+    usual = {phase.name: _samples_shown(phase, usual_config) for phase in recipe.phases(usual_config, data)}
+    for phase in recipe.phases(config, data):
+        chosen = data.select(phase.unit, "train")
         if not chosen or not phase.steps:
             continue
         frames = [row.shape[1] for row in chosen if row.shape[1] > 1]
         shown = _samples_shown(phase, config) / len(chosen)
-        if len(chosen) < phase.clips:
+        if len(chosen) < phase.fewest_rows:
             yield Finding(
-                kind, f"{len(chosen)} {phase.split} to train on; this method wants {phase.clips} or more. Add clips."
+                kind,
+                f"{len(chosen)} {phase.unit} to train on; this method wants {phase.fewest_rows} or more. Add clips.",
             )
         elif phase.name in usual and shown > TOO_OFTEN * usual[phase.name]:
             yield Finding(
                 kind,
-                f"Each of {len(chosen)} {phase.split} is shown {shown:.0f} times in phase {phase.name}, but the "
+                f"Each of {len(chosen)} {phase.unit} is shown {shown:.0f} times in phase {phase.name}, but the "
                 f"defaults show a single one {usual[phase.name]} times: it is learned by heart. Add clips, or make "
                 "fewer steps.",
             )
-        elif phase.split == "clips" and frames and max(frames) < FEWEST_FRAMES:
+        elif phase.unit == "clips" and frames and max(frames) < FEWEST_FRAMES:
             yield Finding(
                 kind,
                 f"The longest clip has {max(frames)} latent frames, too few to show a motion. Raise "
@@ -119,7 +120,7 @@ def _samples(phases: dict[str, Phase], rows: Sequence[Row], history: Sequence[di
         )
     phase = phases.get(sampled[-1]["phase"])
     videos = phase is not None and any(
-        row.shape[1] > 1 for row in rows if row.role == "train" and row.split == phase.split
+        row.shape[1] > 1 for row in rows if row.role == "train" and row.unit == phase.unit
     )
     if videos and seen.moving is not None and seen.moving < STILL:
         yield Finding(

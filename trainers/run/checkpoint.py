@@ -17,7 +17,7 @@ from .versions import VERSION, current
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunKey:
     """The inputs that identify a run: method, base model, data, files and the options of FIXED."""
 
     recipe: str
@@ -27,11 +27,11 @@ class Identity:
     files: dict[str, str]
 
     @staticmethod
-    def of(recipe: str, base_model: str, data: str, config: TrainConfig, files: dict[str, str]) -> "Identity":
+    def of(recipe: str, base_model: str, data: str, config: TrainConfig, files: dict[str, str]) -> "RunKey":
         kept = {name: value for name, value in asdict(config).items() if name not in NOT_TRAJECTORY}
-        return Identity(recipe, base_model, data, kept, files)
+        return RunKey(recipe, base_model, data, kept, files)
 
-    def changes(self, earlier: "Identity") -> list[str]:
+    def changes(self, earlier: "RunKey") -> list[str]:
         """The inputs that differ from `earlier`: their names, with both values if they are short."""
         changed = [
             label
@@ -50,16 +50,16 @@ class Identity:
         ]
         return changed
 
-    def adjusted(self, earlier: "Identity") -> list[str]:
+    def adjusted(self, earlier: "RunKey") -> list[str]:
         """Options that differ from `earlier`, with both values, and with which the run may still resume."""
         return [text for name, text in self._options(earlier).items() if name not in (*FIXED, *NOT_TRAJECTORY)]
 
-    def _options(self, earlier: "Identity") -> dict[str, str]:
+    def _options(self, earlier: "RunKey") -> dict[str, str]:
         """This run's options without those that `earlier`'s version did not have: they count as unchanged."""
         pairs = {name: (then, self.config.get(name)) for name, then in sorted(earlier.config.items())}
         return {name: f"{name} (was {then!r}, now {now!r})" for name, (then, now) in pairs.items() if then != now}
 
-    def require_same(self, earlier: "Identity", run_name: str) -> None:
+    def require_same(self, earlier: "RunKey", run_name: str) -> None:
         if changed := self.changes(earlier):
             raise ValueError(
                 f"run {run_name!r} cannot be resumed: changed since it was started: {', '.join(changed)}. Undo "
@@ -67,9 +67,9 @@ class Identity:
             )
 
 
-def save_state(path: Path, state: State, identity: Identity) -> None:
+def save_state(path: Path, state: State, run_key: RunKey) -> None:
     """Save a checkpoint. SaveError says why it could not be written, such as a full disk."""
-    content = {"version": VERSION, "state": dict(vars(state)), "identity": json.dumps(asdict(identity))}
+    content = {"version": VERSION, "state": dict(vars(state)), "run_key": json.dumps(asdict(run_key))}
     atomic_write(path, lambda temporary: write(content, temporary))
 
 
@@ -84,15 +84,16 @@ def write(content: dict[str, Any], path: str) -> None:
             raise
 
 
-def load_state(path: Path) -> tuple[State, Identity]:
+def load_state(path: Path) -> tuple[State, RunKey]:
     """Load a checkpoint to the CPU, without running code from the file. ValueError if the file is damaged."""
     try:
         if not is_zipfile(path):
             raise EOFError("cut off")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        state, identity = content["state"], parse(content["identity"], "identity")
+        version = content.get("version", 1)
+        content = current("checkpoint", content, version)
+        state, run_key = content["state"], parse(content["run_key"], "run_key")
         known = {option.name: state[option.name] for option in fields(State) if option.name in state}
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: damaged; delete it to start the run again") from error
-    version = content.get("version", 1)
-    return State(**current("state", known, version)), read(Identity, current("identity", identity, version), "identity")
+    return State(**current("state", known, version)), read(RunKey, current("run_key", run_key, version), "run_key")

@@ -12,6 +12,7 @@ from ...lora_io.file import save
 from ...lora_io.metadata import describe
 from ..core.events import Saved
 from ..core.recipe import Phase, Recipe
+from ..host.source import base_key
 from .plain import public_config
 from .record import Record
 
@@ -24,7 +25,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
     Loaders cache by path, so no path is written twice. Of the best files only the last is kept.
     """
     spec, config = record.spec, recipe.config
-    for name, export in recipe.exports(config).items():
+    for name, export in recipe.exports(config, spec.data).items():
         if export.phase != phase.name:
             continue
         label = f"{name}-best" if best else name
@@ -35,12 +36,12 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
             config=public_config(config),
             step=record.done,
             steps=record.total,
-            base_model=spec.source.identity,
-            base_model_name=Path(spec.source.path).name,
+            base_model=base_key(spec.sources),
+            base_model_name=spec.base_name,
             backbone=type(recipe).backbone_class.name,
             extra=recipe.metadata(name),
         )
-        tensors = keys.FORMATS[export.keys](recipe.export(name))
+        tensors = keys.FORMATS[export.format](recipe.export(name))
         save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
         earlier, record.files[label] = record.files.get(label), str(path)
         if best and earlier:

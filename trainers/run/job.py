@@ -15,15 +15,15 @@ from ..core.loop import Diverged
 from ..core.recipe import Recipe
 from ..core.state import State
 from ..host.device import environment, release, torch_device
-from ..host.private import load_private
-from ..host.source import parts_of
+from ..host.private import Private, load_private
+from ..host.source import carried_files
 from .advice import Finding, advise, look_at, of_failure
-from .checkpoint import Identity, load_state
+from .checkpoint import RunKey, load_state
 from .claim import in_use
 from .continuing import describe, require_reachable
 from .line import Line
 from .log import run_log
-from .previews import Samples
+from .previews import Previews
 from .record import ENDED, Kept, Spec
 from .shown import Shown
 from .training import Training, loaded_as
@@ -62,8 +62,8 @@ class Job(Shown):
         self.ended.set()
         self._advised = 0  # entries of the history at the last check for advice
 
-    def start(self, model: Any | None) -> None:
-        """Start, or resume from the last checkpoint. Without a MODEL to copy, the model's file is read.
+    def start(self, models: dict[str, Any] | None) -> None:
+        """Begin, or go on from the last checkpoint. Without MODELs, by the recipe's names, their files are read.
 
         ValueError if another ComfyUI trains the run, OSError if its record cannot be written.
         """
@@ -79,17 +79,17 @@ class Job(Shown):
         self._stop.clear()
         self._resume.set()
         self.error, self.ended_at, self.advice, self._advised = "", None, [], 0
-        self._model = model or self.spec.source
+        self._models = models or self.spec.sources
         self.ended.clear()
         self.line.join(self)
         threading.Thread(target=self._run, name=f"kinoloom {self.spec.run_name}", daemon=True).start()
 
-    def reconfigure(self, config: TrainConfig, samples: Samples | None, identity: Identity) -> None:
+    def reconfigure(self, config: TrainConfig, previews: Previews | None, run_key: RunKey) -> None:
         """Change options of the run: pause_when_busy at once, others at the next start.
 
         ValueError if the run cannot go on with them.
         """
-        adjusted, name = identity.adjusted(self.spec.identity), self.spec.run_name
+        adjusted, name = run_key.adjusted(self.spec.run_key), self.spec.run_name
         if adjusted and not self.is_over:
             raise ValueError(
                 f"run {name!r} is {self.status}: stop it before it can go on with {', '.join(adjusted)}, or choose "
@@ -98,7 +98,7 @@ class Job(Shown):
         self.require_reachable(config)
         if self.is_over:
             self.note = describe(adjusted, self.kept_steps, config.lr_schedule)
-        self.spec = replace(self.spec, config=vars(config), samples=samples, identity=identity)
+        self.spec = replace(self.spec, config=vars(config), previews=previews, run_key=run_key)
         self.config = config
         if self.total:
             self.total = self.steps_of(config)
@@ -113,11 +113,11 @@ class Job(Shown):
         self.config = make(self.recipe_class.Config, self.spec.config)
 
     def steps_of(self, config: TrainConfig) -> int:
-        return sum(phase.steps for phase in self.recipe_class.phases(config))
+        return sum(phase.steps for phase in self.recipe_class.phases(config, self.spec.data))
 
     def require_reachable(self, config: TrainConfig) -> None:
         """ValueError if the steps made so far do not fit the numbers of steps in `config`."""
-        before, after = (self.recipe_class.phases(c) for c in (self.config, config))
+        before, after = (self.recipe_class.phases(c, self.spec.data) for c in (self.config, config))
         require_reachable(before, after, self.kept_steps, self.spec.run_name)
 
     def stop(self) -> None:
@@ -166,7 +166,7 @@ class Job(Shown):
         history = list(self.history)
         try:
             seen = look_at(self.samples_folder, history)
-            found = advise(self.recipe_class, self.config, self.spec.data.rows, history, seen)
+            found = advise(self.recipe_class, self.config, self.spec.data, history, seen)
         except Exception:  # a failed check must not end a run
             logging.exception("Kinoloom: %s: no advice", self.spec.run_name)
             found = []
@@ -190,7 +190,7 @@ class Job(Shown):
             trouble = [finding] if (finding := of_failure(error)) else []
             self.error = _explain(error, *trouble)
             status, event = "failed", Failed(self.error)
-        self._model, self.note = None, ""
+        self._models, self.note = {}, ""
         try:
             if taken:
                 release()
@@ -238,10 +238,13 @@ class Job(Shown):
         self.environment = environment()
         self.make_room()
         device = torch_device()
-        placement = loaded_as(self.recipe_class, self.config, device)
-        carried, private = parts_of(self._model), load_private(self._model, device, placement)
-        self._model = None  # so that the shared MODEL can be freed
-        training = Training(self, private, carried, device, placement, self._emit, self._should_stop)
+        placement = loaded_as(self.exports.values(), self.config, device)
+        models = {
+            name: Private(load_private(model, device, placement), carried_files(model))
+            for name, model in self._models.items()
+        }
+        self._models = {}  # so that the shared MODELs can be freed
+        training = Training(self, models, device, placement, self._emit, self._should_stop)
         self.total = self.steps_of(self.config)
         state = self._load_state()
         self._advise()
@@ -255,8 +258,8 @@ class Job(Shown):
         """The last checkpoint, or a new state. Cuts history entries after the checkpoint, which a crash may leave."""
         state = State()
         if self.state_path.is_file():
-            state, identity = load_state(self.state_path)
-            self.spec.identity.require_same(identity, self.spec.run_name)
+            state, run_key = load_state(self.state_path)
+            self.spec.run_key.require_same(run_key, self.spec.run_name)
         self.rewind(state.phase, state.step)
         return state
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,27 @@ from PIL import Image
 from torch import Tensor
 
 from ...lora_io.file import atomic_write
-from ..core.backbone import Backbone
-from ..core.data import Batch, collate, column_path, read_column
+from ..core.backbone import Backbone, Grid
+from ..core.data import Batch, Column, Row, collate, files_of, read_column, require_columns
 from ..core.events import Event, Sample, SampleFailed
 from ..core.recipe import Phase, Recipe
 from ..core.sampling import sample
 from ..host.device import release
 from ..host.preview import decode_preview, levels
 
-PROMPTS, FIRST_FRAMES = "prompt_embeds", "sample"  # the columns that samples are made of
-LEFT_OUT = ("image_embeds", "first_frame", "box_mask")  # set to zero in the unconditional batch of first frames
-
 
 @dataclass(frozen=True)
-class Samples:
+class Previews:
     """The samples of a run, as plain values: the value of a TRAINING_SAMPLES wire.
 
-    column: PROMPTS or FIRST_FRAMES. names: labels for the user, such as prompts. stems: their files in that column.
-    negative: the negative prompt's file; for first frames the unconditional batch is zeros. Guidance rises linearly
-    from `first_cfg` in the first frame to `cfg` in the last. shape: latent (C, T, h, w), once the model is known.
+    rows: of role "preview", without latents; their shape is () until it is known for which model they are. negative:
+    the row whose columns take the place of a preview's own in what guidance goes away from. width, height: pixels, and
+    frames, of each video. Guidance goes evenly from `first_cfg` in the first frame to `cfg` in the last.
     """
 
     folder: str
-    column: str
-    names: tuple[str, ...]
-    stems: tuple[str, ...]
-    negative: str
+    rows: tuple[Row, ...]
+    negative: Row | None
     width: int
     height: int
     frames: int
@@ -48,21 +43,34 @@ class Samples:
     shift: float
     seed: int
     sample_every: int
-    shape: tuple[int, ...] = ()
 
-    def conditions(self, index: int) -> tuple[Batch, Batch]:
-        """The conditional and the unconditional batch of sample number `index`."""
-        positive = self._read(self.stems[index])
-        if self.column == PROMPTS:
-            return tuple({**b, PROMPTS: b[PROMPTS][:, 0]} for b in (positive, self._read(self.negative)))
-        return positive, {**positive, **{name: torch.zeros_like(positive[name]) for name in LEFT_OUT}}
+    @property
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows]
 
-    def _read(self, stem: str) -> Batch:
-        return collate([read_column(column_path(self.folder, stem, self.column), "samples")])
+    def fitted(self, columns: tuple[Column, ...], grid: Grid) -> "Previews":
+        """For a model of that grid. ValueError if a row lacks one of `columns`, or the model cannot have its size."""
+        for row in self.rows:
+            require_columns(row, columns, "samples:")
+        try:
+            shape = grid.latent_shape(self.width, self.height, self.frames)
+        except ValueError as error:
+            raise ValueError(f"samples: {error}") from error
+        return replace(self, rows=tuple(replace(row, shape=shape) for row in self.rows))
 
-    def guidance(self) -> Tensor:
-        """The guidance of each latent frame, [1, 1, T, 1, 1]."""
-        return torch.linspace(self.first_cfg, self.cfg, self.shape[1]).view(1, 1, -1, 1, 1)
+    def conditions(self, index: int, columns: tuple[Column, ...]) -> tuple[Batch, Batch]:
+        """Batches of one clip: of preview number `index`, and the same under the negative row."""
+        row = self.rows[index]
+        batches = [self._read(of, columns, row.shape) for of in (row, self.negative) if of]
+        return batches[0], batches[0] | batches[-1]
+
+    def _read(self, row: Row, columns: tuple[Column, ...], shape: tuple[int, ...]) -> Batch:
+        files = files_of(self.folder, row, columns)
+        return collate([{name: read_column(path, "samples") for name, path in files.items()}], columns, shape)
+
+    def guidance(self, frames: int) -> Tensor:
+        """[1, 1, T, 1, 1] for so many latent frames."""
+        return torch.linspace(self.first_cfg, self.cfg, frames).view(1, 1, -1, 1, 1)
 
 
 class Sampling:
@@ -73,7 +81,7 @@ class Sampling:
 
     def __init__(
         self,
-        samples: Samples,
+        previews: Previews,
         recipe: Recipe,
         backbone: Backbone,
         latent_format: Any,
@@ -81,7 +89,7 @@ class Sampling:
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.samples, self.recipe, self.backbone, self.latent_format = samples, recipe, backbone, latent_format
+        self.previews, self.recipe, self.backbone, self.latent_format = previews, recipe, backbone, latent_format
         self.folder, self.emit, self.should_stop = folder, emit, should_stop
         self.failed, self.began = False, 0.0
 
@@ -90,14 +98,14 @@ class Sampling:
         if self.failed:
             return
         self.began, failure = time.perf_counter(), ""
-        files = [f"{done:06d}-{number}.webp" for number in range(len(self.samples.names))]
+        files = [f"{done:06d}-{number}.webp" for number in range(len(self.previews.rows))]
         try:
             made = [self._sample(number) for number in range(len(files))]
             if any(latents is None for latents in made):
                 return
             for name, latents in zip(files, made, strict=True):
                 frames = decode_preview(self.latent_format, latents[0])
-                write_webp(self.folder / name, frames, self.samples.frames / self.samples.fps)
+                write_webp(self.folder / name, frames, self.previews.frames / self.previews.fps)
         except Exception as error:  # most likely sampling ran out of memory
             logging.exception("Kinoloom: a sample failed, and no more are made until the run is started again")
             self.failed, failure = True, f"{type(error).__name__}: {error}"
@@ -106,7 +114,7 @@ class Sampling:
             self.emit(SampleFailed(phase.name, step, done, failure))
         else:
             seconds = time.perf_counter() - self.began
-            self.emit(Sample(phase.name, step, done, files, list(self.samples.names), seconds))
+            self.emit(Sample(phase.name, step, done, files, self.previews.names, seconds))
 
     def _stopped(self) -> bool:
         """Whether to stop. A pause does not count as the sample's time."""
@@ -116,12 +124,14 @@ class Sampling:
         return stop
 
     def _sample(self, index: int) -> Tensor | None:
-        samples, schedule = self.samples, self.backbone.schedule
-        generator = torch.Generator().manual_seed(samples.seed + index)  # on the CPU, so equal on every device
-        noise = torch.randn(1, *samples.shape, generator=generator).to(self.backbone.device)
-        sigmas = levels(schedule, samples.steps, samples.shift)
-        conditions, guidance = samples.conditions(index), samples.guidance()
-        return sample(self.recipe.predict, schedule, noise, sigmas, conditions, guidance, self._stopped)
+        previews, recipe, schedule = self.previews, self.recipe, self.backbone.schedule
+        shape = previews.rows[index].shape
+        generator = torch.Generator().manual_seed(previews.seed + index)  # on the CPU, so equal on every device
+        noise = torch.randn(1, *shape, generator=generator).to(self.backbone.device)
+        positive, negative = previews.conditions(index, recipe.previews)
+        conditions, guidance = (positive, recipe.unconditional(negative)), previews.guidance(shape[1])
+        sigmas = levels(schedule, previews.steps, previews.shift)
+        return sample(recipe.predict, schedule, noise, sigmas, conditions, guidance, self._stopped)
 
 
 def write_webp(path: Path, frames: Tensor, seconds: float) -> None:

@@ -13,10 +13,10 @@ from ...lora_io.file import write_text
 from ..core.data import TrainingData
 from ..core.events import EVENTS, NAMES, Event, Sample, Saved, Step, Validation, entries, to_json
 from ..host.source import ModelSource
-from .checkpoint import Identity
+from .checkpoint import RunKey
 from .claim import claim_of
 from .plain import Plain, load_json, parse, read, require_small_file
-from .previews import Samples
+from .previews import Previews
 from .tally import Tally
 from .versions import VERSION, current
 
@@ -29,9 +29,9 @@ LATEST = 1e11  # largest time in seconds since 1970 that is accepted
 class Spec:
     """The inputs of a run, as plain values that survive a restart.
 
-    outputs: folders for its files, by ComfyUI's name of the model folder. samples: what it samples, which is not part
-    of its identity. asked_as: the requested name, to which run_name may add a number; "" for runs that an earlier
-    version started.
+    sources: the MODELs that it trains on, by the recipe's name of each. outputs: the folders of its files, by ComfyUI's
+    name of the model folder. previews: what it samples on the way, which is no part of the run key. asked_as: the name
+    that was asked for, where run_name may have got a number; not known ("") of runs of earlier versions.
     """
 
     id: str
@@ -39,12 +39,17 @@ class Spec:
     recipe: str
     config: dict[str, Plain]
     data: TrainingData
-    source: ModelSource
-    identity: Identity
+    sources: dict[str, ModelSource]
+    run_key: RunKey
     outputs: dict[str, str]
     created: float
-    samples: Samples | None = None
+    previews: Previews | None = None
     asked_as: str = ""
+
+    @property
+    def base_name(self) -> str:
+        """The file of the first MODEL."""
+        return Path(next(iter(self.sources.values())).path).name
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def read_record(folder: Path) -> Kept:
     spec = kept.spec
     if spec.id != folder.name:
         raise ValueError(f"job.json.spec.id={spec.id[:60]!r}: expected the name of its folder, {folder.name!r}")
+    if not spec.sources:
+        raise ValueError("job.json.spec.sources={}: expected the MODEL that the run trains on")
     if Path(spec.run_name).name != spec.run_name:
         raise ValueError(f"job.json.spec.run_name={spec.run_name[:60]!r}: expected the name of a folder")
     if not all(0 <= moment <= LATEST for moment in (spec.created, kept.ended_at or 0)):

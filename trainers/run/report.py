@@ -53,7 +53,7 @@ class Report:
             f'<p class="advice">{escape(a.get("text", ""))}{more(a.get("link", ""))}</p>' for a in s["advice"]
         )
         files = {name: f"{size / 2**20:.1f} MiB" for name, size in self.files.items()}
-        data = [(row.name, f"{row.split}, {row.role}", " x ".join(map(str, row.shape[1:]))) for row in self.rows]
+        data = [(row.name, f"{row.unit}, {row.role}", " x ".join(map(str, row.shape[1:]))) for row in self.rows]
         parts = [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',

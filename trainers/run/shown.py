@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.config import TrainConfig
 from ..core.events import Plan
-from ..core.recipe import Recipe
+from ..core.recipe import Export, Phase, Recipe
 from .line import Line, ordinal
 from .plain import public_config
 from .record import Record
@@ -29,9 +29,18 @@ class Shown(Record):
     _resume: threading.Event
 
     @property
-    def parts(self) -> list[str]:
-        """The existing files of the recipe's exports. The last one is the main result so far."""
-        return [self.files[name] for name in self.recipe_class.exports(self.config) if name in self.files]
+    def phases(self) -> list[Phase]:
+        return self.recipe_class.phases(self.config, self.spec.data)
+
+    @property
+    def exports(self) -> dict[str, Export]:
+        """What the run makes, by name."""
+        return self.recipe_class.exports(self.config, self.spec.data)
+
+    @property
+    def result_files(self) -> list[str]:
+        """The existing files of the exports. The last one is the main result so far."""
+        return [self.files[name] for name in self.exports if name in self.files]
 
     @property
     def in_line(self) -> str:
@@ -88,7 +97,7 @@ class Shown(Record):
 
     def _main_file(self, files: dict[str, str]) -> str | None:
         """The name by which loaders list the main result, or its best so far, or another export. None without files."""
-        labels = (label for name in self.recipe_class.exports(self.config) for label in (f"{name}-best", name))
+        labels = (label for name in self.exports for label in (f"{name}-best", name))
         made = [files[label] for label in labels if label in files]
         return loader_name(Path(made[-1])) if made else None
 
@@ -100,7 +109,7 @@ class Shown(Record):
             public_config(self.config),
             list(self.history),
             self.spec.data.rows,
-            Path(self.spec.source.path).name,
+            self.spec.base_name,
             {loader_name(path): path.stat().st_size for path in files if os.path.isfile(path)},
             self.environment,
             self.samples_folder,

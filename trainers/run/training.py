@@ -1,11 +1,10 @@
 """Runs the training loop for a recipe on a run's private model."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -16,11 +15,12 @@ from ..core.loop import Session, train
 from ..core.memory import checkpointed_blocks, count_trainable, make_plan
 from ..core.optim import STATE_BYTES
 from ..core.placement import Placement
-from ..core.recipe import Phase, Recipe
+from ..core.recipe import Export, Phase, Recipe
 from ..core.rng import Rng
 from ..core.state import State
 from ..host.attention import TRANSFORMER_OPTIONS
 from ..host.device import compute_dtype, free_memory, release
+from ..host.private import Private
 from .checkpoint import save_state
 from .export import export_files
 from .previews import Sampling
@@ -30,23 +30,22 @@ PLANNED_SAMPLES = 3  # micro-batches that are measured, because a method may ski
 WARM_UP_STEPS = 3  # the first one is slow, so the plan's times come from the others
 
 
-def loaded_as(method: type[Recipe], config: TrainConfig, device: torch.device) -> Placement:
+def loaded_as(exports: Iterable[Export], config: TrainConfig, device: torch.device) -> Placement:
     """The placement with which a model is loaded, before a plan. Weights of whole-model exports stay exact."""
-    whole = any(export.keys == "model" for export in method.exports(config).values())
+    whole = any(export.kind != "lora" for export in exports)
     return Placement(stored=None if whole else compute_dtype(config.precision, device))
 
 
 class Training:
-    """The loop's callbacks for one run, from the loaded model to the end of `go`.
+    """The loop's callbacks for one run, from the loaded models to the end of `go`.
 
-    `private` is a private comfy BaseModel on `device`, kept as `placement` says. `carried` holds its added modules.
+    models: private copies on `device`, kept as `placement` says, by the recipe's name of each.
     """
 
     def __init__(
         self,
         run: Shown,
-        private: Any,
-        carried: dict[str, Any],
+        models: dict[str, Private],
         device: torch.device,
         placement: Placement,
         emit: Callable[[Event], None],
@@ -57,8 +56,8 @@ class Training:
         self._warm_up: list[float] = []
         self.dtype = compute_dtype(run.config.precision, device)
         method = run.recipe_class
-        self.latent_format = private.latent_format
-        self.backbone = method.backbone_class(private, carried, device, self.dtype, TRANSFORMER_OPTIONS)
+        self.latent_format = next(iter(models.values())).model.latent_format
+        self.backbone = method.backbone_class(models, device, self.dtype, TRANSFORMER_OPTIONS)
         self.backbone.placement = placement
         checkpointed_blocks(self.backbone)
         self.recipe: Recipe = method(self.backbone, run.config)
@@ -67,11 +66,11 @@ class Training:
         """Train from `state` on. False if stopped before the end."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         session = Session(self.emit, self.should_stop, self.save, partial(self.plan, state), self.spare, release)
-        if samples := self.run.spec.samples:
+        if previews := self.run.spec.previews:
             shown = self.latent_format, self.run.samples_folder, self.emit, self.should_stop
-            sampling = Sampling(samples, self.recipe, self.backbone, *shown)
-            session = replace(session, sample=sampling, sample_every=samples.sample_every)
-        return train(self.recipe, self.data, self.run.config, state, session, scaler)
+            sampling = Sampling(previews, self.recipe, self.backbone, *shown)
+            session = replace(session, sample=sampling, sample_every=previews.sample_every)
+        return train(self.recipe, self.run.phases, self.data, self.run.config, state, session, scaler)
 
     def emit(self, event: Event) -> None:
         self._emit(event)
@@ -80,7 +79,7 @@ class Training:
 
     def data(self, phase: Phase) -> PhaseData:
         c, columns = self.run.config, self.recipe.columns
-        return PhaseData(self.run.spec.data, phase.split, columns, c.batch_size, c.seed, self.backbone.prepare)
+        return PhaseData(self.run.spec.data, phase.unit, columns, c.batch_size, c.seed, self.backbone.prepare)
 
     def plan(self, state: State, phase: Phase, batches: PhaseData) -> None:
         """Choose the placement for `phase` and publish the plan. The optimizer's state is already in memory."""
@@ -99,7 +98,7 @@ class Training:
     def save(self, phase: Phase, state: State, why: str) -> None:
         run = self.run
         if why not in ("best", "diverged"):
-            save_state(run.state_path, state, run.spec.identity)
+            save_state(run.state_path, state, run.spec.run_key)
             run.checkpoint = run.done
             run.write()
         if why == "checkpoint":

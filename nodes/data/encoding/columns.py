@@ -21,7 +21,7 @@ from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 from .vae import encode_pixels
 
 # Part of the cache key. Raise a number when its column's content changes, or if files of an earlier version are wrong.
-VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 2}
+VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 3, "boxes": 1}
 
 
 def open_columns(files: int) -> "Columns":

@@ -11,7 +11,7 @@ from ....lora_io.file import fingerprint
 
 
 def of_patcher(patcher: Any) -> str:
-    """Identity of a ComfyUI model patcher: a hash of its files (or weights) and its patches."""
+    """Model key of a ComfyUI model patcher: a hash of its files (or weights) and its patches."""
     factory = patcher.cached_patcher_init
     paths = [path for path in _paths(factory[1]) if path.is_file()] if factory else []
     weights = [_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths] or [_weights(patcher.model)]

@@ -33,8 +33,8 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
     rows = []
     for planned, groups in samples:
         source, mask, size = planned.clip.source, planned.clip.mask, (planned.width, planned.height)
-        for split, sample_role, taken in groups:
-            text = planned.clip.captions.motion if split == "clips" else planned.clip.captions.static
+        for unit, row_role, taken in groups:
+            text = planned.clip.captions.motion if unit == "clips" else planned.clip.captions.static
             latents = columns.latents(vae, vae_id, source, taken, *size)
             shape = columns.shape(latents[0])
             named = [{"latents": stem, "prompt_embeds": prompts[text]} for stem in latents]
@@ -42,13 +42,13 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
                 masks = columns.masks(mask, taken, *size, frame_step(vae), shape[-2:])
                 named = [{**row, "mask": stem} for row, stem in zip(named, masks, strict=True)]
             for window, row in zip(taken, named, strict=True):
-                rows.append(Row(row_name(source, window), split, sample_role, shape, row))
+                rows.append(Row(row_name(source, window), unit, row_role, shape, row))
     log_sizes(plans)
     return TrainingData(str(columns.folder), tuple(rows))
 
 
 def _samples(planned: ClipPlan, single_frames: int) -> list[tuple[str, str, list[list[int]]]]:
-    """(split, role, windows of source frames) of a clip's rows; rows of an entry have one shape."""
+    """(unit, role, windows of source frames) of a clip's rows; rows of an entry have one shape."""
     clips = [("clips", role, [list(window)]) for window, role in zip(planned.windows, planned.roles, strict=True)]
     stills = frames_by_role(planned, single_frames).items()
     return clips + [("frames", role, [[index] for index in chosen]) for role, chosen in stills if chosen]

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.backbone import Grid, prepare_latents, prompts
+from ...conditions.columns import prompts
+from ...core.backbone import Grid, prepare_latents
 from ...core.placement import Placement
 from ...core.schedules import Ddpm
+from ...host.private import Private
 from ...host.weights import extremes, merge_lora, require_finite
 from .motion_module import PART, Attached, MotionModule, MotionModules, read, require_layout
 
@@ -53,16 +55,17 @@ class AnimateDiff:
     }
 
     def __init__(
-        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, models: dict[str, Private], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
+        model = models["model"].model
         check_model(model)
         self.model, unet = model, model.diffusion_model
-        self.layout, tensors = read(carried[PART].state())
+        carried = models["model"].carried[PART]
+        self.layout, tensors = read(carried.state())
         motion = MotionModules(self.layout, device="meta").load(tensors)
-        carried[PART].patch(motion)
+        carried.patch(motion)
         motion.to(device, dtype).requires_grad_(False)
-        require_finite(extremes(motion), f"motion_module: {Path(carried[PART].path).name}")
+        require_finite(extremes(motion), f"motion_module: {Path(carried.path).name}")
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)

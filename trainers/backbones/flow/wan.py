@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.backbone import Grid, prepare_latents, prompts
+from ...conditions.columns import prompts
+from ...core.backbone import Grid, prepare_latents
 from ...core.config import TrainConfig, knob
 from ...core.placement import Placement
 from ...core.schedules import FlowMatch
+from ...host.private import Private
 from ...host.source import file_of
 from .wan_kinds import kind_of, require_wan21
 
@@ -55,9 +57,9 @@ class Wan:
     }
 
     def __init__(
-        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, models: dict[str, Private], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
+        model = models["model"].model
         _check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = list(self.module.blocks)

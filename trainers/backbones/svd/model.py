@@ -9,6 +9,7 @@ from ...core.backbone import Grid, prepare_latents
 from ...core.placement import Placement
 from ...core.schedules import Edm
 from ...core.transfer import to_device
+from ...host.private import Private
 
 LATENT_CHANNELS = 4
 SIDE = 64  # pixels: VAE 8 x three halvings in the UNet
@@ -39,9 +40,9 @@ class Svd:
     }
 
     def __init__(
-        self, model: Any, carried: dict[str, Any], device: torch.device, dtype: torch.dtype, transformer_options: dict
+        self, models: dict[str, Private], device: torch.device, dtype: torch.dtype, transformer_options: dict
     ) -> None:
-        """`model` is a private comfy BaseModel. Every forward gets `transformer_options`, such as the attention."""
+        model = models["model"].model
         check_model(model)
         self.module: nn.Module = model.diffusion_model
         self.blocks = [module for module in self.module.modules() if type(module).__name__ in CHECKPOINTED]

@@ -1,0 +1,70 @@
+"""The columns of training data and previews: what the encode nodes write, and how batches are made of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.data import Batch, Column, stacked
+from ..core.transfer import to_device
+
+TEXT_NODES = "Encode Training Clips, or Training Clips from Folder"
+SVD_NODES = "Encode Training Clips (SVD), or Training Clips from Folder (SVD)"
+
+
+def masks(values: list[Batch], shape: tuple[int, ...]) -> Batch:
+    """[B, 1, T, h, w]; a row without a mask among rows with one counts as fully visible."""
+    return {"mask": torch.stack([value.get("mask", torch.ones(1, *shape[1:])) for value in values])}
+
+
+def padded_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
+    """Encodings [1 + K, n, D] of a caption and of K variants of it, brought to one n and one K."""
+    own = {"prompt_embeds": pad_prompts([value["prompt_embeds"] for value in values])}
+    if "prompt_tokens" in values[0]:
+        own["prompt_tokens"] = repeat_variants([value["prompt_tokens"] for value in values])
+    return stacked([{**value, **{name: own[name][place] for name in own}} for place, value in enumerate(values)], shape)
+
+
+def clean_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
+    """Encodings [B, n, D] of the captions as they are."""
+    batch = padded_prompts(values, shape)
+    return {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
+
+
+LATENTS = Column("latents", "an Encode Training Clips node")
+MASK = Column("mask", TEXT_NODES, optional=True, collate=masks)
+PROMPT = Column("prompt_embeds", TEXT_NODES, collate=padded_prompts)
+IMAGE = Column("image", SVD_NODES)
+TRACKLETS = Column("tracklets", f"{SVD_NODES}, with tracklets")
+# Of previews.
+PREVIEW_PROMPT = Column("prompt_embeds", "Sample Prompts", collate=clean_prompts)
+PREVIEW_FRAME = Column("sample", "Sample First Frames (SVD)")
+PREVIEW_BOXES = Column("boxes", "Sample First Frames (SVD)")
+
+
+def pad_prompts(prompts: list[Tensor]) -> list[Tensor]:
+    """Zero-padded to the longest of them; the backbone pads on to `prompt_length`, only what it needs."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    return repeat_variants([nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])
+
+
+def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
+    """[1 + K, ...] each, to the largest K: the clean one stays first, and is repeated only where there is no other."""
+    count = max(len(prompt) for prompt in prompts)
+    if all(len(prompt) == count for prompt in prompts):
+        return prompts
+    first = [min(1, len(prompt) - 1) for prompt in prompts]
+    places = [torch.arange(count - 1) % max(len(prompt) - 1, 1) for prompt in prompts]
+    return [torch.cat([p[:1], p[start + place]]) for p, start, place in zip(prompts, first, places, strict=True)]
+
+
+def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`prompt_embeds` [B, n, D] with the zeros that were cut off, where the text encoder pads with zeros."""
+    prompt_embeds = batch["prompt_embeds"]
+    if prompt_embeds.shape[-1] != width:
+        raise ValueError(
+            f"prompt_embeds: width {prompt_embeds.shape[-1]}, expected {width}. Was the data "
+            "encoded with another model's text encoder?"
+        )
+    padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
+    return nn.functional.pad(to_device(prompt_embeds, device, dtype), (0, 0, 0, padding))
