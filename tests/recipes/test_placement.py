@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..runs import load_model, make_backbone, make_batch, make_config, placements, random
+from ..runs import NO_DATA, load_model, make_backbone, make_batch, make_config, placements, random
 from .test_quantised import int8, write_quantised
 
 GPU = torch.device("meta")
@@ -30,7 +30,7 @@ def test_blocks_from_the_first_are_computed_twice_and_nothing_else_changes(
     name: str, model: Any, data: TrainingData
 ) -> None:
     recipe = recipes()[name](make_backbone(model), make_config(name))
-    recipe.start(recipe.phases(recipe.config)[0])
+    recipe.start(recipe.phases(recipe.config, NO_DATA)[0])
     for group in sorted(recipe.lora.active):
         for path, up in recipe.lora.factors(group, "up").items():
             up.data.normal_(0, 0.1, generator=derived_generator("up", path))

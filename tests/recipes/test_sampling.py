@@ -376,7 +376,7 @@ def test_other_samples_are_the_same_run(
         (
             "KinoloomTrainSvdLora",
             {"column": "prompt_embeds"},
-            "these are prompts, but Train SVD LoRA takes first frames",
+            "samples: 'first' was not encoded .*column 'sample' is missing.*use Sample First Frames",
         ),
         (WAN_LORA, {"column": "sample"}, "samples: 'first' was not encoded for this trainer .*use Sample Prompts"),
         (WAN_LORA, {"column": "prompt_embeds", "stem": "wide"}, "samples: prompts are 64 wide, expected 768"),
