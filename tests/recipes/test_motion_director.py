@@ -412,7 +412,7 @@ def test_the_domain_adapter_is_merged_as_cores_loader_applies_it(
 
 def test_an_adapter_for_another_model_is_refused(model: Any, tmp_path: Path) -> None:
     save(tmp_path / "wan.safetensors", {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.zeros(1, 8)})
-    with pytest.raises(ValueError, match=r"wan.safetensors: no layer of it fits \w+, expected a LoRA for this model"):
+    with pytest.raises(ValueError, match=r"wan.safetensors: none of its layers fits \w+, expected a LoRA for this model"):
         started(model, domain_adapter=str(tmp_path / "wan.safetensors"))
 
 
