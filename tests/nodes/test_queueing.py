@@ -15,6 +15,7 @@ from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.data import nodes as data
 from kinoloom.nodes.data import svd_nodes as svd_data
+from kinoloom.nodes.data.reading.folder import resolve_folder
 from kinoloom.nodes.tracklets import control
 from kinoloom.nodes.tracklets import nodes as tracklets
 from kinoloom.nodes.training import previews as samples
@@ -125,7 +126,7 @@ def test_a_name_is_kept_without_the_spaces_around_it() -> None:
         (WAN, {"target_layers": "none"}, "target_layers='none': expected one of"),
         (SNS, {"set_steps": 0}, "set_steps=0: expected above 0"),
         (SNS, {"identity_file": "missing.safetensors"}, "identity_file='missing.safetensors': expected a file in"),
-        (SNS, {"self_conditioning_prob": 0.5}, "self_conditioning_prob=0.5: expected 0."),
+        (SNS, {"self_conditioning_prob": 0.5}, "self_conditioning_prob=0.5: expected 0, because"),
         (MD, {"rank": 7}, "rank=7: expected"),
         (TRACKLETS, {"self_tracking_steps": 0, "clean_steps": 0}, "self_tracking_steps=0 and clean_steps=0: expected"),
     ],
@@ -167,8 +168,8 @@ BOX = '{"width": 64, "height": 64, "frames": 4, "tracklets": [{"id": 0, "keyfram
 @pytest.mark.parametrize(
     ("node_id", "values", "expected"),
     [
-        (FOLDER, {"role": "prior", "hold_out": 2}, "hold_out=2: only clips of the role train"),
-        (SVD_FOLDER, {"role": "validation", "hold_out": 1}, "hold_out=1: only clips of the role train"),
+        (FOLDER, {"role": "prior", "hold_out": 2}, "hold_out=2: only clips with role train"),
+        (SVD_FOLDER, {"role": "validation", "hold_out": 1}, "hold_out=1: only clips with role train"),
         (FOLDER, {"role": "test"}, "role='test': expected one of train, validation, prior"),
         (FOLDER, {"hold_out": -1}, "hold_out=-1: expected 0..4096"),
         (FOLDER, {"folder": "no_such_folder"}, "no_such_folder"),
@@ -272,7 +273,7 @@ def test_a_folder_by_wire_cannot_lead_out_of_the_input_folder(
     (tmp_path / "secret").mkdir()
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
     with pytest.raises(ValueError, match="folder="):
-        data.resolve_folder(tmp_path / "input", folder)
+        resolve_folder(tmp_path / "input", folder)
 
 
 @pytest.mark.parametrize("file", ["../secret.csv", "gone.json", "clips"])
