@@ -1,4 +1,4 @@
-"""The columns of training data and previews: what the encode nodes write, and how batches are made of it."""
+"""The columns of training data and previews, and the functions that collate them to batches."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ SVD_NODES = "Encode Training Clips (SVD), or Training Clips from Folder (SVD)"
 
 
 def masks(values: list[Batch], shape: tuple[int, ...]) -> Batch:
-    """[B, 1, T, h, w]; a row without a mask among rows with one counts as fully visible."""
+    """Masks [B, 1, T, h, w]. If only some rows have a mask, the others get a mask of ones."""
     return {"mask": torch.stack([value.get("mask", torch.ones(1, *shape[1:])) for value in values])}
 
 
 def padded_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
-    """Encodings [1 + K, n, D] of a caption and of K variants of it, brought to one n and one K."""
+    """Encodings [1 + K, n, D] of a caption and K variants, extended to the largest n and K."""
     own = {"prompt_embeds": pad_prompts([value["prompt_embeds"] for value in values])}
     if "prompt_tokens" in values[0]:
         own["prompt_tokens"] = repeat_variants([value["prompt_tokens"] for value in values])
@@ -26,7 +26,7 @@ def padded_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
 
 
 def clean_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
-    """Encodings [B, n, D] of the captions as they are."""
+    """Encodings [B, n, D] of the captions without variants."""
     batch = padded_prompts(values, shape)
     return {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
 
@@ -36,20 +36,20 @@ MASK = Column("mask", TEXT_NODES, optional=True, collate=masks)
 PROMPT = Column("prompt_embeds", TEXT_NODES, collate=padded_prompts)
 IMAGE = Column("image", SVD_NODES)
 TRACKLETS = Column("tracklets", f"{SVD_NODES}, with tracklets")
-# Of previews.
+# Columns of previews.
 PREVIEW_PROMPT = Column("prompt_embeds", "Sample Prompts", collate=clean_prompts)
 PREVIEW_FRAME = Column("sample", "Sample First Frames (SVD)")
 PREVIEW_BOXES = Column("boxes", "Sample First Frames (SVD)")
 
 
 def pad_prompts(prompts: list[Tensor]) -> list[Tensor]:
-    """Zero-padded to the longest of them; the backbone pads on to `prompt_length`, only what it needs."""
+    """Prompts padded with zeros to the longest one. The backbone pads further, to `prompt_length`, if it needs to."""
     longest = max(prompt.shape[1] for prompt in prompts)
     return repeat_variants([nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])
 
 
 def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
-    """[1 + K, ...] each, to the largest K: the clean one stays first, and is repeated only where there is no other."""
+    """Repeat variants [1 + K, ...] to the largest K. The clean one stays first and is repeated only if it is alone."""
     count = max(len(prompt) for prompt in prompts)
     if all(len(prompt) == count for prompt in prompts):
         return prompts
@@ -59,7 +59,7 @@ def repeat_variants(prompts: list[Tensor]) -> list[Tensor]:
 
 
 def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`prompt_embeds` [B, n, D] with the zeros that were cut off, where the text encoder pads with zeros."""
+    """`prompt_embeds` [B, n, D], with padding zeros that were cut off added again if the text encoder uses them."""
     prompt_embeds = batch["prompt_embeds"]
     if prompt_embeds.shape[-1] != width:
         raise ValueError(

@@ -31,11 +31,10 @@ def stacked(values: list[Batch], shape: tuple[int, ...]) -> Batch:
 
 @dataclass(frozen=True)
 class Column:
-    """One kind of encoding that rows have, as a recipe declares it.
+    """A kind of encoding in rows, which a recipe declares.
 
-    made_by: the node that writes it, by its display name, for the error about a row without it. optional: rows may lack
-    it. collate: the tensors of a batch from those of its rows (an empty dict for a row that lacks the column) and the
-    latent shape of the rows, which is one for all.
+    made_by: the display name of the node that writes it, for errors. optional: rows may lack it. collate: makes a
+    batch's tensors from the tensors of its rows ({} for a row without the column) and their common latent shape.
     """
 
     name: str
@@ -201,7 +200,7 @@ class Batches:
 
 
 def require_columns(row: Row, columns: tuple[Column, ...], what: str) -> None:
-    """ValueError names the column that a row lacks, and the node that makes it; `what` the row is."""
+    """ValueError names a missing column of a row and the node that makes it. `what` is the kind of row in the error."""
     for column in columns:
         if not column.optional and column.name not in row.columns:
             raise ValueError(
@@ -211,13 +210,13 @@ def require_columns(row: Row, columns: tuple[Column, ...], what: str) -> None:
 
 
 def files_of(folder: str, row: Row, columns: tuple[Column, ...]) -> dict[str, Path]:
-    """The files of those columns that a row has, by column name."""
+    """The files of a row's columns, by column name."""
     names = (column.name for column in columns if column.name in row.columns)
     return {name: column_path(folder, row.columns[name], name) for name in names}
 
 
 def collate(rows: list[dict[str, Batch]], columns: tuple[Column, ...], shape: tuple[int, ...]) -> Batch:
-    """A batch of rows of one latent shape, given as column name -> tensors. A column that no row has is left out."""
+    """A batch from rows of one latent shape, each a dict of column name -> tensors. Omits columns that no row has."""
     batch: Batch = {}
     for column in columns:
         values = [row.get(column.name, {}) for row in rows]

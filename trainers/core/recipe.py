@@ -67,10 +67,10 @@ class Recipe(ABC):
     """One training method. A file in `trainers/` ends with `RECIPE = Class` to become a node.
 
     The loop calls `start(phase)` once per phase, in order, then `losses` for each micro-batch, running backward at
-    every yield inside whatever `with` the recipe has open. `losses` undoes whatever it leaves behind.
+    every yield, inside any `with` block that the recipe has open. `losses` must reset the state that `predict` leaves.
 
-    columns: of the rows that it trains on. previews: of the rows that it samples. models: the MODELs that its node
-    takes, of which the backbone gets private copies.
+    columns: columns of training rows. previews: columns of previews. models: the MODEL inputs of its node, of which the
+    backbone gets private copies.
     """
 
     Config: ClassVar[type[TrainConfig]]
@@ -93,7 +93,7 @@ class Recipe(ABC):
     def exports(config: Any, data: TrainingData) -> dict[str, Export]: ...
     @classmethod
     def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
-        """The best first; one serves if the run made all that it loads."""
+        """Workflows that generate, the best first. One can be used if the run has all exports that it loads."""
         return []
 
     @abstractmethod
@@ -103,17 +103,17 @@ class Recipe(ABC):
     @abstractmethod
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]: ...
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """The backbone's prediction with everything trained so far at work and regularisers off."""
+        """The backbone's prediction with all trained factors active and regularisers off."""
         return self.backbone.predict(noisy_latents, t, batch)
 
     def unconditional(self, batch: Batch) -> Batch:
-        """The conditions that guidance goes away from, for a batch whose prompt is the negative one already."""
+        """The unconditional batch for guidance, from a batch that already has the negative prompt."""
         return self.backbone.unconditional(batch)
 
     @abstractmethod
     def export(self, name: str) -> dict[str, Tensor]: ...
     def metadata(self, name: str) -> dict[str, str]:
-        """Of an export's file, besides what every file of this pack says."""
+        """Metadata of an export's file, in addition to that of every file of this pack."""
         return {}
 
     @abstractmethod

@@ -25,9 +25,9 @@ from ..host.preview import decode_preview, levels
 class Previews:
     """The samples of a run, as plain values: the value of a TRAINING_SAMPLES wire.
 
-    rows: of role "preview", without latents; their shape is () until it is known for which model they are. negative:
-    the row whose columns take the place of a preview's own in what guidance goes away from. width, height: pixels, and
-    frames, of each video. Guidance goes evenly from `first_cfg` in the first frame to `cfg` in the last.
+    rows: rows of role "preview", without latents. Their shape is () until the model is known. negative: the row whose
+    columns replace a preview's in the unconditional batch. width, height, frames: size of each video. Guidance rises
+    linearly from `first_cfg` in the first frame to `cfg` in the last.
     """
 
     folder: str
@@ -49,7 +49,7 @@ class Previews:
         return [row.name for row in self.rows]
 
     def fitted(self, columns: tuple[Column, ...], grid: Grid) -> "Previews":
-        """For a model of that grid. ValueError if a row lacks one of `columns`, or the model cannot have its size."""
+        """The previews with their latent shape. ValueError if a row lacks a column or the size does not fit `grid`."""
         for row in self.rows:
             require_columns(row, columns, "samples:")
         try:
@@ -59,7 +59,7 @@ class Previews:
         return replace(self, rows=tuple(replace(row, shape=shape) for row in self.rows))
 
     def conditions(self, index: int, columns: tuple[Column, ...]) -> tuple[Batch, Batch]:
-        """Batches of one clip: of preview number `index`, and the same under the negative row."""
+        """Batches of one clip: preview number `index`, and the same with the columns of the negative row."""
         row = self.rows[index]
         batches = [self._read(of, columns, row.shape) for of in (row, self.negative) if of]
         return batches[0], batches[0] | batches[-1]
@@ -69,7 +69,7 @@ class Previews:
         return collate([{name: read_column(path, "samples") for name, path in files.items()}], columns, shape)
 
     def guidance(self, frames: int) -> Tensor:
-        """[1, 1, T, 1, 1] for so many latent frames."""
+        """The guidance of each of `frames` latent frames, [1, 1, T, 1, 1]."""
         return torch.linspace(self.first_cfg, self.cfg, frames).view(1, 1, -1, 1, 1)
 
 

@@ -7,7 +7,7 @@ VERSION = 2  # files without a number are of version 1
 
 
 def _version_2(kind: str, content: dict[str, Any]) -> None:
-    """One word for each thing: run key, model key, unit, previews that are rows; a run may have several MODELs."""
+    """Renames to run key, model key and unit; makes previews rows, and allows several MODELs."""
     if kind == "checkpoint":
         _rename(content, identity="run_key")
     if kind == "record" and isinstance(spec := content.get("spec"), dict):
@@ -22,7 +22,7 @@ def _version_2(kind: str, content: dict[str, Any]) -> None:
 
 
 def _previews(samples: Any) -> Any:
-    """The samples of version 1, which were names and file stems in one column."""
+    """Previews from the samples of version 1, which were names and file stems in one column."""
     if not isinstance(samples, dict):
         return samples
     column, stems, shape = (samples.pop(name, None) for name in ("column", "stems", "shape"))
@@ -40,7 +40,7 @@ def _previews(samples: Any) -> Any:
 
 
 def _rename(content: Any, **names: str) -> Any:
-    """Old name = new name, in place; what is no object is left for the check that follows."""
+    """Rename entries in place, old name = new name. Other values than objects fail in the check that follows."""
     for old, new in names.items():
         if isinstance(content, dict) and old in content:
             content[new] = content.pop(old)
