@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import Field
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,13 @@ def widget(option: Field) -> io.Input:
         after = {"control_after_generate": io.ControlAfterGenerate.fixed} if name == "seed" else {}
         return io.Int.Input(name, step=extra["step"], **after, **shared)
     return io.Float.Input(name, step=extra["step"] or 0.01, **shared)
+
+
+def widgets(config_class: type) -> list[io.Input]:
+    """The inputs of all knobs: a class's own first, then inherited, then advanced, then those that were added later."""
+    inherited = {option.name: place for place, c in enumerate(config_class.__mro__[:-1]) for option in fields(c)}
+
+    def place(option: Field) -> tuple[int, bool, int]:
+        return option.metadata["added"], option.metadata["advanced"], inherited[option.name]
+
+    return [widget(option) for option in sorted(fields(config_class), key=place)]

@@ -54,6 +54,13 @@ def video_source(video: Any) -> Source:
     return from_tensor("video", parts.images, float(parts.frame_rate))
 
 
+def encoders() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
+        io.ClipVision.Input("clip_vision", tooltip="CLIP vision of the SVD checkpoint."),
+    ]
+
+
 def folder_and_role() -> list[io.Input]:
     return [
         io.Combo.Input(

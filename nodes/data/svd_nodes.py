@@ -13,7 +13,7 @@ from ..lists import by_place, for_each, only, only_each
 from ..widgets import UNCONNECTED, require_one, widget
 from ..wires import TrackletsType, TrainingDataType
 from .encoding.svd_rows import LARGEST_BUCKET, SvdOptions, encode
-from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
+from .inputs import alpha_as_mask, check_folder_options, clip_sources, encoders, folder_and_role, folder_state, output
 from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
 from .reading.tracklet_files import read_tracklets
@@ -40,13 +40,6 @@ def inputs() -> Iterable[io.Input]:
         advanced=True,
         tooltip="Frame rate of images and folders of frames.",
     )
-
-
-def encoders() -> list[io.Input]:
-    return [
-        io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-        io.ClipVision.Input("clip_vision", tooltip="CLIP vision of the SVD checkpoint."),
-    ]
 
 
 class EncodeSvdClips(io.ComfyNode):

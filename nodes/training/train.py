@@ -1,7 +1,7 @@
 """One train node per recipe, built from its Config."""
 
 import logging
-from dataclasses import Field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,10 @@ from ...trainers.host.device import resolve_precision, torch_device
 from ...trainers.host.source import carried_modules, require_trainable
 from ...trainers.run.checkpoint import RunKey
 from ...trainers.run.previews import Previews
-from ..widgets import NO_FILE, files_state, model_file, require_name, widget
+from ..widgets import NO_FILE, files_state, model_file, require_name, widgets
 from ..wires import TrainingDataType, TrainingJobType, TrainingSamplesType
 from .naming import asked_as, same_name
 from .registry import registry
-
-
-def knobs(config_class: type) -> list[Field]:
-    """The knobs in the order of the widgets: a method's own, then shared, then advanced, then added ones."""
-    shared = {option.name: place for place, c in enumerate(config_class.__mro__[:-1]) for option in fields(c)}
-    return sorted(fields(config_class), key=lambda o: (o.metadata["added"], o.metadata["advanced"], shared[o.name]))
 
 
 def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
@@ -50,7 +44,7 @@ def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
                         tooltip="Name of the run and its files. The same name again resumes a stopped run and keeps a "
                         "finished one, or continues it with more steps.",
                     ),
-                    *(widget(option) for option in knobs(recipe.Config)),
+                    *widgets(recipe.Config),
                     TrainingSamplesType.Input(
                         "samples",
                         optional=True,

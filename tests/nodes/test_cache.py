@@ -24,6 +24,7 @@ from kinoloom.nodes.data.encoding.columns import Columns, open_columns
 from kinoloom.nodes.folders import output_folder
 from kinoloom.nodes.training import registry as jobs
 from kinoloom.nodes.training import routes
+from kinoloom.trainers.conditions.columns import LATENTS, MASK
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.run.previews import Previews
 
@@ -54,7 +55,7 @@ def columns() -> Columns:
 
 def make(name: str) -> str:
     """A column of about a megabyte."""
-    return columns().cached("latents", (name,), name, lambda: {"latents": torch.zeros(16, 1, 128, 128)})
+    return columns().cached(LATENTS, (name,), name, lambda: {"latents": torch.zeros(16, 1, 128, 128)})
 
 
 def kept() -> set[str]:
@@ -150,7 +151,7 @@ def test_nothing_that_is_handed_out_goes_while_another_thread_frees() -> None:
     thread.start()
     try:
         for number in range(60):
-            stems += [columns().cached("mask", (number,), "m", lambda: {"mask": torch.zeros(9)}) for _ in range(2)]
+            stems += [columns().cached(MASK, (number,), "m", lambda: {"mask": torch.zeros(9)}) for _ in range(2)]
     finally:
         over.set()
         thread.join()
@@ -165,7 +166,7 @@ def test_encoding_keeps_the_cache_to_its_limit(monkeypatch: pytest.MonkeyPatch, 
     cache.set_limit(data_folder(), 0.0005)
     restart(monkeypatch)
     with caplog.at_level(logging.INFO):
-        made = open_columns(1).cached("mask", (1,), "m", lambda: {"mask": torch.zeros(9)})
+        made = open_columns(1).cached(MASK, (1,), "m", lambda: {"mask": torch.zeros(9)})
     assert kept() == {made} and "of unused encoded clips were deleted" in caplog.text
 
 

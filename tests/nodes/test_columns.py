@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from kinoloom.lora_io.file import load
 from kinoloom.nodes.data import nodes as data_nodes
 from kinoloom.nodes.data import svd_nodes as svd_data
 from kinoloom.nodes.data.encoding.cache import data_folder
-from kinoloom.nodes.data.encoding.columns import VERSIONS, Columns
+from kinoloom.nodes.data.encoding.columns import Columns
 from kinoloom.nodes.data.encoding.prompts import MOST_TOKENS, encode_prompt, tokenize
 from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.framing import resample
 from kinoloom.nodes.training import previews as samples_nodes
+from kinoloom.trainers.conditions.columns import IMAGE, LATENTS, MASK, PREVIEW_FRAME, PREVIEW_PROMPT, PROMPT, TRACKLETS
 from kinoloom.trainers.core.data import Row, TrainingData, column_path
 from kinoloom.trainers.core.rng import derived_generator
 from safetensors.torch import save_file
@@ -115,8 +117,14 @@ def test_masks_of_repeated_frames_are_their_own(tmp_path: Path) -> None:
 
 def test_files_of_earlier_versions_are_not_trusted() -> None:
     """They may hold the frames of other windows, or NaN."""
-    earlier = {"latents": 1, "prompt_embeds": 1, "mask": 1, "image": 2, "tracklets": 1, "sample": 1}
-    assert all(VERSIONS[column] > version for column, version in earlier.items())
+    earlier = {LATENTS: 1, PROMPT: 1, MASK: 1, IMAGE: 2, TRACKLETS: 1, PREVIEW_PROMPT: 1, PREVIEW_FRAME: 2}
+    assert all(column.version > version for column, version in earlier.items())
+
+
+def test_a_cache_key_holds_the_column_and_its_version(tmp_path: Path) -> None:
+    columns = Columns(tmp_path, comfy.utils.ProgressBar(1))
+    given = [(MASK, 1), (MASK, 2), (LATENTS, 1), (replace(MASK, version=MASK.version + 1), 1)]
+    assert len({columns.find(column, key)[0] for column, key in given}) == len(given)
 
 
 # -- captions are literal, prompts are prompts -------------------------------------------------------------------------------
@@ -257,4 +265,4 @@ def test_looking_for_what_is_on_disk_hears_cancel(tmp_path: Path) -> None:
 
     columns = Columns(tmp_path, comfy.utils.ProgressBar(1))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        columns.of_windows("latents", source, many(), (), (), lambda frames: {})
+        columns.of_windows(LATENTS, source, many(), (), (), lambda frames: {})

@@ -558,7 +558,7 @@ def test_a_missing_column_fails_with_the_rows_name(model: Any, tmp_path: Path) -
     )
     job = make_job(tmp_path, model, TrainingData(str(tmp_path / "d"), rows), make_config(WAN_LORA), WAN_LORA)
     finish(job, model, "failed")
-    assert "row 'bad.mp4' has no 'prompt_embeds'" in job.error
+    assert "'bad.mp4' was not encoded for this trainer (column 'prompt_embeds' is missing)" in job.error
 
 
 @every_text_recipe

@@ -1,5 +1,6 @@
 """The columns of training data and previews, and the functions that collate them to batches."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ def clean_prompts(values: list[Batch], shape: tuple[int, ...]) -> Batch:
     return {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0]}
 
 
-LATENTS = Column("latents", "an Encode Training Clips node")
-MASK = Column("mask", TEXT_NODES, optional=True, collate=masks)
-PROMPT = Column("prompt_embeds", TEXT_NODES, collate=padded_prompts)
-IMAGE = Column("image", SVD_NODES)
-TRACKLETS = Column("tracklets", f"{SVD_NODES}, with tracklets")
+LATENTS = Column("latents", "an Encode Training Clips node", version=2)
+MASK = Column("mask", TEXT_NODES, optional=True, version=2, collate=masks)
+PROMPT = Column("prompt_embeds", TEXT_NODES, version=2, collate=padded_prompts)
+IMAGE = Column("image", SVD_NODES, version=3)
+TRACKLETS = Column("tracklets", f"{SVD_NODES}, with tracklets", version=2)
 # Columns of previews.
-PREVIEW_PROMPT = Column("prompt_embeds", "Sample Prompts", collate=clean_prompts)
-PREVIEW_FRAME = Column("sample", "Sample First Frames (SVD)")
+PREVIEW_PROMPT = replace(PROMPT, made_by="Sample Prompts", collate=clean_prompts)
+PREVIEW_FRAME = Column("sample", "Sample First Frames (SVD)", version=3)
 PREVIEW_BOXES = Column("boxes", "Sample First Frames (SVD)")
 
 

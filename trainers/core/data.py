@@ -31,15 +31,18 @@ def stacked(values: list[Batch], shape: tuple[int, ...]) -> Batch:
 
 @dataclass(frozen=True)
 class Column:
-    """A kind of encoding in rows, which a recipe declares.
+    """One kind of encoding of a row, which a recipe declares.
 
-    made_by: the display name of the node that writes it, for errors. optional: rows may lack it. collate: makes a
-    batch's tensors from the tensors of its rows ({} for a row without the column) and their common latent shape.
+    made_by: the display name of the node that writes it, for the error about a row without it. optional: rows may lack
+    it. version: part of the cache keys of its files; raise it if their content changes, or if files of an earlier
+    version are wrong. collate: makes a batch's tensors from the tensors of its rows ({} for a row without the column)
+    and their common latent shape.
     """
 
     name: str
     made_by: str
     optional: bool = False
+    version: int = 1
     collate: Callable[[list[Batch], tuple[int, ...]], Batch] = stacked
 
 

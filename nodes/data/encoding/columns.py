@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from ....trainers.core.data import column_path, write_column
+from ....trainers.conditions.columns import LATENTS, MASK, PROMPT
+from ....trainers.core.data import Column, column_path, write_column
 from ..reading.framing import center_crop, fit, latent_mask
 from ..reading.sources import Source
 from . import cache
 from .prompts import TOKEN_MASK_PROB, describe, encode_prompt, shown, tokenize
 from .vae import encode_pixels
-
-# Part of the cache key. Raise a number when its column's content changes, or if files of an earlier version are wrong.
-VERSIONS = {"latents": 2, "prompt_embeds": 2, "mask": 2, "image": 3, "tracklets": 2, "sample": 3, "boxes": 1}
 
 
 def open_columns(files: int) -> "Columns":
@@ -37,25 +35,25 @@ class Columns:
     folder: Path
     bar: comfy.utils.ProgressBar = field(repr=False)
 
-    def find(self, column: str, *key: object) -> tuple[str, bool]:
+    def find(self, column: Column, *key: object) -> tuple[str, bool]:
         """The file stem for a cache key, and whether the file exists. Raises if the prompt was cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        stem = hashlib.sha256(repr((column, VERSIONS[column], *key)).encode()).hexdigest()
-        return stem, cache.use(column_path(self.folder, stem, column))
+        stem = hashlib.sha256(repr((column.name, column.version, *key)).encode()).hexdigest()
+        return stem, cache.use(column_path(self.folder, stem, column.name))
 
-    def cached(self, column: str, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
+    def cached(self, column: Column, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
         """The file stem of a column. Makes the file if it does not exist. ValueError names `name` if it has NaN."""
         stem, found = self.find(column, *key)
         if not found:
             made = make()
             require_finite(name, made)
-            write_column(self.folder, stem, column, made)
+            write_column(self.folder, stem, column.name, made)
         self.bar.update(1)
         return stem
 
     def shape(self, stem: str) -> tuple[int, ...]:
         """The shape [C, T, h, w] of a latents column, from the file's header."""
-        with safe_open(str(column_path(self.folder, stem, "latents")), framework="pt") as opened:
+        with safe_open(str(column_path(self.folder, stem, LATENTS.name)), framework="pt") as opened:
             return tuple(opened.get_slice("latents").get_shape())
 
     def prompts(
@@ -69,9 +67,7 @@ class Columns:
         def one(text: str) -> str:
             key = (text_encoder_id, text, described[text], variants, TOKEN_MASK_PROB)
             name = f"{texts[text]} {shown(text)}"
-            return self.cached(
-                "prompt_embeds", key, name, lambda: encode_prompt(text_encoder, text, variants, literal=literal)
-            )
+            return self.cached(PROMPT, key, name, lambda: encode_prompt(text_encoder, text, variants, literal=literal))
 
         return {text: one(text) for text in texts}
 
@@ -81,7 +77,7 @@ class Columns:
         def make(frames: list[Tensor]) -> dict[str, Tensor]:
             return {"latents": encode_pixels(vae, torch.stack([fit(frame, width, height) for frame in frames]))}
 
-        return self.of_windows("latents", source, windows, (vae_id, source.digest), (width, height), make)
+        return self.of_windows(LATENTS, source, windows, (vae_id, source.digest), (width, height), make)
 
     def masks(
         self, source: Source, windows: list[list[int]], width: int, height: int, step: int, latent_size: tuple[int, int]
@@ -93,11 +89,11 @@ class Columns:
             return {"mask": latent_mask(torch.stack(small), step)}
 
         rest = (width, height, step, latent_size)
-        return self.of_windows("mask", source, windows, (source.digest,), rest, make)
+        return self.of_windows(MASK, source, windows, (source.digest,), rest, make)
 
     def of_windows(
         self,
-        column: str,
+        column: Column,
         source: Source,
         windows: list[list[int]],
         before: tuple,

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ....lora_io.file import load
+from ....trainers.conditions.columns import LATENTS
 from ....trainers.core.config import check, knob
 from ....trainers.core.data import Row, TrainingData, column_path
 from ..reading.captions import MOTION_TOKEN, SUBJECT_TOKEN
@@ -127,7 +128,7 @@ def generate(columns: Columns, sampler: Sampler, text_encoder_id: str, clips: li
     model_id = model_keys.of_model(sampler.model)
     settings = (sampler.negative, sampler.steps, sampler.cfg, sampler.name, sampler.scheduler)
     keys = {clip: ("prior", model_id, text_encoder_id, *settings, clip.prompt, clip.seed, clip.shape) for clip in clips}
-    missing = [clip for clip in clips if not columns.find("latents", *keys[clip])[1]]
+    missing = [clip for clip in clips if not columns.find(LATENTS, *keys[clip])[1]]
     texts = dict.fromkeys([sampler.negative, *(clip.prompt for clip in missing)]) if missing else {}
     conditioning = {text: sampler.conditioning(text) for text in texts}
     columns.bar.update(sampler.steps * (len(clips) - len(missing)))
@@ -136,7 +137,7 @@ def generate(columns: Columns, sampler: Sampler, text_encoder_id: str, clips: li
         positive, negative = conditioning[clip.prompt], conditioning[sampler.negative]
         return {"latents": sampler.sample(positive, negative, clip.seed, clip.shape, columns.bar)}
 
-    return [columns.cached("latents", keys[clip], clip.name, lambda clip=clip: sample(clip)) for clip in clips]
+    return [columns.cached(LATENTS, keys[clip], clip.name, lambda clip=clip: sample(clip)) for clip in clips]
 
 
 def encode_frames(
@@ -160,5 +161,5 @@ def encode_frames(
     for index in spread(list(range(total)), count):
         key = ("prior frame", vae_id, clip_latents, index)
         name = f"frame {index} of a prior clip"
-        found.append((index, columns.cached("latents", key, name, lambda index=index: make(index))))
+        found.append((index, columns.cached(LATENTS, key, name, lambda index=index: make(index))))
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....lora_io.file import load
+from ....trainers.conditions.columns import IMAGE, TRACKLETS
 from ....trainers.conditions.tracklet_painting import paint
 from ....trainers.conditions.tracklets import MAX_OBJECTS, PALETTE, Tracklets, rgb, to_tensors
 from ....trainers.core.config import knob
@@ -111,7 +112,7 @@ class Encoder:
             if tracklets:
                 key = (self.vae_id, source.digest, tracklets.to_json())
                 make = painter(self.vae, source.digest, size, *(value[window] for value in boxes))
-                (named["tracklets"],) = self.columns.of_windows("tracklets", source, [window], key, size, make)
+                (named["tracklets"],) = self.columns.of_windows(TRACKLETS, source, [window], key, size, make)
             name = row_name(source, window)
             estimated = "" if self.motion_bucket else " (estimated)"
             yield Row(name, "clips", role, shape, named), f"{name}: motion bucket {bucket}{estimated}, {fps} fps"
@@ -128,7 +129,7 @@ class Encoder:
             }
 
         key = (self.vae_id, self.vision_id, source.digest), (*size, fps, self.motion_bucket)
-        (stem,) = self.columns.of_windows("image", source, [window], *key, make)
+        (stem,) = self.columns.of_windows(IMAGE, source, [window], *key, make)
         return stem, int(load(column_path(self.columns.folder, stem, "image"))[0]["motion_bucket"])
 
 
