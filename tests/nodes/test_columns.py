@@ -146,7 +146,7 @@ def test_prompts_of_samples_and_priors_have_weights(models: dict[str, Any]) -> N
     weighted = clip.encode_from_tokens(clip.tokenize(prompt))
     assert not torch.equal(weighted, clip.encode_from_tokens(clip.tokenize(prompt, disable_weights=True)))
     (samples,) = samples_nodes.SamplePrompts.execute(clip, prompt, "", **SAMPLED).result
-    assert torch.equal(load(column_path(samples.folder, samples.stems[0], "prompt_embeds"))[0]["prompt_embeds"], weighted)
+    assert torch.equal(load(column_path(samples.folder, samples.rows[0].columns["prompt_embeds"], "prompt_embeds"))[0]["prompt_embeds"], weighted)
     row = add_priors(models, prompt).rows[-1]
     made = load(column_path(data_folder(), row.columns["prompt_embeds"], "prompt_embeds"))[0]["prompt_embeds"]
     assert torch.equal(made, weighted)

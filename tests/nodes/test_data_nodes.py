@@ -23,7 +23,7 @@ from kinoloom.nodes.data.encoding.vae import encode_pixels
 from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.cutting import Options
 from kinoloom.nodes.training import previews as samples_nodes
-from kinoloom.trainers.conditions.columns import LATENTS, PREVIEW_PROMPT, PROMPT
+from kinoloom.trainers.conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
 from kinoloom.trainers.core.data import Batches, Row, TrainingData, column_path
 from kinoloom.trainers.run.plain import read
 from kinoloom.trainers.run.previews import Previews
@@ -131,7 +131,7 @@ def test_batches_reads_what_the_nodes_write(models: dict[str, Any]) -> None:
     assert len(clips) == 2
     shapes = {tuple(clips[i]["latents"].shape) for i in range(2)}
     assert shapes == {(2, 16, 2, 8, 8), (2, 16, 2, 4, 16)}
-    frames = Batches(data, "frames", "train", (LATENTS, PROMPT), batch_size=2)[0]
+    frames = Batches(data, "frames", "train", (LATENTS, PROMPT, MASK), batch_size=2)[0]
     assert frames["prompt_embeds"].shape == (2, 3, 77, 768)
     assert frames["mask"].shape == (2, 1, 1, 8, 8)
     assert frames["prompt_tokens"].shape == (2, 3)
@@ -423,7 +423,7 @@ def test_held_out_clips_are_the_last_ones(models: dict[str, Any], folder: Path) 
     assert len(data.rows) == 9
     with pytest.raises(ValueError, match="nothing would be left"):
         from_folder(models, hold_out=3)
-    with pytest.raises(ValueError, match="these are for validation"):
+    with pytest.raises(ValueError, match="these have role validation"):
         from_folder(models, role="validation", hold_out=1)
 
 

@@ -117,11 +117,11 @@ def sample_first_frames(
         return dict(zip(("boxes", "box_mask"), drawn, strict=True))
 
     key = (width, height, options.frames, tracklets and tracklets.to_json())
-    placed = columns.cached(PREVIEW_BOXES.name, key, "tracklets", boxes)
+    placed = columns.cached(PREVIEW_BOXES, key, "tracklets", boxes)
     rows = []
     for frame in frames:
         key = (*models, width, height, numbers, frame.digest)
-        stem = columns.cached(PREVIEW_FRAME.name, key, frame.name, lambda frame=frame: make(frame))
+        stem = columns.cached(PREVIEW_FRAME, key, frame.name, lambda frame=frame: make(frame))
         rows.append(preview(frame.name, {PREVIEW_FRAME.name: stem, PREVIEW_BOXES.name: placed}))
     size = {"width": width, "height": height, "shift": 1.0, "first_cfg": 1.0}
     return Previews(str(columns.folder), tuple(rows), None, **size, **given)
