@@ -291,8 +291,9 @@ def test_a_sample_s_boxes_are_in_what_is_asked_for_and_not_in_the_negative(vae: 
     node = samples_nodes.SampleFirstFrames
     (samples,) = node.execute(vae, clip_vision, moving(2)[:1], tracklets, **SAMPLED).result
     positive, negative = samples.conditions(0, SvdTracklets.previews)
-    recipe = SimpleNamespace(backbone=SimpleNamespace(unconditional=dict))
-    negative = SvdTracklets.unconditional(recipe, negative)
+    recipe = SvdTracklets.__new__(SvdTracklets)
+    recipe.backbone = SimpleNamespace(unconditional=dict)
+    negative = recipe.unconditional(negative)
     boxes, mask = to_tensors(tracklets, 4, (128, 64))
     assert torch.equal(positive["boxes"], boxes[None]) and torch.equal(positive["box_mask"], mask[None])
     assert mask.any() and not negative["box_mask"].any()
