@@ -115,21 +115,10 @@ class Registry(Shelf):
                 if over:
                     job.start(models)
             elif job is None:
-                job = self._job(
-                    Spec(
-                        id=uuid.uuid4().hex[:12],
-                        run_name=name,
-                        recipe=recipe,
-                        config=vars(config),
-                        data=data,
-                        sources=sources,
-                        run_key=run_key,
-                        outputs=output_folders(name, recipes()[recipe].exports(config, data)),
-                        created=self._now(),
-                        previews=previews,
-                        asked_as=run_name,
-                    )
-                )
+                outputs = output_folders(name, recipes()[recipe].exports(config, data))
+                names = {"id": uuid.uuid4().hex[:12], "run_name": name, "asked_as": run_name, "created": self._now()}
+                method = {"recipe": recipe, "config": vars(config), "run_key": run_key, "previews": previews}
+                job = self._job(Spec(**names, **method, data=data, sources=sources, outputs=outputs))
                 job.start(models)
                 self.jobs[job.spec.id] = job
         return job

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 from safetensors import safe_open
@@ -25,87 +25,91 @@ from .naming import asked_as, same_name
 from .registry import registry
 
 
+class TrainNode(io.ComfyNode):
+    """Starts a run of `recipe`, or resumes one."""
+
+    recipe: ClassVar[type[Recipe]]
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=cls.recipe.name,
+            display_name=cls.recipe.title,
+            category="Kinoloom/training",
+            is_output_node=True,
+            description=cls.recipe.description + " Runs in the background; attach Training Result to wait for it.",
+            inputs=[
+                *(io.Model.Input(model.name, tooltip=model.tooltip) for model in cls.recipe.models),
+                TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
+                io.String.Input(
+                    "run_name",
+                    default="my_run",
+                    tooltip="Name of the run and its files. The same name again resumes a stopped run and keeps a "
+                    "finished one, or continues it with more steps.",
+                ),
+                *widgets(cls.recipe.Config),
+                TrainingSamplesType.Input(
+                    "samples",
+                    optional=True,
+                    tooltip="Small videos to sample during training, from Sample Prompts or Sample First Frames "
+                    "(SVD). They do not change the trained weights.",
+                ),
+            ],
+            outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run_name: str | None = None, **values: Any) -> bool:
+        """ValueError names a wrong widget value before the prompt is queued.
+
+        Connected inputs are None here; `execute` checks them. The error is raised, because ComfyUI repeats a
+        returned error for each input.
+        """
+        name = None if run_name is None else require_name("run_name", run_name)
+        config = check_options(cls.recipe.Config, values)
+        if name and config:
+            check_earlier(name, cls.recipe.name, config)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, run_name: str | None = None, **values: Any) -> float | str:
+        """Equal while a run trains or is finished. Different, so that the node runs again, if the run ended early,
+        was deleted, or was resumed from the panel."""
+        if run_name is None:  # a connected input
+            return float("nan")
+        name = run_name.strip()
+        job = registry().newest(name)
+        if job and job.ended.is_set() and job.status != "finished":
+            return float("nan")
+        chosen = [files_state(folder, values.get(o, NO_FILE)) for o, folder in file_options(cls.recipe.Config).items()]
+        return repr([registry().times_voided(name), *chosen])
+
+    @classmethod
+    def execute(
+        cls, data: TrainingData, run_name: str, samples: Previews | None = None, **values: Any
+    ) -> io.NodeOutput:
+        models = {model.name: values.pop(model.name) for model in cls.recipe.models}
+        for name, model in models.items():
+            require_trainable(model, name)
+        files = resolve_files(cls.recipe.Config, values)
+        config = make(cls.recipe.Config, values)
+        config = replace(config, precision=resolve_precision(config.precision, torch_device()))
+        first = next(iter(models.values()))
+        grid = cls.recipe.backbone_class.grid(first.model, carried_modules(first))
+        grid.check(data.rows)
+        config.check_model(*models.values())
+        check_data(cls.recipe, config, data)
+        previews = samples and samples.fitted(cls.recipe.previews, grid)
+        for name, given in {"data": data, "samples": previews}.items():
+            check_text_width(name, given, grid)
+        job = registry().start(models, cls.recipe.name, config, data, files, run_name, previews)
+        text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
+        shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
+        return io.NodeOutput(job.spec.id, ui=shown)
+
+
 def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
-    class Train(io.ComfyNode):
-        @classmethod
-        def define_schema(cls) -> io.Schema:
-            return io.Schema(
-                node_id=recipe.name,
-                display_name=recipe.title,
-                category="Kinoloom/training",
-                is_output_node=True,
-                description=recipe.description + " Runs in the background; attach Training Result to wait for it.",
-                inputs=[
-                    *(io.Model.Input(model.name, tooltip=model.tooltip) for model in recipe.models),
-                    TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
-                    io.String.Input(
-                        "run_name",
-                        default="my_run",
-                        tooltip="Name of the run and its files. The same name again resumes a stopped run and keeps a "
-                        "finished one, or continues it with more steps.",
-                    ),
-                    *widgets(recipe.Config),
-                    TrainingSamplesType.Input(
-                        "samples",
-                        optional=True,
-                        tooltip="Small videos to sample during training, from Sample Prompts or Sample First Frames "
-                        "(SVD). They do not change the trained weights.",
-                    ),
-                ],
-                outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],
-            )
-
-        @classmethod
-        def validate_inputs(cls, run_name: str | None = None, **values: Any) -> bool:
-            """ValueError names a wrong widget value before the prompt is queued.
-
-            Connected inputs are None here; `execute` checks them. The error is raised, because ComfyUI repeats a
-            returned error for each input.
-            """
-            name = None if run_name is None else require_name("run_name", run_name)
-            config = check_options(recipe.Config, values)
-            if name and config:
-                check_earlier(name, recipe.name, config)
-            return True
-
-        @classmethod
-        def fingerprint_inputs(cls, run_name: str | None = None, **values: Any) -> float | str:
-            """Equal while a run trains or is finished. Different, so that the node runs again, if the run ended early,
-            was deleted, or was resumed from the panel."""
-            if run_name is None:  # a connected input
-                return float("nan")
-            name = run_name.strip()
-            job = registry().newest(name)
-            if job and job.ended.is_set() and job.status != "finished":
-                return float("nan")
-            chosen = [files_state(folder, values.get(o, NO_FILE)) for o, folder in file_options(recipe.Config).items()]
-            return repr([registry().times_voided(name), *chosen])
-
-        @classmethod
-        def execute(
-            cls, data: TrainingData, run_name: str, samples: Previews | None = None, **values: Any
-        ) -> io.NodeOutput:
-            models = {model.name: values.pop(model.name) for model in recipe.models}
-            for name, model in models.items():
-                require_trainable(model, name)
-            files = resolve_files(recipe.Config, values)
-            config = make(recipe.Config, values)
-            config = replace(config, precision=resolve_precision(config.precision, torch_device()))
-            first = next(iter(models.values()))
-            grid = recipe.backbone_class.grid(first.model, carried_modules(first))
-            grid.check(data.rows)
-            config.check_model(*models.values())
-            check_data(recipe, config, data)
-            previews = samples and samples.fitted(recipe.previews, grid)
-            for name, given in {"data": data, "samples": previews}.items():
-                check_text_width(name, given, grid)
-            job = registry().start(models, recipe.name, config, data, files, run_name, previews)
-            text = f"{job.spec.run_name}: {job.status}. {job.note}".rstrip(". ")
-            shown = {"text": (text,), "kinoloom_job": (job.spec.id,)}
-            return io.NodeOutput(job.spec.id, ui=shown)
-
-    Train.__name__ = recipe.name
-    return Train
+    return type(recipe.name, (TrainNode,), {"recipe": recipe})
 
 
 def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:

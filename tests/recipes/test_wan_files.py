@@ -177,7 +177,7 @@ def start_node(model: Any, data: Any, monkeypatch: pytest.MonkeyPatch, file: Pat
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(file.parent)], {".safetensors"}))
     config = {**vars(make_config(NAME, set_steps=0, identity_file="x")), "identity_file": file.name, **options}
-    train_node(recipes()[NAME]).execute(model, data, "unused", **config)
+    train_node(recipes()[NAME]).execute(model=model, data=data, run_name="unused", **config)
 
 
 @pytest.mark.parametrize("label", ["motion", "combined"])
