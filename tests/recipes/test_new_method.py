@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.lora_io.file import load
+from kinoloom.nodes.training.train import train_node
 from kinoloom.trainers import recipes
 from kinoloom.trainers.backbones.flow.wan import Wan, WanConfig
 from kinoloom.trainers.conditions.columns import LATENTS, PREVIEW_PROMPT, PROMPT
@@ -15,13 +16,17 @@ from kinoloom.trainers.core.config import LoraConfig, knob
 from kinoloom.trainers.core.data import Batch, Column, TrainingData, write_column
 from kinoloom.trainers.core.losses import denoising_loss
 from kinoloom.trainers.core.plain_lora import PlainLora
+from kinoloom.trainers.core.recipe import ModelInput
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.start_from import Start
+from kinoloom.trainers.host.private import Private
+from kinoloom.trainers.host.source import ModelSource, base_key
 from kinoloom.trainers.run.job import Job
+from kinoloom.trainers.run.record import read_record
 from torch import Tensor
 
 from ..rows import random
-from ..runs import RUNS, Published, assert_same, events, finish, make_config, make_job, write_samples
+from ..runs import RUNS, Published, assert_same, events, finish, load_model, make_config, make_job, write_samples
 
 DEPTH = Column("depth", made_by="Add Depth")
 
@@ -63,6 +68,24 @@ def deep(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return replace(data, rows=tuple(replace(row, columns={**row.columns, "depth": row.name}) for row in data.rows))
 
 
+class TwoWans(Wan):
+    """A second MODEL beside the one that is trained."""
+
+    def __init__(self, models: dict[str, Private], *rest: Any) -> None:
+        super().__init__(models, *rest)
+        self.teacher = models["teacher"].model.diffusion_model
+
+
+class Taught(Deep):
+    name, title = "KinoloomTrainTaught", "Train Taught"
+    backbone_class = TwoWans
+    models = (ModelInput(), ModelInput("teacher", "A second model."))
+
+    def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
+        assert self.backbone.teacher is not self.backbone.module
+        yield from super().losses(batch, rng)
+
+
 def with_depth(folder: Path) -> Any:
     """Previews that have depth beside their prompts."""
     previews = write_samples(folder, "wan")
@@ -98,3 +121,21 @@ def test_a_row_without_it_is_named_with_the_node_that_makes_it(deep: TrainingDat
     lacking = replace(deep, rows=(bare, *others))
     job = finish(make_job(tmp_path, model, lacking, make_config(Deep.name), Deep.name), model, "failed")
     assert f"{first.name!r} was not encoded for this trainer (column 'depth' is missing): use Add Depth" in job.error
+
+
+def test_a_method_may_take_two_models(
+    deep: TrainingData, model: Any, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipes(), Taught.name, Taught)
+    monkeypatch.setitem(RUNS, Taught.name, {"steps": 2})
+    node = train_node(Taught)
+    assert [i.id for i in node.define_schema().inputs][:4] == ["model", "teacher", "data", "run_name"]
+    other = load_model(tiny_models / "diffusion_models" / "tiny_wan.safetensors", dtype=torch.float8_e4m3fn)
+    one = make_job(tmp_path, model, deep, make_config(Taught.name), Taught.name)
+    sources = {"model": ModelSource.of(model), "teacher": ModelSource.of(other)}
+    keys = {base_key(sources), base_key({**sources, "teacher": sources["model"]}), one.spec.run_key.base_model}
+    assert len(keys) == 3, "each MODEL counts"
+    one.spec = replace(one.spec, sources=sources)
+    one.start({"model": model, "teacher": other})
+    assert one.ended.wait(600) and one.status == "finished", one.error
+    assert read_record(one.folder).spec.sources == sources
