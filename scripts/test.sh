@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Sets up, lints and runs the tests in two processes; arguments go to pytest: bash scripts/test.sh -n 0 -k client
+# Sets up, lints and runs the tests in two processes:
+#   bash scripts/test.sh                 all of them
+#   bash scripts/test.sh --fast          the tiers pure, recipes and nodes without what is marked slow: three minutes
+#   bash scripts/test.sh -n 0 -k client  arguments go to pytest
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,4 +13,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models are not faster with
 python="$root/.runtime/venv/bin/python"
 cd "$root"
 "$python" -m ruff check .
-"$python" -m pytest -n 2 --dist loadfile "$@"
+
+run() { "$python" -m pytest -n 2 --no-loadscope-reorder "$@"; }
+case "${1:-}" in
+    "") COMFYUI_DIR=none run tests/pure && run tests/{browser,learning,nodes,recipes,server} ;; # pure needs no ComfyUI
+    --fast) COMFYUI_DIR=none run tests/pure && run -m "not slow" tests/{nodes,recipes} "${@:2}" ;;
+    *) run "$@" ;;
+esac

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,8 @@ from comfy_client import Client, Server, make_base
 from comfy_library import COMFYUI, PACK, register_pack
 
 FRONT_END = os.environ.get("FRONT_END_DIR")  # the folder of another index.html than that of the installed front end
-TIERS = ("pure", "recipes", "nodes", "server", "browser", "learning")  # in the order in which they run
+TIERS = ("pure", "nodes", "recipes", "learning", "server", "browser")
+WITH_SERVER = TIERS[3:]
 
 
 def pytest_report_header() -> str:
@@ -43,8 +45,23 @@ def pytest_configure(config: pytest.Config) -> None:
     register_pack()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {tier: place for place, tier in enumerate(TIERS)}
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one has every tier in which tests need the server, which is started once; the others take files."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServerAndFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if Path(file).parent.name in WITH_SERVER else file
+
+    return ByServerAndFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The quickest tiers first; where processes share them the slowest, so that no long file is left for the end."""
+    tiers = TIERS[::-1] if hasattr(config, "workerinput") else TIERS
+    places = {tier: place for place, tier in enumerate(tiers)}
     items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
@@ -79,7 +96,11 @@ def inputs(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def of(name: str) -> tuple[Any, Any]:
         backbone = recipes()[name].backbone_class.name
         if backbone not in made:
-            made[backbone] = load_tiny(tiny_models, backbone), write_data(tmp_path_factory.mktemp("data"), backbone)
+            data = write_data(tmp_path_factory.mktemp("data"), backbone)
+            if backbone != "wan":  # whose validations cost most of a run: of one held-out clip, not of every row
+                held_out = write_data(Path(data.folder), backbone, roles=["validation"], each=1)
+                data = replace(data, rows=(*data.rows, *held_out.rows))
+            made[backbone] = load_tiny(tiny_models, backbone), data
         return made[backbone]
 
     return of
