@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import pytest
 import torch
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.folders import FOLDERS
@@ -36,12 +37,13 @@ SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every"
 RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},
     "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
-    "KinoloomTrainMotionDirector": {"steps": 5, "preset": "custom", "spatial_learning_rate": 1e-2},
-    "KinoloomTrainSvdLora": {"steps": 5},
-    "KinoloomTrainSvdFinetune": {"steps": 5, "learning_rate": 1e-3},
+    "KinoloomTrainMotionDirector": {"steps": 4, "validate_every": 4, "preset": "custom", "spatial_learning_rate": 1e-2},
+    "KinoloomTrainSvdLora": {"steps": 4, "validate_every": 4},
+    "KinoloomTrainSvdFinetune": {"steps": 4, "validate_every": 4, "learning_rate": 1e-3},
     "KinoloomTrainSvdTracklets": {
-        "self_tracking_steps": 3,
-        "clean_steps": 3,
+        "self_tracking_steps": 2,
+        "clean_steps": 2,
+        "validate_every": 2,
         "warmup_steps": 0,
         "learning_rate": 3e-3,
         "clean_learning_rate": 3e-3,
@@ -109,6 +111,11 @@ def make_config(recipe: str, **options: Any) -> TrainConfig:
     config = recipes()[recipe].Config
     small = {name: value for name, value in SMALL.items() if name in config.__dataclass_fields__}
     return config(**{**small, **RUNS[recipe], **options})
+
+
+def slow_but_of_wan(method: str) -> tuple[Any, ...]:
+    """Marks for a method's tests: runs of Wan's methods are quick, those of the others take several times as long."""
+    return () if recipes()[method].backbone_class is Wan else (pytest.mark.slow,)
 
 
 class Published(list):

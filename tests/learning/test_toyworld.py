@@ -280,7 +280,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def test_training_script_makes_files_of_the_same_kind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "toyworld.train", "--share", "0.002", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "toyworld.train", "--share", "0.0005", "--output", str(tmp_path)]
     scripts = Path(__file__).resolve().parents[2] / "scripts"
     subprocess.run(command, cwd=scripts.parent / "tests", env=os.environ | {"PYTHONPATH": str(scripts)}, check=True)
     for name in FILES:

@@ -81,7 +81,7 @@ def train(method: str, model: Any, **options: Any) -> None:
     """Stop after two steps, and go on from the checkpoint to the end."""
     place = folder / method
     data = runs.write_data(place / "data", runs.recipes()[method].backbone_class.name, roles=("train",))
-    config = runs.make_config(method, **options)
+    config = runs.make_config(method, validate_every=0, **options)
     stopped = runs.Published().at(2, lambda job: job.stop())
     runs.finish(runs.make_job(place, model, data, config, method, stopped), model, "stopped")
     runs.finish(runs.make_job(place, model, data, config, method), model)

@@ -222,6 +222,7 @@ def test_a_merge_writes_into_memory_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(layer.weight, torch.full((3, 4), 3.0)) and torch.equal(mapped, torch.ones(3, 4))
 
 
+@pytest.mark.slow
 def test_training_writes_into_no_mapped_file(tiny_models: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("mapped_training.py")), str(tiny_models), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -146,6 +146,7 @@ def test_a_folder_of_videos_and_of_numbered_frames(folder: Path, vae: Any, clip_
     assert made.ui["text"][0].count("(estimated)") == 2
 
 
+@pytest.mark.slow
 def test_clips_keep_their_aspect_in_multiples_of_64(vae: Any, clip_vision: Any) -> None:
     data, _ = encode(vae, clip_vision, torch.rand(4, 90, 160, 3), size=256)
     _, _, height, width = data.rows[0].shape

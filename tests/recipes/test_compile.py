@@ -1,5 +1,6 @@
 """torch.compile on a block of each kind of private models: whole graphs, and the gradients of eager execution."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ def gradients(recipe: Any, data: TrainingData) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["KinoloomTrainWanLora", "KinoloomTrainMotionDirector", "KinoloomTrainSvdLora"])
 def test_compiled_blocks_have_no_graph_breaks_and_the_same_gradients(name: str, model: Any, data: TrainingData) -> None:
     torch._dynamo.reset()
@@ -37,7 +39,8 @@ def test_compiled_blocks_have_no_graph_breaks_and_the_same_gradients(name: str, 
     for block in {type(block): block for block in recipe.backbone.blocks}.values():
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     checkpointed_blocks(recipe.backbone)
-    for _ in placements(recipe.backbone):
+    everywhere = name == "KinoloomTrainWanLora"  # the first placement shows a break as well as the others
+    for _ in itertools.islice(placements(recipe.backbone), None if everywhere else 1):
         found = gradients(recipe, data)
         assert found.keys() == expected.keys() and found
         for key, gradient in found.items():

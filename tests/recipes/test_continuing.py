@@ -17,7 +17,7 @@ from kinoloom.trainers.core.config import FIXED, NOT_TRAJECTORY
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.line import ordinal
 
-from ..runs import Published, assert_same, events, make_config, state_of
+from ..runs import Published, assert_same, events, make_config, slow_but_of_wan, state_of
 
 WAN, SNS, TRACKLETS = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainSvdTracklets"
 Start = Callable[..., Job]
@@ -76,8 +76,10 @@ def tensors(job: Job) -> dict:
         (WAN, {"steps": 3, "optimizer": "Adafactor", "warmup_steps": 4}, {"steps": 6}),
         (SNS, {"set_steps": 2, "sequence_steps": 2}, {"sequence_steps": 4}),
         (SNS, {"set_steps": 3, "sequence_steps": 0, "ema_decay": 0.5}, {"set_steps": 4, "sequence_steps": 2}),
-        ("KinoloomTrainMotionDirector", {"steps": 2}, {"steps": 3}),
-        (TRACKLETS, {"self_tracking_steps": 1, "clean_steps": 1}, {"clean_steps": 2}),
+        pytest.param("KinoloomTrainMotionDirector", {"steps": 2}, {"steps": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            TRACKLETS, {"self_tracking_steps": 1, "clean_steps": 1}, {"clean_steps": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_finished_run_made_longer_equals_the_long_run_to_the_bit(
@@ -115,12 +117,12 @@ def test_a_stopped_run_goes_on_at_another_rate_on_a_new_schedule(start: Start, p
     assert "linear learning rate schedule is computed again" in note and note in job.summary()["plan"]["text"]
 
 
-@pytest.mark.parametrize("recipe", sorted(recipes()))
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=slow_but_of_wan(name)) for name in sorted(recipes())])
 def test_every_option_that_may_change_does_while_the_run_goes_on(
     recipe: str, start: Start, published: Published
 ) -> None:
     known = recipes()[recipe].Config.__dataclass_fields__
-    first = {"preset": "custom"} if "preset" in known else {}
+    first = {"validate_every": 0, **({"preset": "custom"} if "preset" in known else {})}
     published.at(1, Job.stop)
     job = start("dance", recipe, **first)
     published.actions.clear()

@@ -65,6 +65,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rng, "derived_generator", lambda *key, device=None: own(*key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_mixes_no_devices_and_reads_the_gpu_once(name: str, model: Any, data: Any, gpu: None) -> None:
     backbone = on_gpu(model)

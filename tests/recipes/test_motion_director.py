@@ -37,6 +37,8 @@ from ..runs import (
     write_row,
 )
 
+pytestmark = pytest.mark.slow
+
 NAME = MotionDirector.name
 SHAPE, PHOTO = (4, 6, 8, 8), (4, 1, 8, 8)  # more frames than channels
 ALPHA, RANK = 2.0, 4

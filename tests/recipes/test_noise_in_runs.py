@@ -12,13 +12,13 @@ from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.schedules import FlowMatch
 
 from ..rows import random as tensor
-from ..runs import finish, load_model, make_config, make_job
+from ..runs import finish, load_model, make_config, make_job, slow_but_of_wan
 
 LATENTS, NOISE = tensor(2, 16, 3, 4, 4, name="latents"), tensor(2, 16, 3, 4, 4, name="noise")
 T = torch.tensor([0.15, 0.8])
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_but_of_wan(name)) for name in sorted(recipes())])
 def test_a_whole_run_leaves_the_process_wide_generators_alone(
     name: str, own: tuple[Any, TrainingData], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_lora_plus_works_with_prodigy(model: Any, data: TrainingData, tmp_path: 
     assert far(finish(faster, model)) == pytest.approx(5 * far(finish(plain, model)), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("still", ["learning_rate", "spatial_learning_rate"])
 @pytest.mark.parametrize("name", [DIRECTOR])
 def test_a_method_whose_rate_is_zero_leaves_that_part_as_it_was(

@@ -97,6 +97,7 @@ def core_levels(model: Any, backbone: str, steps: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULERS[backbone], steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "shift"), [(4, 5.0), (6, 3.0), (7, 8.0), (13, 1.0)])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_sample_is_what_core_s_sampler_makes(

@@ -74,6 +74,7 @@ def test_every_weight_of_tiny_svd_has_an_effect(svd: Any, tiny_models: Path) -> 
     assert [name for name, weight in network.named_parameters() if not weight.grad.any()] == []
 
 
+@pytest.mark.slow
 def test_narrow_svd_is_one_to_core(tmp_path: Path) -> None:
     tiny_svd.write_unet(tmp_path / "unet.safetensors", tiny_svd.NARROW, dtype=torch.float16)
     assert type(comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model).__name__ == "SVD_img2vid"

@@ -50,6 +50,7 @@ def chosen(recipe: str, job: Job) -> dict[str, str]:
     return {"start_from": job.result_files[-1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [WAN, SVD, DIRECTOR])
 def test_a_run_begins_with_the_factors_of_the_file(recipe: str, run: Run) -> None:
     one = first(run, recipe)

@@ -49,6 +49,8 @@ from ..runs import (
 )
 from .test_svd import SIGMA, conditions
 
+pytestmark = pytest.mark.slow
+
 NAME, FRAMES = SvdTracklets.name, 3
 PATH = Tracklets(
     128, 64, FRAMES,
@@ -262,6 +264,7 @@ def trained(request: pytest.FixtureRequest, model: Any, data: Any, tmp_path_fact
         "learning_rate": 0.02,
         "clean_learning_rate": 0.02,
         "save_precision": "fp32",
+        "validate_every": 0,
     }
     job = finish(make_job(tmp_path_factory.mktemp("run"), model, data, make_config(NAME, **options), NAME), model)
     return job, Path(job.result_files[-1])

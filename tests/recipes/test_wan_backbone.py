@@ -285,6 +285,7 @@ def test_rotary_embedding_is_the_samplers_own_and_has_the_gradient_of_the_formul
     torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(recipes()))
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_changes_and_leaves_nothing_in_the_process(
