@@ -13,7 +13,7 @@ from kinoloom.trainers import recipes
 from kinoloom.trainers.backbones.animatediff.model import AnimateDiff
 from kinoloom.trainers.backbones.flow.wan import Wan
 from kinoloom.trainers.backbones.svd.model import Svd
-from kinoloom.trainers.conditions.columns import IMAGE, LATENTS, PROMPT, TRACKLETS
+from kinoloom.trainers.conditions.columns import IMAGE, LATENTS, MASK, PROMPT, TRACKLETS
 from kinoloom.trainers.core.config import TrainConfig
 from kinoloom.trainers.core.data import PhaseData, Row, TrainingData, write_column
 from kinoloom.trainers.core.memory import checkpointed_blocks
@@ -31,7 +31,7 @@ from torch import Tensor
 from toyworld.pack import unet, video_unet
 
 NO_DATA = TrainingData("", ())
-COLUMNS = (LATENTS, PROMPT, IMAGE, TRACKLETS)
+COLUMNS = (LATENTS, MASK, PROMPT, IMAGE, TRACKLETS)
 SMALL = {"precision": "fp32", "rank": 4, "learning_rate": 1e-2, "validate_every": 3, "save_every": 2}
 # What makes a run of each method small: a new method adds a line, and is then in every test of the matrix.
 RUNS: dict[str, dict[str, Any]] = {
