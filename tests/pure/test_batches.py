@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinoloom.trainers.conditions.columns import LATENTS, MASK, PROMPT
+from kinoloom.trainers.conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
 from kinoloom.trainers.core.data import Batches, PhaseData, TrainingData, collate
 
 from ..rows import write_row
@@ -88,6 +88,14 @@ def test_an_unmasked_sample_among_masked_ones_counts_in_full() -> None:
     assert "mask" not in collate([latents, latents], (LATENTS, MASK), (16, 2, 3, 3))
 
 
+def test_a_row_without_a_column_is_named_and_the_node_that_makes_it(tmp_path: Path) -> None:
+    rows = [write_row(tmp_path, name, "clips", SMALL, **own) for name, own in (("good", {}), ("bad", {"prompt_embeds": None}))]
+    data = TrainingData(str(tmp_path), tuple(rows))
+    assert len(Batches(data, "clips", "train", (LATENTS, MASK))) == 2, "a mask is optional"
+    with pytest.raises(ValueError, match=f"row 'bad' .*column 'prompt_embeds' is missing.*: use {PROMPT.made_by}$"):
+        Batches(data, "clips", "train", (LATENTS, PROMPT))
+
+
 def test_prompts_are_padded_at_their_end() -> None:
     short, long = torch.ones(1, 2, 3), torch.full((1, 5, 3), 2.0)
     rows = [{"prompt_embeds": {"prompt_embeds": prompt}} for prompt in (short, long)]
@@ -95,6 +103,11 @@ def test_prompts_are_padded_at_their_end() -> None:
     assert joined.shape == (2, 1, 5, 3)
     assert torch.equal(joined[0, 0, :2], short[0]) and not joined[0, 0, 2:].any()
     assert torch.equal(joined[1], long)
+
+
+def test_previews_have_the_clean_prompt() -> None:
+    variants = torch.arange(3.0).view(3, 1, 1).expand(3, 4, 2)
+    assert not collate([{"prompt_embeds": {"prompt_embeds": variants}}], (PREVIEW_PROMPT,), ())["prompt_embeds"].any()
 
 
 def test_rows_of_one_group_have_one_number_in_training_and_validation(tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_rows_of_one_group_have_one_number_in_training_and_validation(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"role": "prior"}, {"unit": "frames"}, {"group": "dog"}, {"name": "other"}, {"columns": {"latents": "other"}}]
+    "changed", [{"role": "prior"}, {"unit": "frames"}, {"group": "dog"}, {"name": "other"}, {"columns": {"latents": "other", "prompt_embeds": "train 0"}}]
 )
 def test_the_digest_changes_with_what_a_row_is_and_is_for(changed: dict, eight: TrainingData) -> None:
     first, *others = eight.rows

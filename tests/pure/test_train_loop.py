@@ -97,6 +97,13 @@ def test_no_two_samples_of_a_phase_share_their_draws(batch: int, accumulation: i
         assert firsts == [batch * micro for micro in range(phase.steps * accumulation)]
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_has_the_mean_of_its_batches(accumulation: int, run: Run) -> None:
+    _, events, _ = run(Toy(ONE), gradient_accumulation=accumulation)
+    first = next(event for event in events if isinstance(event, Step))
+    assert (first.losses, first.grad_norm) == (pytest.approx({"loss": 1.0}), pytest.approx(2.0)), "of (w - 1)^2 at w = 0"
+
+
 def test_validation_looks_at_nine_levels_of_four_rows_with_noise_of_their_own(run: Run) -> None:
     toy, *_ = run(Toy(ONE), validate_every=5, seed=3)
     looks = [rng for rng in toy.drawn if rng.evaluating]

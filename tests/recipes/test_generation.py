@@ -21,6 +21,24 @@ BOTH, NEW, STAGES = "motion_director_both_generate", "motion_director_new_subjec
 CONTROL = "KinoloomLoadTrackletControl"
 
 
+LORAS, MOTIONS = "loras", "animatediff_motion_lora"
+EXPORTS = {
+    WAN: {"lora": ("lora", "comfy", LORAS)},
+    SNS: dict.fromkeys(("identity", "motion", "combined"), ("lora", "comfy", LORAS)),
+    MD: {"spatial": ("lora", "kohya", LORAS), "temporal": ("lora", "motion_lora", MOTIONS)},
+    "KinoloomTrainSvdLora": {"lora": ("lora", "comfy", LORAS)},
+    FINETUNE: {"unet": ("model", "whole", "diffusion_models")},
+    BOXES: dict.fromkeys(("painting", "tracklets"), ("module", "whole", "tracklet_control")),
+}
+
+
+def test_each_export_is_of_its_kind() -> None:
+    assert EXPORTS.keys() == recipes().keys()
+    for name, expected in EXPORTS.items():
+        made = recipes()[name].exports(make_config(name), NO_DATA)
+        assert {label: (each.kind, each.format, each.folder) for label, each in made.items()} == expected
+
+
 @pytest.fixture
 def run(inputs: Callable, tmp_path: Path) -> Callable[..., Job]:
     """A run of a method with files of these labels, which exist on disk except those in `gone`."""

@@ -13,6 +13,7 @@ from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.rng import Rng, derived_generator
 from kinoloom.trainers.host.private import load_private
+from kinoloom.trainers.run.training import loaded_as
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,17 @@ def test_blocks_from_the_first_are_computed_twice_and_nothing_else_changes(
     assert any(gradient.abs().max() > 0 for gradient in gradients)
     for other_losses, other_gradients, _ in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(losses + gradients, other_losses + other_gradients, strict=True))
+
+
+@pytest.mark.parametrize(("name", "stored"), [
+    ("KinoloomTrainWanLora", torch.bfloat16),
+    ("KinoloomTrainSvdFinetune", None),
+    ("KinoloomTrainSvdTracklets", None),
+])  # fmt: skip
+def test_weights_that_a_run_saves_are_loaded_as_they_are_in_their_file(name: str, stored: torch.dtype | None) -> None:
+    config = make_config(name, precision="bf16")
+    exports = recipes()[name].exports(config, NO_DATA).values()
+    assert loaded_as(exports, config, torch.device("cpu")) == Placement(recomputed=0, stored=stored)
 
 
 class Held(TorchDispatchMode):

@@ -145,6 +145,19 @@ def test_a_name_is_given_to_one_of_two_that_start_at_once(start: Start, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dance"]
 
 
+def test_a_folder_that_another_wrote_is_not_a_runs(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever model folder it is in."""
+    monkeypatch.setattr(jobs, "publish", Published())
+    monkeypatch.setattr(jobs, "output_folder", lambda folder: tmp_path / folder)
+    (tmp_path / folders.MOTION_LORAS / "dance").mkdir(parents=True)
+    job = start(jobs.Registry(tmp_path / "jobs"))
+    assert (job.spec.run_name, job.spec.asked_as) == ("dance-2", "dance")
+    assert job.spec.outputs == {folders.LORAS: str(tmp_path / folders.LORAS / "dance-2")}
+    assert job.ended.wait(100)
+
+
 HOLDER = """
 import sys
 from filelock import FileLock

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.lora_io.file import fingerprint, load
+from kinoloom.trainers import recipes
 from kinoloom.trainers.core.data import column_path
 from kinoloom.trainers.core.lora import LoraGroups
 from kinoloom.trainers.core.rng import Rng
-from kinoloom.trainers.host.source import ModelSource
+from kinoloom.trainers.host.source import ModelSource, base_key
 from kinoloom.trainers.motion_director import SPATIAL, TEMPORAL, MotionDirector
 from kinoloom.trainers.set_and_sequence import IDENTITY, SetAndSequence
 from kinoloom.trainers.svd_tracklets import SvdTracklets, box_weights, soften
@@ -47,6 +48,13 @@ def test_fast_fp8_is_kept_when_a_model_is_read_again(tiny_models: Path) -> None:
     source = ModelSource.of(load_model(path, dtype=torch.float8_e4m3fn, fp8_optimizations=True))
     assert source.weight_dtype == "torch.float8_e4m3fn+fast"
     assert ModelSource.of(source.reload()).weight_dtype == source.weight_dtype
+
+
+def test_two_models_of_a_run_are_told_apart_by_their_inputs() -> None:
+    high, low = (ModelSource("file", "loader", "", key, False) for key in ("aa", "bb"))
+    assert base_key({"model": high}) == "aa"
+    made = [base_key({"high": high, "low": low}), base_key({"high": low, "low": high}), base_key({"high": high, "low": high})]
+    assert len({*made, "aa", "bb"}) == 5 and base_key({"low": low, "high": high}) == made[0]
 
 
 def fill(lora: LoraGroups, *groups: str) -> None:
@@ -113,6 +121,22 @@ def test_the_last_mask_of_stage_one_does_not_stay_on_the_frozen_look(name: str, 
     assert all(IDENTITY in layer.masks for layer in recipe.lora.layers.values())
     recipe.start(recipe.phases(recipe.config, NO_DATA)[1])
     assert not any(IDENTITY in layer.masks for layer in recipe.lora.layers.values())
+
+
+@pytest.mark.parametrize(("name", "without"), [
+    ("KinoloomTrainWanLora", set()),
+    ("KinoloomTrainMotionDirector", set()),
+    ("KinoloomTrainSvdLora", {"image_embeds", "first_frame"}),
+    ("KinoloomTrainSvdTracklets", {"image_embeds", "first_frame", "box_mask"}),
+])  # fmt: skip
+def test_guidance_leads_away_from_what_is_asked_for(name: str, without: set[str], model: Any) -> None:
+    recipe = begun(recipes()[name], model)
+    names = ("prompt_embeds", "image_embeds", "first_frame", "boxes", "box_mask", "fps")
+    batch = {key: torch.ones(1, 2) for key in names}
+    made = recipe.unconditional(batch)
+    assert made.keys() == batch.keys()
+    assert {key for key in names if not made[key].any()} == without
+    assert all(made[key] is batch[key] for key in names if key not in without)
 
 
 # -- tracklets -------------------------------------------------------------------------------------------------------------
