@@ -26,7 +26,7 @@ class SaveError(OSError):
     """A file could not be written; the previous version, if there was one, is untouched."""
 
 
-def atomic_write(path: Path, write: Callable[[str], None]) -> None:
+def atomic_write(path: Path, write: Callable[[str], object]) -> None:
     """Run `write(temporary_path)`, flush it to disk and rename it to `path`.
 
     Raises SaveError (disk full, no permission, ...), leaving an earlier file at `path` as it was.

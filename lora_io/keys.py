@@ -5,7 +5,7 @@ Our own names are native module paths: `<module>.lora_down.weight` [rank, in], `
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -185,4 +185,6 @@ def _motion_path(name: str) -> str:
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
-FORMATS = {"comfy": to_comfy, "kohya": to_kohya, "motion_lora": to_motion_lora, "whole": dict}
+FORMATS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "comfy": to_comfy, "kohya": to_kohya, "motion_lora": to_motion_lora, "whole": dict,
+}

@@ -56,8 +56,7 @@ def from_any_wan(tensors: Mapping[str, Tensor], alpha: float | None = None) -> d
 def _module(key: str, path: str) -> str:
     """`blocks.<n>.<layer>` from a path in any known format."""
     match = re.fullmatch(rf"{ROOT}blocks[._](\d+)[._](.+)", path)
-    layer = LAYERS.get(match[5].replace(".", "_")) if match else None
-    if layer is None:
+    if not match or not (layer := LAYERS.get(match[5].replace(".", "_"))):
         raise ValueError(f"LoRA key {key!r}: expected a layer of a Wan block, one of {', '.join(NATIVE)}")
     return f"blocks.{int(match[4])}.{layer}"
 

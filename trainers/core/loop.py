@@ -81,7 +81,7 @@ def train(
             began = time.perf_counter()
             losses, norm, rate = run.step()
             seconds, done = time.perf_counter() - began, before + state.step
-            session.emit(Step(phase.name, state.step, phase.steps, done, total, losses, rate, norm, seconds))
+            session.emit(Step(phase.name, state.step, phase.steps, done, total, {**losses}, rate, norm, seconds))
             last = state.step == phase.steps
             if config.validate_every and (last or state.step % config.validate_every == 0):
                 run.validate()
@@ -116,7 +116,7 @@ class PhaseRun:
         if state.recipe is not None:
             recipe.load_state_dict(state.recipe)
         self.average = moving_average(self.parameters, config.ema_decay, state.average) if config.ema_decay else None
-        if state.optimizer is not None:
+        if state.optimizer is not None and state.schedule is not None:
             take_up(self.optimizer, self.schedule, state.optimizer, state.schedule)
         if state.scaler:
             scaler.load_state_dict(state.scaler)
@@ -130,11 +130,11 @@ class PhaseRun:
 
     def step(self) -> tuple[dict[str, float], float, float]:
         """Make one optimizer step. Returns mean losses, the gradient norm before clipping, and the learning rate."""
-        losses = self._accumulate_or_spare()
+        sums = self._accumulate_or_spare()
         self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        *values, norm = read_together([*losses.values(), norm])
-        losses = dict(zip(losses, values, strict=True))
+        gradient = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        *values, norm = read_together([*sums.values(), gradient])
+        losses = dict(zip(sums, values, strict=True))
         self._require_finite({**losses, "gradient": self._judged(norm)})
         rate = effective_rate(self.optimizer)
         self.scaler.step(self.optimizer)

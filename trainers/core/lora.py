@@ -7,11 +7,15 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .rng import Rng, derived_generator
+
+if TYPE_CHECKING:
+    from .group_linear import GroupLinear
 
 
 class LoraGroups:
@@ -20,7 +24,7 @@ class LoraGroups:
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.module, self.seed = module, seed
         self.active: set[str] = set()
-        self.layers: dict[str, nn.Module] = {}  # of class GroupLinear
+        self.layers: dict[str, GroupLinear] = {}
 
     def add_group(
         self,
@@ -50,7 +54,7 @@ class LoraGroups:
         self.train_only({name: ("up",) if share_down else ("down", "up")})
 
     def _initialise(
-        self, layer: nn.Module, path: str, name: str, share_down: str | None, down_std: float | None
+        self, layer: "GroupLinear", path: str, name: str, share_down: str | None, down_std: float | None
     ) -> None:
         """Set a layer's first values from own generators: samplers use the process-wide one at the same time."""
         device = layer.base_layer.weight.device

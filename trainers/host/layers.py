@@ -44,12 +44,13 @@ OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the inpu
 def make_private(module: nn.Module) -> None:
     """Change the class of every ComfyUI layer in a module to one that sees the values of REBINDER."""
     for child in module.modules():
-        child.__class__ = _private_class(type(child))
+        kind: type = type(child)
+        child.__class__ = _private_class(kind)
 
 
 @cache
 def _private_class(cls: type) -> type:
-    private = REBINDER.cls(cls)
+    private: Any = REBINDER.cls(cls)
     linear = issubclass(cls, nn.Linear) or cls.__name__ == "Linear"  # ComfyUI's quantised Linear is not an nn.Linear
     if private is cls or not linear:
         return private

@@ -82,8 +82,9 @@ def _bring(private: Any, layer: nn.Module, name: str, device: torch.device) -> N
 def _narrow(layer: nn.Module, dtype: torch.dtype) -> None:
     """Cast a wider matrix or 2-D kernel to `dtype` once, instead of in every forward. Results are the same."""
     weight = layer._parameters.get("weight")
-    plain = weight is not None and weight.ndim in (2, 4) and not isinstance(weight, QuantizedTensor)
-    if plain and weight.dtype.itemsize >= dtype.itemsize:
+    if weight is None or weight.ndim not in (2, 4) or isinstance(weight, QuantizedTensor):
+        return
+    if weight.dtype.itemsize >= dtype.itemsize:
         weight.data = weight.data.to(dtype)
 
 

@@ -65,7 +65,8 @@ class Rebinder:
         if function not in self._reads:
             seen, todo = {function}, [function]
             while todo and not any(self._mentions(f) for f in todo):
-                todo = [f for caller in todo for f in self._called(caller) if f not in seen and not seen.add(f)]
+                todo = list({f for caller in todo for f in self._called(caller)} - seen)
+                seen.update(todo)
             self._reads[function] = bool(todo)
         return self._reads[function]
 

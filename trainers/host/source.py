@@ -135,8 +135,8 @@ def file_of(model: Any) -> tuple[Path, str]:
 def model_keys(model: Any) -> frozenset[str]:
     """Model keys of a MODEL's file in every storage type, patched and not. A LoRA trained on it names one of them."""
     carried, file = carried_files(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
-    stored = [(weight_dtype, patches) for weight_dtype in WEIGHT_DTYPES for patches in (model.patches, {})]
-    return frozenset(_key(file, *how, carried) for how in stored)
+    patches: tuple[dict[str, list], ...] = (model.patches, {})
+    return frozenset(_key(file, stored, some, carried) for stored in WEIGHT_DTYPES for some in patches)
 
 
 def _key(file: str, weight_dtype: str, patches: dict[str, list], carried: dict[str, Carried]) -> str:

@@ -51,14 +51,15 @@ def lora_patches(model: Any, path: Path) -> dict[str, Any]:
     if not patches:
         raise ValueError(f"{path.name}: none of its layers fits {type(model).__name__}, expected a LoRA for this model")
     for key, patch in patches.items():
-        shape = model.get_parameter(key).shape
-        up, down = patch.weights[:2] if isinstance(patch, LoRAAdapter) else (None, None)
-        if up is not None and (len(up), down[0].numel()) != (shape[0], shape[1:].numel()):  # ComfyUI would only log it
+        if not isinstance(patch, LoRAAdapter):
+            continue
+        (up, down), shape = patch.weights[:2], model.get_parameter(key).shape
+        if (len(up), down[0].numel()) != (shape[0], shape[1:].numel()):  # ComfyUI would only log it
             raise ValueError(
                 f"{path.name}: made for a model of another width: {key} is {len(up)} x {down[0].numel()} in the file, "
                 f"{shape[0]} x {shape[1:].numel()} in this model"
             )
-        if up is not None and not (up.isfinite().all() and down.isfinite().all()):
+        if not (up.isfinite().all() and down.isfinite().all()):
             raise ValueError(f"{path.name}: {key} holds NaN or infinite values")
     return patches
 
@@ -72,7 +73,8 @@ def merge(module: nn.Module, patches: dict[str, list]) -> None:
         weight = parameter.dequantize() if quantised else parameter.data
         merged = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
         if quantised:
-            module.get_submodule(key.rpartition(".")[0]).set_weight(merged, seed=0)  # also if it is a new tensor
+            layer: Any = module.get_submodule(key.rpartition(".")[0])
+            layer.set_weight(merged, seed=0)  # also if it is a new tensor
         else:
             parameter.data = merged.to(parameter.dtype)  # a new tensor: the file's may be mapped read-only
 

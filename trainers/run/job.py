@@ -178,6 +178,7 @@ class Job(Shown):
 
     def _work(self) -> None:
         trouble: list[Finding] = []
+        event: Event
         taken = False
         try:
             self._show_status()

@@ -46,10 +46,10 @@ class Line:
         with self._lock:
             self._taken = False
 
-    def place(self, run: Waiting) -> int | None:
+    def place(self, run: object) -> int | None:
         """The place of `run`, 1 for the next one, or None if it is not in the line."""
         with self._lock:
-            return self._waiting.index(run) + 1 if run in self._waiting else None
+            return next((place for place, other in enumerate(self._waiting, 1) if other is run), None)
 
     def move(self, run: Waiting, by: int) -> None:
         """Move `run` one place earlier (-1) or later (1), if there is one. ValueError if it is not in the line."""

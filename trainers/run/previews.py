@@ -100,8 +100,8 @@ class Sampling:
         self.began, failure = time.perf_counter(), ""
         files = [f"{done:06d}-{number}.webp" for number in range(len(self.previews.rows))]
         try:
-            made = [self._sample(number) for number in range(len(files))]
-            if any(latents is None for latents in made):
+            made = [latents for number in range(len(files)) if (latents := self._sample(number)) is not None]
+            if len(made) < len(files):
                 return
             for name, latents in zip(files, made, strict=True):
                 frames = decode_preview(self.latent_format, latents[0])

@@ -105,6 +105,18 @@ class Record:
     last job.json read. `epoch` changes when the history is cut, so that readers notice. `tally` holds totals.
     """
 
+    status: str
+    tally: Tally
+    error: str
+    files: dict[str, str]
+    total: int
+    checkpoint: int
+    ended_at: float | None
+    environment: dict[str, str]
+    advice: list[dict[str, str]]
+    stamp: tuple[int, ...]
+    _history: list[dict] | None
+
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self.spec = folder, spec
         self.epoch, self._reading = 0, threading.Lock()
@@ -190,7 +202,7 @@ class Record:
         tally = Tally()
         for entry in history:
             tally.add(entry)
-        self._history: list[dict] | None = history
+        self._history = history
         self.tally, self.epoch = tally, max(self.epoch + 1, time.time_ns() // 1_000_000)
 
     def _read_history(self) -> Iterator[dict]:

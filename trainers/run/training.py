@@ -116,15 +116,16 @@ class Training:
             return False
         self.backbone.placement = replace(placement, recomputed=blocks)
         reason = f"step {step} ran out of memory without it"
-        self._show(replace(self.run.plan, checkpointing=True, reason=reason))
+        if plan := self.run.plan:
+            self._show(replace(plan, checkpointing=True, reason=reason))
         return True
 
     def _time(self, event: Step) -> None:
         """After the warm-up steps publish the plan again, with the seconds per step."""
         self._warm_up.append(event.seconds)
-        if len(self._warm_up) == WARM_UP_STEPS and self.run.plan:
+        if len(self._warm_up) == WARM_UP_STEPS and (plan := self.run.plan):
             seconds = sum(self._warm_up[1:]) / (WARM_UP_STEPS - 1)
-            self._show(replace(self.run.plan, seconds_per_step=seconds, seconds_total=seconds * event.steps))
+            self._show(replace(plan, seconds_per_step=seconds, seconds_total=seconds * event.steps))
 
     def _show(self, plan: Plan) -> None:
         self.run.plan = plan

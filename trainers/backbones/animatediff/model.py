@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conditions.columns import prompts
-from ...core.backbone import Grid, prepare_latents
+from ...core.backbone import Backbone, Grid, prepare_latents
 from ...core.placement import Placement
 from ...core.schedules import Ddpm
 from ...host.private import Private
@@ -37,7 +37,7 @@ def text_width(model: Any) -> int:
     return model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_k.weight.shape[1]
 
 
-class AnimateDiff:
+class AnimateDiff(Backbone):
     """Noise predictor eps(x_t, t, prompt_embeds): x_t [B, 4, F, h, w], t [B] in 0..999, prompt_embeds [B, n, D].
 
     Module paths are `unet.<ComfyUI's path>` and `motion.<path in the motion module's file>`. A clip of one frame skips
@@ -59,18 +59,18 @@ class AnimateDiff:
     ) -> None:
         model = models["model"].model
         check_model(model)
-        self.model, unet = model, model.diffusion_model
+        self.model, self.unet = model, model.diffusion_model
         carried = models["model"].carried[PART]
         self.layout, tensors = read(carried.state())
         motion = MotionModules(self.layout, device="meta").load(tensors)
         carried.patch(motion)
         motion.to(device, dtype).requires_grad_(False)
         require_finite(extremes(motion), f"motion_module: {Path(carried.path).name}")
-        self.module: nn.Module = nn.ModuleDict({"unet": unet, "motion": motion})
+        self.module: nn.Module = nn.ModuleDict({"unet": self.unet, "motion": motion})
         self.blocks = [
             m for m in self.module.modules() if type(m).__name__ in CHECKPOINTED or isinstance(m, MotionModule)
         ]
-        self.attached = Attached(unet, motion).__enter__()  # never left: the model is the run's private copy
+        self.attached = Attached(self.unet, motion).__enter__()  # never left: the model is the run's private copy
         self.device, self.dtype = device, dtype
         self.width = text_width(model)
         self.transformer_options = transformer_options
@@ -79,9 +79,10 @@ class AnimateDiff:
     @staticmethod
     def grid(model: Any, carried: dict[str, nn.Module]) -> Grid:
         check_model(model)
-        if PART not in carried:
+        motion = carried.get(PART)
+        if not isinstance(motion, MotionModules):
             raise ValueError("model: has no motion module. Put Apply Motion Module before the train node")
-        return Grid(LATENT_CHANNELS, side=8, text_width=text_width(model), longest=carried[PART].layout.positions)
+        return Grid(LATENT_CHANNELS, side=8, text_width=text_width(model), longest=motion.layout.positions)
 
     def merge(self, lora_file: Any) -> None:
         """Merge a LoRA for SD1.5, such as AnimateDiff's domain adapter, into the frozen UNet."""
@@ -94,7 +95,7 @@ class AnimateDiff:
         """`batch` holds prompt_embeds [B, n, D]. Frames are folded into the batch dimension, clip by clip."""
         self.attached.frames = frames = noisy_latents.shape[2]
         context = prompts(batch, self.width, self.device, self.dtype)
-        noise = self.module["unet"](
+        noise = self.unet(
             noisy_latents.transpose(1, 2).flatten(0, 1).to(self.dtype),
             t.repeat_interleave(frames),
             context=context.repeat_interleave(frames, 0),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.feed_forward import FeedForward
+
 PART = "kinoloom.motion_module"  # the name under which a MODEL carries its motion module
 HEADS, NORM_GROUPS = 8, 32
 LCM_POSITIONS = 64  # AnimateLCM's files hold no position table
@@ -63,12 +65,11 @@ def read(state: dict[str, Any]) -> tuple[Layout, dict[str, Tensor]]:
         raise ValueError("a damaged motion module, some of whose entries are not tensors")
     table = table if table is None or table.ndim == 3 else table.new_zeros(1, 0, 0)
     version = "v2" if MID in found else "AnimateLCM" if table is None else "v3" if table.shape[1] == 32 else "v1"
-    widths = [
-        tensors.get(attention.format(f"down_blocks.{level}.motion_modules.0", "to_q.weight")) for level in range(levels)
-    ]
-    if any(width is None for width in widths):
+    queries = [attention.format(f"down_blocks.{level}.motion_modules.0", "to_q.weight") for level in range(levels)]
+    if any(key not in tensors for key in queries):
         raise ValueError("a motion module of another kind than AnimateDiff's v1, v2, v3 or AnimateLCM")
-    layout = Layout(version, tuple(len(width) for width in widths), LCM_POSITIONS if table is None else table.shape[1])
+    positions = LCM_POSITIONS if table is None else table.shape[1]
+    layout = Layout(version, tuple(len(tensors[key]) for key in queries), positions)
     expected = MotionModules(layout, device="meta").state_dict()
     different = {key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape} | (
         tensors.keys() - expected.keys()
@@ -93,11 +94,11 @@ class MotionModules(nn.Module):
         made = {"dtype": dtype, "device": device}
         for path, width in layout.modules().items():
             block, _, module = path.rpartition(".motion_modules.")
-            parent = self
+            parent: nn.Module = self
             for name in [*block.split("."), "motion_modules"]:
                 if name not in parent._modules:
                     parent.add_module(name, nn.Module())
-                parent = parent._modules[name]
+                parent = parent.get_submodule(name)
             parent.add_module(module, MotionModule(width, layout.positions, operations, made))
 
     def load(self, tensors: dict[str, Tensor]) -> "MotionModules":
@@ -106,7 +107,7 @@ class MotionModules(nn.Module):
         self.load_state_dict({**tables, **tensors}, assign=next(self.parameters()).is_meta)
         return self
 
-    def require_fit(self, unet: nn.Module) -> None:
+    def require_fit(self, unet: Any) -> None:
         """ValueError unless every module has the width of the layer that it follows."""
         widths = self.layout.modules()
         for path, site in sites(unet, self.layout).items():
@@ -165,8 +166,7 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, width: int, positions: int, operations: Any, made: dict[str, Any]) -> None:
         super().__init__()
-        for name in ("to_q", "to_k", "to_v"):
-            setattr(self, name, operations.Linear(width, width, bias=False, **made))
+        self.to_q, self.to_k, self.to_v = (operations.Linear(width, width, bias=False, **made) for _ in range(3))
         self.to_out = nn.ModuleList([operations.Linear(width, width, **made)])
         self.pos_encoder = Positions(width, positions, made)
 
@@ -180,6 +180,8 @@ class TemporalAttention(nn.Module):
 
 class Positions(nn.Module):
     """Adds pe[p, 2i] = sin(p 10000^(-2i/C)), pe[p, 2i + 1] = cos of the same, to x [N F C]."""
+
+    pe: Tensor
 
     def __init__(self, width: int, positions: int, made: dict[str, Any]) -> None:
         super().__init__()
@@ -195,20 +197,6 @@ class Positions(nn.Module):
         return x + self.pe[:, :frames].to(x)
 
 
-class FeedForward(nn.Module):
-    """GEGLU: half of a projection gates the other half."""
-
-    def __init__(self, width: int, operations: Any, made: dict[str, Any]) -> None:
-        super().__init__()
-        gate = nn.Module()
-        gate.proj = operations.Linear(width, 8 * width, **made)
-        self.net = nn.ModuleList([gate, nn.Identity(), operations.Linear(4 * width, width, **made)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.net[0].proj(x).chunk(2, dim=-1)
-        return self.net[2](value * nn.functional.gelu(gate))
-
-
 class Attached:
     """Applies motion modules in a UNet inside the `with` block. `frames` is the length of a clip in the batch.
 
@@ -216,7 +204,7 @@ class Attached:
     keep the UNet's keys, which inserted modules would change.
     """
 
-    def __init__(self, unet: nn.Module, motion: MotionModules, frames: int = 1) -> None:
+    def __init__(self, unet: Any, motion: MotionModules, frames: int = 1) -> None:
         self.unet, self.motion, self.frames = unet, motion, frames
         self.handles: list[Any] = []
 
@@ -234,7 +222,7 @@ class Attached:
         while self.handles:
             self.handles.pop().remove()
 
-    def _after(self, module: MotionModule) -> Any:
+    def _after(self, module: nn.Module) -> Any:
         return lambda site, inputs, output: module(output, self.frames)
 
     def _join_frames(self, norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -245,7 +233,7 @@ class Attached:
         return output.transpose(1, 2).flatten(0, 1)
 
 
-def require_layout(unet: nn.Module) -> None:
+def require_layout(unet: Any) -> None:
     """ValueError unless a UNetModel has SD1.5's blocks: 12 input blocks, 12 output blocks, 16 transformers."""
     counts = [len(getattr(unet, name, ())) for name in ("input_blocks", "output_blocks")]
     transformers = sum("SpatialTransformer" == type(module).__name__ for module in unet.modules())
@@ -258,9 +246,9 @@ def require_layout(unet: nn.Module) -> None:
         )
 
 
-def sites(unet: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+def sites(unet: Any, layout: Layout) -> dict[str, nn.Module]:
     """The UNet layer that each motion module follows, by the module's path."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path in layout.modules():
         level, _, module = path.partition(".motion_modules.")
         if path == MID:
@@ -274,7 +262,7 @@ def sites(unet: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     return found
 
 
-def group_norms(unet: nn.Module) -> Iterator[nn.Module]:
+def group_norms(unet: Any) -> Iterator[nn.Module]:
     """The group norms of ResBlocks and output, which v1 computes over all frames; transformers' are per frame."""
     for module in unet.modules():
         if type(module).__name__ == "ResBlock":

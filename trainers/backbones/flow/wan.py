@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conditions.columns import prompts
-from ...core.backbone import Grid, prepare_latents
+from ...core.backbone import Backbone, Grid, prepare_latents
 from ...core.config import TrainConfig, knob
 from ...core.placement import Placement
 from ...core.schedules import FlowMatch
@@ -20,9 +20,8 @@ LATENT_CHANNELS = 16
 
 def _check_model(model: Any) -> None:
     """ValueError unless `model` (a comfy BaseModel) is a Wan text-to-video model."""
-    module = getattr(model, "diffusion_model", None)
-    plain = type(model).__name__ == "WAN21" and module.model_type == "t2v" and module.in_dim == LATENT_CHANNELS
-    if not plain:
+    plain, module = type(model).__name__ == "WAN21", model.diffusion_model
+    if not (plain and module.model_type == "t2v" and module.in_dim == LATENT_CHANNELS):
         raise ValueError(
             f"model: found {kind_of(model)}, expected Wan 2.1 text-to-video with {LATENT_CHANNELS} input channels"
         )
@@ -46,7 +45,7 @@ class WanConfig(TrainConfig):
         require_wan21(*file_of(model), model.model.diffusion_model.dim, self.wan_version)
 
 
-class Wan:
+class Wan(Backbone):
     """Velocity predictor v(x_t, t, prompt_embeds): x_t [B, 16, T, h, w], t [B] in (0, 1), prompt_embeds [B, L, D]."""
 
     name = "wan"
@@ -61,8 +60,8 @@ class Wan:
     ) -> None:
         model = models["model"].model
         _check_model(model)
-        self.module: nn.Module = model.diffusion_model
-        self.blocks = list(self.module.blocks)
+        self.module, self.width = model.diffusion_model, model.diffusion_model.text_dim
+        self.blocks = list(model.diffusion_model.blocks)
         self.device, self.dtype = device, dtype
         self.process_latent_in = model.process_latent_in
         self.transformer_options = transformer_options
@@ -81,7 +80,7 @@ class Wan:
         return self.module(
             noisy_latents.to(self.dtype),
             FlowMatch.multiplier * t,
-            context=prompts(batch, self.module.text_dim, self.device, self.dtype),
+            context=prompts(batch, self.width, self.device, self.dtype),
             transformer_options=dict(self.transformer_options),
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.backbone import Grid, prepare_latents
+from ...core.backbone import Backbone, Grid, prepare_latents
 from ...core.placement import Placement
 from ...core.schedules import Edm
 from ...core.transfer import to_device
@@ -24,7 +24,7 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model: found {kind}, expected Stable Video Diffusion (SVD_img2vid)")
 
 
-class Svd:
+class Svd(Backbone):
     """v predictor v(x_t, sigma, image): x_t [B, 4, T, h, w], sigma [B] > 0.
 
     A batch holds CLIP vision's image_embeds [B, 1024], first_frame [B, 4, h, w] as unscaled VAE latents, and fps,
@@ -96,6 +96,3 @@ def _contiguous_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
 def _contiguous_context(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Copy the context, which is one token expanded to all positions; a linear layer would copy its weight instead."""
     return args, {**kwargs, "context": kwargs["context"].contiguous()}
-
-
-load = Svd
