@@ -98,7 +98,7 @@ class TrackletControl(nn.Module):
         device: Any = None,
     ) -> None:
         super().__init__()
-        self.widths, made = widths, {"dtype": dtype, "device": device}
+        made = {"dtype": dtype, "device": device}
         self.position_net = PositionNet(numbers, operations, made)
         self.fusers = nn.ModuleDict({path.replace(".", "/"): Fuser(w, operations, made) for path, w in widths.items()})
 
@@ -135,7 +135,8 @@ class TrackletControl(nn.Module):
 
     def require_fit(self, unet: nn.Module) -> None:
         """ValueError unless every transformer of the UNet has a fuser of its width."""
-        here, made_for = widths_of(unet), self.widths
+        here, fusers = widths_of(unet), self.fusers.items()
+        made_for = {path.replace("/", "."): fuser.get_parameter("norm1.weight").shape[0] for path, fuser in fusers}
         if made_for != here:
             raise ValueError(
                 f"made for a model of {len(made_for)} transformers of {sorted(set(made_for.values()))} channels, this "
