@@ -33,7 +33,7 @@ def asked_as(spec: Spec) -> str:
 def may_be_meant(job: Job, run_name: str, run_key: RunKey) -> bool:
     """Whether `run_name` may mean this job, whose name is `run_name` or `run_name` with a number.
 
-    A job that was requested under another name is not meant. Two exceptions hold if the identity is equal: `run_name`
+    A job that was requested under another name is not meant. Two exceptions hold if the run key is equal: `run_name`
     is the job's full name, or an earlier version started the job and did not store the requested name.
     """
     if same_name(asked_as(job.spec), run_name):

@@ -254,13 +254,15 @@ def test_runs_that_nobody_can_read_and_files_of_any_name_are_text(panel: Page, c
     assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
 
 
-def test_a_page_of_another_version_says_what_it_lacks(page: Page) -> None:
+@pytest.mark.parametrize("connect", ["location.reload()", "app.api.dispatchCustomEvent('reconnected')"])
+def test_a_page_of_another_version_says_what_it_lacks(connect: str, page: Page) -> None:
+    """Also one that was open when the server started again."""
     def answer(route: Route) -> None:
         words = route.fetch().json()
         route.fulfill(json={**words, "events": [*words["events"], "evaluated"], "ended": [*words["ended"], "merged"]})
 
     page.route("**/kinoloom/words", answer)
-    page.reload()
+    page.evaluate(connect)
     expect(toast(page, "it lacks evaluated, merged. Reload it.")).to_be_visible(timeout=LATER)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kinoloom.trainers.conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
-from kinoloom.trainers.core.data import Batches, PhaseData, TrainingData, collate
+from kinoloom.trainers.core.data import Batches, Column, PhaseData, TrainingData, collate
 
 from ..rows import write_row
 
@@ -94,6 +94,16 @@ def test_a_row_without_a_column_is_named_and_the_node_that_makes_it(tmp_path: Pa
     assert len(Batches(data, "clips", "train", (LATENTS, MASK))) == 2, "a mask is optional"
     with pytest.raises(ValueError, match=f"row 'bad' .*column 'prompt_embeds' is missing.*: use {PROMPT.made_by}$"):
         Batches(data, "clips", "train", (LATENTS, PROMPT))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_column_that_some_rows_of_a_batch_lack_is_not_dropped_in_silence(first: bool) -> None:
+    """Unless its own collate fills it in, as that of masks does."""
+    column, depth = Column("depth", "Add Depth", optional=True), {"depth": {"depth": torch.zeros(2)}}
+    rows = [depth, {}, {}] if first else [{}, {}, depth]
+    with pytest.raises(ValueError, match="^depth: 2 of 3 rows of a batch lack it"):
+        collate(rows, (column,), ())
+    assert collate([{}, {}], (column,), ()) == {}
 
 
 def test_prompts_are_padded_at_their_end() -> None:

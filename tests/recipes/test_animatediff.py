@@ -465,7 +465,7 @@ def test_data_that_does_not_fit_is_refused_before_a_run(applied: Any) -> None:
 
     with pytest.raises(ValueError, match="model: has no motion module. Put Apply Motion Module before the train node"):
         check({}, 4, 16, 8, 8)
-    with pytest.raises(ValueError, match=r"clip.mp4 has 33 frames, but this model takes 32 at most"):
+    with pytest.raises(ValueError, match=r"clip.mp4 has 33 frames, but this motion module takes 32 at most"):
         check(carried_modules(applied), 4, 33, 8, 8)
     with pytest.raises(ValueError, match="clip.mp4 has latents of 16 channels, expected 4"):
         check(carried_modules(applied), 16, 5, 8, 8)

@@ -372,7 +372,7 @@ def test_other_samples_are_the_same_run(
         (WAN_LORA, {"height": 1000}, "samples: height=1000: expected a multiple of 16"),
         (WAN_LORA, {"frames": 16}, "samples: frames=16: expected 4n.1 for this model; the nearest are 13 and 17"),
         (DIRECTOR, {"height": 100}, "samples: height=100: expected a multiple of 8"),
-        (DIRECTOR, {"frames": 33}, "samples: frames=33: expected at most 32 for this model"),
+        (DIRECTOR, {"frames": 33}, "samples: frames=33: expected at most 32 for this motion module"),
         ("KinoloomTrainSvdLora", {"width": 96}, "samples: width=96: expected a multiple of 64"),
         (
             "KinoloomTrainSvdLora",

@@ -37,7 +37,8 @@ class Grid:
 
     channels: latent channels. side: width and height in pixels are multiples of it. text_width: width of prompt_embeds,
     None for a model without text. frame_step: frames in each latent frame after the first, which holds one. longest:
-    upper limit of latent frames, or None. pixels: side of a latent pixel in pixels.
+    upper limit of latent frames, or None, and limited_by the part of the model with that limit, for errors. pixels:
+    side of a latent pixel in pixels.
     """
 
     channels: int
@@ -45,6 +46,7 @@ class Grid:
     text_width: int | None = None
     frame_step: int = 1
     longest: int | None = None
+    limited_by: str = "model"
     pixels: int = PIXELS
 
     def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, ...]:
@@ -57,7 +59,7 @@ class Grid:
             )
         latent_frames = 1 + (frames - 1) // step
         if self.longest and latent_frames > self.longest:
-            raise ValueError(f"frames={frames}: expected at most {self.longest} for this model")
+            raise ValueError(f"frames={frames}: expected at most {self.longest} for this {self.limited_by}")
         for name, value in {"width": width, "height": height}.items():
             if value % self.side:
                 raise ValueError(f"{name}={value}: expected a multiple of {self.side} for this model")
@@ -74,8 +76,8 @@ class Grid:
                 )
             if self.longest and frames > self.longest:
                 raise ValueError(
-                    f"data: {row.name} has {frames} frames, but this model takes {self.longest} at most: lower "
-                    "frames_per_clip where the clips are encoded"
+                    f"data: {row.name} has {frames} frames, but this {self.limited_by} takes {self.longest} at most: "
+                    "lower frames_per_clip where the clips are encoded"
                 )
 
 

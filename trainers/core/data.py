@@ -26,6 +26,10 @@ class NotFinite(ValueError):
 
 
 def stacked(values: list[Batch], shape: tuple[int, ...]) -> Batch:
+    """The tensors of rows, stacked. ValueError names a tensor that only some of the rows have."""
+    for name in dict.fromkeys(name for value in values for name in value):
+        if lacking := sum(name not in value for value in values):
+            raise ValueError(f"{name}: {lacking} of {len(values)} rows of a batch lack it, expected it in all of them")
     return {name: torch.stack([value[name] for value in values]) for name in values[0]}
 
 
@@ -36,7 +40,7 @@ class Column:
     made_by: the display name of the node that writes it, for the error about a row without it. optional: rows may lack
     it. version: part of the cache keys of its files; raise it if their content changes, or if files of an earlier
     version are wrong. collate: makes a batch's tensors from the tensors of its rows ({} for a row without the column)
-    and their common latent shape.
+    and their common latent shape; one of its own is needed where rows of a batch may lack the column.
     """
 
     name: str

@@ -60,10 +60,7 @@ def train(
     session: Session,
     scaler: torch.amp.GradScaler,
 ) -> bool:
-    """Run the recipe's phases from `state` on. False if the session stopped it between two steps.
-
-    Raises Diverged, or NotFinite if data is the cause.
-    """
+    """Run the phases from `state` on. False if stopped between steps. Raises Diverged, or NotFinite for bad data."""
     for index, phase in enumerate(phases):
         recipe.start(phase)
         if index < state.phase:

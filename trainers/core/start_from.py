@@ -12,7 +12,7 @@ from ...lora_io.fitting import require_layers
 from ...lora_io.keys import scale_of
 from .lora import layer_shapes
 
-# (file, paths of the layers, identities of the base model) -> <module>.lora_down/lora_up.weight, <module>.alpha
+# (file, paths of the layers, model keys of the base model) -> <module>.lora_down/lora_up.weight, <module>.alpha
 Reader = Callable[[Path, Collection[str], Collection[str]], Mapping[str, Tensor]]
 
 

@@ -175,8 +175,7 @@ def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
     thick = {name: smoothed(points) for name, points in thin.items()}
     dots = [(e["step"], e["loss"]) for e in validations]
     xs, ys = zip(*(point for points in [*thick.values(), dots] for point in points), strict=True)
-    low, high = min(0.0, min(ys)), max(ys) * 1.1 or 1.0
-    first, last = min(xs), max(max(xs), min(xs) + 1)
+    (low, high), (first, last) = (min(0.0, *ys), max(ys) * 1.1 or 1.0), (min(xs), max(*xs, min(xs) + 1))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - first) / (last - first), (min(max(y, low), high) - low) / (high - low)

@@ -68,6 +68,7 @@ app.registerExtension({
             render: (element) => panel.show(element),
         });
         app.ui.settings.addEventListener("Comfy.ColorPalette.change", () => jobs.changed());
+        api.addEventListener("reconnected", () => jobs.attempt(learn)); // perhaps to a server of another version
         await jobs.attempt(learn);
         jobs.refresh();
     },

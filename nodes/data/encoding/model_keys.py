@@ -1,4 +1,4 @@
-"""Identities of loaded models, for cache keys."""
+"""Model keys of loaded models, for cache keys."""
 
 import hashlib
 from functools import lru_cache
@@ -29,7 +29,7 @@ def of_text_encoder(text_encoder: Any) -> str:
 
 
 def of_model(model: Any) -> str:
-    """Identity of a diffusion model and its noise schedule, which nodes such as ModelSamplingSD3 change."""
+    """Model key of a diffusion model and its noise schedule, which nodes such as ModelSamplingSD3 change."""
     sampling = model.get_model_object("model_sampling")
     return _digest(of_patcher(model), type(sampling).__name__, sampling.sigmas.tolist())
 

@@ -82,7 +82,8 @@ class AnimateDiff(Backbone):
         motion = carried.get(PART)
         if not isinstance(motion, MotionModules):
             raise ValueError("model: has no motion module. Put Apply Motion Module before the train node")
-        return Grid(LATENT_CHANNELS, side=8, text_width=text_width(model), longest=motion.layout.positions)
+        width, longest = text_width(model), motion.layout.positions
+        return Grid(LATENT_CHANNELS, side=8, text_width=width, longest=longest, limited_by="motion module")
 
     def merge(self, lora_file: Any) -> None:
         """Merge a LoRA for SD1.5, such as AnimateDiff's domain adapter, into the frozen UNet."""
