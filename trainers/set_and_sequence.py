@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..lora_io.wan import MOTION_STAGES, read_any_wan_lora, read_wan_lora
 from .backbones.flow.wan import Wan, WanConfig
-from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT
+from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PROMPT, choose_prompts
 from .core.config import LoraConfig, changed, knob, naming
 from .core.data import Batch, TrainingData
 from .core.lora import layer_shapes
@@ -292,27 +292,6 @@ def read_identity(config: Any, module: nn.Module, bases: Collection[str] = ()) -
                 f"{config.alpha:g} (0 means alpha = rank): set alpha to {alpha:g}"
             )
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
-
-
-def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:
-    """Mask prompt tokens with `probability`: one encoding [B, L, D] of each caption's [B, K+1, L, D].
-
-    Uses the stored encodings of captions with dropped tokens if the data has them at that probability. Otherwise sets
-    rows of the clean encoding to zero, which looks like padding. The end token is kept.
-    """
-    prompts = batch["prompt_embeds"]
-    if not probability:
-        return prompts[:, 0]
-    chosen = []
-    for i, prompt in enumerate(prompts):
-        generator = rng.generator("prompt", rng.sample + i)
-        if abs(float(batch["token_mask_prob"][i]) - probability) < 1e-6:
-            chosen.append(prompt[1 + torch.randint(len(prompt) - 1, (), generator=generator)])
-        else:
-            hidden = torch.rand(prompt.shape[1], generator=generator) < probability
-            hidden[int(batch["prompt_tokens"][i, 0]) - 1 :] = False
-            chosen.append(prompt[0].masked_fill(hidden.to(prompt.device)[:, None], 0))
-    return torch.stack(chosen)
 
 
 RECIPE = SetAndSequence

@@ -1,4 +1,4 @@
-"""The columns of training data and previews, and the functions that collate them to batches."""
+"""The columns of training data and previews, how they become batches, and draws from them."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import Batch, Column, stacked
+from ..core.rng import Rng
 from ..core.transfer import to_device
 
 TEXT_NODES = "Encode Training Clips, or Training Clips from Folder"
@@ -69,3 +70,24 @@ def prompts(batch: dict[str, Any], width: int, device: torch.device, dtype: torc
         )
     padding = int(batch["prompt_length"].max()) - prompt_embeds.shape[1] if "prompt_length" in batch else 0
     return nn.functional.pad(to_device(prompt_embeds, device, dtype), (0, 0, 0, padding))
+
+
+def choose_prompts(batch: Batch, rng: Rng, probability: float) -> Tensor:
+    """Mask prompt tokens with `probability`: one encoding [B, L, D] of each caption's [B, K+1, L, D].
+
+    Uses the stored encodings of captions with dropped tokens if the data has them at that probability. Otherwise sets
+    rows of the clean encoding to zero, which looks like padding. The end token is kept.
+    """
+    prompts = batch["prompt_embeds"]
+    if not probability:
+        return prompts[:, 0]
+    chosen = []
+    for i, prompt in enumerate(prompts):
+        generator = rng.generator("prompt", rng.sample + i)
+        if abs(float(batch["token_mask_prob"][i]) - probability) < 1e-6:
+            chosen.append(prompt[1 + torch.randint(len(prompt) - 1, (), generator=generator)])
+        else:
+            hidden = torch.rand(prompt.shape[1], generator=generator) < probability
+            hidden[int(batch["prompt_tokens"][i, 0]) - 1 :] = False
+            chosen.append(prompt[0].masked_fill(hidden.to(prompt.device)[:, None], 0))
+    return torch.stack(chosen)

@@ -185,7 +185,7 @@ def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
         return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
 
-    parts = []
+    parts, names = [], []
     for tick in range(5):
         value = low + (high - low) * tick / 4
         y = place(first, value)[1]
@@ -193,7 +193,6 @@ def chart(series: dict[str, Points], validations: Sequence[dict] = ()) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
         x = first + (last - first) * tick / 4
         parts.append(f'<text x="{place(x, low)[0]}" y="{HEIGHT - 6}" text-anchor="middle">{x:.0f}</text>')
-    names = []
     for number, name in enumerate(thin):
         color = COLORS[number % len(COLORS)]
         parts += [line(thin[name], color, 1, 0.3), line(thick[name], color, 2, 1)]
