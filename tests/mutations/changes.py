@@ -134,7 +134,7 @@ FILES: dict[str, list[tuple[str, str, str, str]]] = {
     "trainers/core/config.py": [
         ("resumed-with-another-batch-size", "recipes/test_config.py::test_what_changes_the_result_is_noticed_when_a_run_is_resumed",
          '*("save_every", "save_minutes"', '*("batch_size", "lr_schedule", "save_every", "save_minutes"'),
-        ("resumed-with-another-rank", "recipes/test_config.py::test_what_changes_the_result_is_noticed_when_a_run_is_resumed",
+        ("resumed-with-another-rank", "pure/test_run_key.py::test_options_that_the_weights_are_made_of_stay",
          '"save_precision", "rank", "alpha"', '"save_precision", "alpha"'),
     ],
     "trainers/core/memory.py": [
@@ -168,11 +168,11 @@ FILES: dict[str, list[tuple[str, str, str, str]]] = {
          "torch.ones(1, *shape[1:])", "torch.zeros(1, *shape[1:])"),
         ("prompts-padded-in-front", "pure/test_batches.py::test_prompts_are_padded_at_their_end",
          "(0, 0, 0, longest - p.shape[1])", "(0, 0, longest - p.shape[1], 0)"),
-        ("padding-left-out", "recipes/test_wan_backbone.py::test_prediction_is_that_of_comfyuis_apply_model",
+        ("padding-left-out", "recipes/test_sampling.py::test_a_sample_is_what_core_s_sampler_makes[wan-6-3.0]",
          "device, dtype), (0, 0, 0, padding))", "device, dtype), (0, 0, 0, 0))"),
         ("a-variant-sampled", "pure/test_batches.py::test_previews_have_the_clean_prompt",
          'batch["prompt_embeds"][:, 0]}', 'batch["prompt_embeds"][:, -1]}'),
-        ("variants-not-repeated", "recipes/test_set_and_sequence.py::test_samples_with_different_numbers_of_variants_share_a_batch",
+        ("variants-not-repeated", "pure/test_batches.py::test_variants_are_repeated_in_turn_and_the_clean_prompt_is_not",
          "torch.arange(count - 1) % max(len(prompt) - 1, 1)", "torch.zeros(count - 1).long()"),
     ],
     "trainers/host/layers.py": [

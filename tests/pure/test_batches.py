@@ -115,6 +115,12 @@ def test_prompts_are_padded_at_their_end() -> None:
     assert torch.equal(joined[1], long)
 
 
+def test_variants_are_repeated_in_turn_and_the_clean_prompt_is_not() -> None:
+    rows = [{"prompt_embeds": {"prompt_embeds": torch.arange(float(count)).view(count, 1, 1)}} for count in (6, 3, 1)]
+    joined = collate(rows, (PROMPT,), ())["prompt_embeds"].flatten(1)
+    assert joined.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 1], [0] * 6]
+
+
 def test_previews_have_the_clean_prompt() -> None:
     variants = torch.arange(3.0).view(3, 1, 1).expand(3, 4, 2)
     assert not collate([{"prompt_embeds": {"prompt_embeds": variants}}], (PREVIEW_PROMPT,), ())["prompt_embeds"].any()
