@@ -13,20 +13,23 @@ TRACKLET_CONTROL = "tracklet_control"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """added: whether the pack adds the folder to ComfyUI's. has_loras: whether loaders list LoRAs from it."""
+    """added: whether the pack adds the folder to ComfyUI's. written: whether runs write into it. has_loras: whether its
+    loaders list LoRAs."""
 
     added: bool = False
+    written: bool = True
     has_loras: bool = False
 
 
 FOLDERS = {
     LORAS: ModelFolder(has_loras=True),
     DIFFUSION_MODELS: ModelFolder(),
-    DIFFUSERS: ModelFolder(),
-    MOTION_MODELS: ModelFolder(added=True),
+    DIFFUSERS: ModelFolder(written=False),
+    MOTION_MODELS: ModelFolder(added=True, written=False),
     MOTION_LORAS: ModelFolder(added=True, has_loras=True),
     TRACKLET_CONTROL: ModelFolder(added=True),
 }
+WRITTEN = tuple(name for name, folder in FOLDERS.items() if folder.written)
 
 
 def register() -> None:

@@ -203,7 +203,7 @@ def combine(first: TrainingData, second: TrainingData) -> TrainingData:
         raise ValueError(f"training data in {first.folder} and in {second.folder} cannot be combined: encode it again")
     rows: dict[tuple, Row] = {}
     for row in (*first.rows, *second.rows):
-        rows.setdefault((row.unit, row.role, *sorted(row.columns.items())), row)
+        rows.setdefault((row.unit, row.role, row.group, *sorted(row.columns.items())), row)
     return TrainingData(first.folder, tuple(rows.values()))
 
 

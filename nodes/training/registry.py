@@ -27,7 +27,7 @@ from ...trainers.run.line import Line
 from ...trainers.run.previews import Previews
 from ...trainers.run.record import Spec
 from ...trainers.run.unreadable import Unreadable
-from ..folders import FOLDERS, output_folder
+from ..folders import WRITTEN, output_folder
 from ..widgets import require_name
 from .ending import before_the_end
 from .naming import asked_as, goes_on, may_be_meant, same_name
@@ -65,6 +65,8 @@ class Registry(Shelf):
         if spec.recipe not in recipes():
             raise ValueError(f"training method {spec.recipe[:60]!r}: unknown")
         recipe = recipes()[spec.recipe]
+        if list(spec.sources) != (names := [model.name for model in recipe.models]):
+            raise ValueError(f"job.json.spec.sources: holds {', '.join(spec.sources)}, expected {', '.join(names)}")
         return Job(self.folder / spec.id, spec, recipe, publish, self.busy, self.line, self.make_room)
 
     def get(self, job_id: str) -> Job:
@@ -129,7 +131,7 @@ class Registry(Shelf):
         while True:
             earlier = self.called(name)
             if earlier is None:
-                if not any((output_folder(folder) / name).exists() for folder in FOLDERS):
+                if not any((output_folder(folder) / name).exists() for folder in WRITTEN):
                     return name, None
             elif not may_be_meant(earlier, run_name, run_key):
                 pass
@@ -261,7 +263,7 @@ def registry() -> Registry:
 def start_registry() -> None:
     global _registry
     own = Path(folder_paths.get_system_user_directory("kinoloom"))
-    for folder in (own, *map(output_folder, FOLDERS)):
+    for folder in (own, *map(output_folder, WRITTEN)):
         sweep(folder)
     _registry = Registry(own / "jobs")
     before_the_end(_registry.shutdown)

@@ -126,8 +126,9 @@ def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) ->
 
 def check_text_width(name: str, given: TrainingData | Previews | None, grid: Grid) -> None:
     """ValueError unless prompts were encoded with a text encoder for this model."""
-    rows = given.rows[:1] if given and grid.text_width else ()
-    for path in (path for row in rows for path in files_of(given.folder, row, (PROMPT,)).values()):
+    if given is None or grid.text_width is None:
+        return
+    for path in {path for row in given.rows for path in files_of(given.folder, row, (PROMPT,)).values()}:
         with safe_open(str(path), framework="pt") as opened:
             width = opened.get_slice(PROMPT.name).get_shape()[-1]
         if width != grid.text_width:

@@ -19,6 +19,7 @@ from kinoloom.trainers.core.plain_lora import PlainLora
 from kinoloom.trainers.core.recipe import ModelInput
 from kinoloom.trainers.core.rng import Rng
 from kinoloom.trainers.core.start_from import Start
+from kinoloom.trainers.core.transfer import to_device
 from kinoloom.trainers.host.private import Private
 from kinoloom.trainers.host.source import ModelSource, base_key
 from kinoloom.trainers.run.job import Job
@@ -48,11 +49,14 @@ class Deep(PlainLora):
             return {}
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        given = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0], "latents": batch["latents"] + batch["depth"]}
+        given = {**batch, "prompt_embeds": batch["prompt_embeds"][:, 0], "latents": batch["latents"] + self._depth(batch)}
         yield "deep", denoising_loss(self.backbone, given, rng, rng.uniform(len(batch["latents"])))
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        return super().predict(noisy_latents + batch["depth"], t, batch)
+        return super().predict(noisy_latents + self._depth(batch), t, batch)
+
+    def _depth(self, batch: Batch) -> Tensor:
+        return to_device(batch["depth"], self.backbone.device)
 
     def unconditional(self, batch: Batch) -> Batch:
         return {**super().unconditional(batch), "depth": torch.zeros_like(batch["depth"])}

@@ -366,7 +366,7 @@ def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
     chosen = {option.metadata["file_of"] for recipe in recipes().values() for option in fields(recipe.Config)} - {""}
     assert written | chosen <= folders.FOLDERS.keys()
     assert all(folder_paths.get_folder_paths(folder) for folder in folders.FOLDERS)
-    assert written == LISTED.keys()
+    assert written == LISTED.keys() == {*folders.WRITTEN}
     for folder in written:
         path = folders.output_folder(folder) / "looked-for.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
