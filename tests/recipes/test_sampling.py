@@ -43,11 +43,13 @@ from ..runs import (
     Published,
     events,
     finish,
+    image,
     load_tiny,
     make_backbone,
     make_batch,
     make_config,
     make_job,
+    prompt,
     random,
     write_samples,
 )
@@ -138,6 +140,18 @@ def test_levels_are_those_of_core_s_scheduler(backbone: str, steps: int, tiny_mo
             (model,) = ModelSamplingSD3().patch(model, shift)
         theirs = core_levels(model, backbone, steps)
         torch.testing.assert_close(levels(SCHEDULES[backbone], steps, shift), theirs, rtol=2e-6, atol=0)
+
+
+def test_the_negative_row_replaces_its_own_columns_and_leaves_the_others(tmp_path: Path) -> None:
+    svd, samples = write_samples(tmp_path, "svd"), write_samples(tmp_path, "wan")
+    rows = tuple(replace(row, columns=row.columns | own.columns) for row, own in zip(samples.rows, svd.rows, strict=True))
+    given = replace(samples, rows=rows)
+    for negative, name in ((samples.negative, "away"), (None, "second")):
+        wanted, unwanted = replace(given, negative=negative).conditions(1, (PREVIEW_PROMPT, PREVIEW_FRAME))
+        assert wanted.keys() == unwanted.keys()
+        for batch, text in ((wanted, "second"), (unwanted, name)):
+            assert torch.equal(batch["prompt_embeds"], prompt(text, variants=0)["prompt_embeds"])
+            assert torch.equal(batch["first_frame"], image("second", height=8, width=8)["first_frames"][:1])
 
 
 def test_without_guidance_nothing_is_predicted_for_the_negative(tmp_path: Path) -> None:
