@@ -73,7 +73,7 @@ get_comfyui() {
 }
 
 install_packages() {
-    local stamp="$runtime/installed" wanted uv
+    local stamp="$runtime/venv/installed" wanted uv
     wanted="$(printf '%s\n' "${torch[@]}" "${for_tests[@]}" | cat - "$comfyui/requirements.txt" "$root/requirements.txt")"
     [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]] && return
     uv="$(find_uv)"

@@ -240,7 +240,7 @@ def test_runs_wait_in_line_first_come_first_served_and_can_be_reordered(
 ) -> None:
     model, data = inputs(WAN)
     gate, begun = threading.Event(), []
-    published.at(1, lambda job: (begun.append(job.spec.run_name), gate.wait(60)))
+    published.at(1, lambda job: (begun.append(job.spec.run_name), gate.wait(600)))
     config = make_config(WAN, steps=1, validate_every=0)
 
     def queue(name: str) -> Job:
@@ -259,12 +259,12 @@ def test_runs_wait_in_line_first_come_first_served_and_can_be_reordered(
     assert others["d"].in_line == "1st in line" and len(published) > before, "those who look are told"
     registry.move(others["e"], 1)
     others["b"].stop()
-    assert others["b"].ended.wait(60) and others["b"].status == "stopped"
+    assert others["b"].ended.wait(600) and others["b"].status == "stopped"
     assert [others[name].in_line for name in "dce"] == ["1st in line", "2nd in line", "3rd in line"]
     with pytest.raises(ValueError, match="run 'a' is running: the run does not wait in line"):
         registry.move(first, 1)
     gate.set()
-    assert all(others[name].ended.wait(60) for name in "dce")
+    assert all(others[name].ended.wait(600) for name in "dce")
     assert begun == ["a", "d", "c", "e"]
 
 
