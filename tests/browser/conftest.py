@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from .. import in_comfyui  # noqa: F401
 from comfy_client import Server
@@ -23,10 +23,20 @@ def browser() -> Iterator[Browser]:
         yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
+@pytest.fixture(scope="session")
+def context(browser: Browser, server: Server) -> Iterator[BrowserContext]:
+    """One profile for all pages, so that the front end is fetched and compiled once; each page begins without storage."""
+    made = browser.new_context(base_url=f"http://{server.address}", reduced_motion="reduce")
+    made.add_init_script(
+        "if (!sessionStorage.getItem('begun')) { localStorage.clear(); sessionStorage.setItem('begun', '1'); }"
+    )
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def page(browser: Browser, server: Server) -> Iterator[Page]:
+def page(context: BrowserContext) -> Iterator[Page]:
     """The real front end on the running server, its default workflow loaded: `page.evaluate("app.graph...")`."""
-    context = browser.new_context(base_url=f"http://{server.address}")
     opened = context.new_page()
     opened.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
@@ -35,4 +45,4 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
         "window.app?.vueAppReady && app.graph?.nodes?.length && !document.querySelector('.p-blockui-mask')"
     )
     yield opened
-    context.close()
+    opened.close()
