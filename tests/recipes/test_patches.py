@@ -151,4 +151,5 @@ def test_the_train_node_refuses_before_anything_else(models: dict[str, Any]) -> 
     node = train_node(recipes()["KinoloomTrainWanLora"])
     with pytest.raises(ValueError, match="carries the patch 'attn1_output_patch'"):
         config = vars(make_config("KinoloomTrainWanLora"))
-        node.execute(run(nodes_nag.NAGuidance)(models["wan"]), TrainingData("nowhere", ()), "unused", **config)
+        patched = run(nodes_nag.NAGuidance)(models["wan"])
+        node.execute(model=patched, data=TrainingData("nowhere", ()), run_name="unused", **config)
