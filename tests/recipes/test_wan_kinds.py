@@ -65,7 +65,8 @@ def test_a_renamed_expert_is_known_by_its_metadata(tmp_path: Path, data: Any) ->
     config = '{"transformer": {"num_heads": 2, "text_dim": 768}}'
     save_file(tensors, path, {"config": config, "modelspec.title": "Wan2.2 T2V 14B High Noise"})
     with pytest.raises(ValueError, match=r"favourite\.safetensors is an expert of Wan 2\.2 A14B"):
-        train_node(recipes()[WAN_LORA]).execute(load_model(path), data, "unused", **vars(make_config(WAN_LORA)))
+        given = {"model": load_model(path), "data": data, "run_name": "unused"}
+        train_node(recipes()[WAN_LORA]).execute(**given, **vars(make_config(WAN_LORA)))
 
 
 def test_a_14b_file_that_says_nothing_is_asked_about(tmp_path: Path) -> None:
