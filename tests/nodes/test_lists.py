@@ -159,7 +159,7 @@ def test_lists_of_clips_for_svd(tmp_path: Path) -> None:
 def test_lists_of_prompts_and_first_frames_are_one_set_of_samples(models: dict[str, Any], tmp_path: Path) -> None:
     prompts = {"width": 32, "height": 32, "frames": 5, "fps": 16.0, "shift": 8.0, "negative": "", **SAMPLED}
     ((samples,),) = run(samples_nodes.SamplePrompts, clip=models["clip"], prompts=["a cat", "a dog\na cow"], **prompts)
-    assert samples.names == ("a cat", "a dog", "a cow")
+    assert samples.names == ["a cat", "a dog", "a cow"]
     node = samples_nodes.SampleFirstFrames
     given = {"vae": image_vae(tmp_path), "clip_vision": tiny_vision(), "size": 64, "frames": 3, "fps": 8} | SAMPLED
     given["motion_bucket"] = 9

@@ -261,7 +261,7 @@ def test_runs_wait_in_line_first_come_first_served_and_can_be_reordered(
     others["b"].stop()
     assert others["b"].ended.wait(600) and others["b"].status == "stopped"
     assert [others[name].in_line for name in "dce"] == ["1st in line", "2nd in line", "3rd in line"]
-    with pytest.raises(ValueError, match="run 'a' is running: the run does not wait in line"):
+    with pytest.raises(ValueError, match="run 'a' is running: the run is not waiting in line"):
         registry.move(first, 1)
     gate.set()
     assert all(others[name].ended.wait(600) for name in "dce")
