@@ -164,7 +164,7 @@ def test_lists_of_prompts_and_first_frames_are_one_set_of_samples(models: dict[s
     given = {"vae": image_vae(tmp_path), "clip_vision": tiny_vision(), "size": 64, "frames": 3, "fps": 8} | SAMPLED
     given["motion_bucket"] = 9
     ((samples,),) = run(node, images=[clip(1), clip(2, seed=1)], **given)
-    assert samples.names == ("image 1", "image 2", "image 3")
+    assert samples.names == ["image 1", "image 2", "image 3"]
     with pytest.raises(ValueError, match="images: found the sizes 64x64, 32x64, expected one size"):
         run(node, images=[clip(1), clip(1, 64, 32)], **given)
 
