@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, lints, checks types and runs the tests in two processes:
 #   bash scripts/test.sh                 all of them
-#   bash scripts/test.sh --fast          the tiers pure, recipes and nodes without what is marked slow: three minutes
+#   bash scripts/test.sh --fast          the tiers pure, recipes and nodes without what is marked slow: five minutes
 #   bash scripts/test.sh -n 0 -k client  arguments go to pytest
 set -euo pipefail
 
