@@ -32,7 +32,9 @@ def register_pack() -> None:
 
 
 def register(name: str, folder: Path) -> None:
-    """Name a package in `folder` without running its __init__.py."""
+    """Name a package in `folder` without running its __init__.py, unless it is named already."""
+    if name in sys.modules:
+        return
     path, places = folder / "__init__.py", [str(folder)]
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
     sys.modules[name] = importlib.util.module_from_spec(spec)

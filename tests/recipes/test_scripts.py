@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,10 @@ def test_setup_names_a_wrong_comfyui_dir(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | {"COMFYUI_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"setup: COMFYUI_DIR={tmp_path} holds no main.py: point it at a ComfyUI checkout\n"
+
+
+def test_tests_of_the_pure_tier_may_be_named_before_others() -> None:
+    files = ["tests/pure/test_noise.py", "tests/nodes/test_lists.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
