@@ -13,7 +13,7 @@ from server import PromptServer
 from ...trainers.core.config import check
 from ...trainers.core.data import TrainingData
 from ..lists import for_each, listed
-from ..widgets import require_one
+from ..widgets import UNCONNECTED, require_one
 from .reading import videos
 from .reading.cutting import ROLES, Options, check_role
 from .reading.folder import listing, resolve_folder
@@ -78,22 +78,6 @@ def folder_and_role() -> list[io.Input]:
     ]
 
 
-def check_folder_options(role: str | None, hold_out: int | None) -> bool:
-    """ValueError for widgets with wrong values, alone or together. Connected inputs are None."""
-    if hold_out is not None:
-        check(Options.__dataclass_fields__["hold_out"], hold_out)
-    check_role(role or "train", hold_out or 0)
-    return True
-
-
-def folder_state(folder: str | None) -> float | str:
-    """A fingerprint of the folder's files. NaN, which equals nothing, if the folder is a connected input."""
-    if folder is None:
-        return float("nan")
-    found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
-    return hashlib.sha256(repr(found).encode()).hexdigest()
-
-
 def alpha_as_mask() -> io.Input:
     return io.Boolean.Input(
         "alpha_as_mask",
@@ -110,3 +94,31 @@ def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io
     if node.hidden:  # set while a prompt runs
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
     return io.NodeOutput(data, ui={"text": (text,)})
+
+
+class EncodeNode(io.ComfyNode):
+    """A node that encodes the clips of its inputs images or video."""
+
+    @classmethod
+    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
+        return require_one(images, video)
+
+
+class FolderNode(io.ComfyNode):
+    """A node that encodes the clips of a folder."""
+
+    @classmethod
+    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
+        """ValueError for widgets with wrong values, alone or together. Connected inputs are None."""
+        if hold_out is not None:
+            check(Options.__dataclass_fields__["hold_out"], hold_out)
+        check_role(role or "train", hold_out or 0)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
+        """A fingerprint of the folder's files. NaN, which equals nothing, if the folder is a connected input."""
+        if folder is None:
+            return float("nan")
+        found = listing(resolve_folder(Path(folder_paths.get_input_directory()), folder))
+        return hashlib.sha256(repr(found).encode()).hexdigest()

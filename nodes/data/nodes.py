@@ -9,11 +9,11 @@ from comfy_api.latest import io
 
 from ...trainers.core.data import Row, TrainingData
 from ..lists import by_place, for_each, only, only_each
-from ..widgets import UNCONNECTED, require_one, widget
+from ..widgets import widget
 from ..wires import TrainingDataType
 from .encoding.text_rows import encode
 from .encoding.vae import frame_step
-from .inputs import alpha_as_mask, check_folder_options, clip_sources, folder_and_role, folder_state, output
+from .inputs import EncodeNode, FolderNode, alpha_as_mask, clip_sources, folder_and_role, output
 from .priors import PriorClips
 from .reading import captions
 from .reading.cutting import Clip, ClipPlan, Options, plan
@@ -45,7 +45,7 @@ def clip_widgets(frames: str) -> list[io.Input]:
     ]
 
 
-class EncodeClips(io.ComfyNode):
+class EncodeClips(EncodeNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -94,10 +94,6 @@ class EncodeClips(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
-        return require_one(images, video)
-
-    @classmethod
     def execute(
         cls,
         vae: Any,
@@ -128,7 +124,7 @@ class EncodeClips(io.ComfyNode):
         return io.NodeOutput(encode(plans, "train", chosen, vae, text_encoder))
 
 
-class ClipsFromFolder(io.ComfyNode):
+class ClipsFromFolder(FolderNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -148,14 +144,6 @@ class ClipsFromFolder(io.ComfyNode):
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
-        return check_folder_options(role, hold_out)
-
-    @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
-        return folder_state(folder)
 
     @classmethod
     def execute(

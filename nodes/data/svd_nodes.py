@@ -10,10 +10,10 @@ from comfy_api.latest import io
 
 from ...trainers.backbones.svd.model import SIDE
 from ..lists import by_place, for_each, only, only_each
-from ..widgets import UNCONNECTED, require_one, widget
+from ..widgets import widget
 from ..wires import TrackletsType, TrainingDataType
 from .encoding.svd_rows import LARGEST_BUCKET, SvdOptions, encode
-from .inputs import alpha_as_mask, check_folder_options, clip_sources, encoders, folder_and_role, folder_state, output
+from .inputs import EncodeNode, FolderNode, alpha_as_mask, clip_sources, encoders, folder_and_role, output
 from .reading.cutting import Clip, plan
 from .reading.folder import Reading, plan_folder, resolve_folder
 from .reading.tracklet_files import read_tracklets
@@ -42,7 +42,7 @@ def inputs() -> Iterable[io.Input]:
     )
 
 
-class EncodeSvdClips(io.ComfyNode):
+class EncodeSvdClips(EncodeNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -75,10 +75,6 @@ class EncodeSvdClips(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, images: Any = UNCONNECTED, video: Any = UNCONNECTED) -> bool:
-        return require_one(images, video)
-
-    @classmethod
     def execute(
         cls,
         vae: Any,
@@ -100,7 +96,7 @@ class EncodeSvdClips(io.ComfyNode):
         return output(cls, *encode(plans, "train", chosen, bucket, *encoders, tracked))
 
 
-class SvdClipsFromFolder(io.ComfyNode):
+class SvdClipsFromFolder(FolderNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -120,14 +116,6 @@ class SvdClipsFromFolder(io.ComfyNode):
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For an SVD training node.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, role: str | None = None, hold_out: int | None = None) -> bool:
-        return check_folder_options(role, hold_out)
-
-    @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> float | str:
-        return folder_state(folder)
 
     @classmethod
     def execute(
