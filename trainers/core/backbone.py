@@ -113,8 +113,11 @@ class Backbone(Protocol):
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: dict[str, Any]) -> Tensor: ...
     def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The unconditional batch for guidance, from a batch that already has the negative prompt."""
-        ...
+        """The unconditional batch for guidance, from a batch that already has the negative prompt.
+
+        A backbone with other conditions than text overrides it.
+        """
+        return batch
 
 
 def prepare_latents(batch: dict[str, Any], device: torch.device, process_latent_in: Any) -> dict[str, Any]:

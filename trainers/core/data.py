@@ -80,7 +80,17 @@ class TrainingData:
 
     def groups(self, unit: str) -> list[str]:
         """The groups that are trained on, in the order of their first rows; a row without one is a group."""
-        return list(dict.fromkeys(row.group or f"row {index}" for index, row in enumerate(self.select(unit, "train"))))
+        return list(dict.fromkeys(self._group_names(unit, "train")))
+
+    def group_numbers(self, unit: str, role: str) -> list[int]:
+        """The place in `groups` of each row of a role, -1 for a row of none of them."""
+        numbers = {group: number for number, group in enumerate(self.groups(unit))}
+        return [numbers.get(group, -1) for group in self._group_names(unit, role)]
+
+    def _group_names(self, unit: str, role: str) -> list[str]:
+        """A name for each row; training rows without a group have one of their own, other rows none."""
+        rows = enumerate(self.select(unit, role))
+        return [row.group or (f"row {index}" if role == "train" else "") for index, row in rows]
 
     @cached_property
     def digest(self) -> str:
@@ -137,9 +147,7 @@ class Batches:
         for index, row in enumerate(self.rows):
             require_columns(row, columns, "training data row")
             self.buckets.setdefault(row.shape, []).append(index)
-        groups = {group: number for number, group in enumerate(data.groups(unit))}
-        own = (row.group or (f"row {index}" if role == "train" else "") for index, row in enumerate(self.rows))
-        self._groups = [groups.get(group, -1) for group in own]
+        self._groups = data.group_numbers(unit, role)
         self._cache: dict[Path, Batch] = {}
         self._cacheable = sum(path.stat().st_size for path in self._paths()) <= CACHE_BYTES
         self._epoch: tuple[int, list[list[int]]] = (-1, [])

@@ -103,6 +103,3 @@ class AnimateDiff(Backbone):
             transformer_options=dict(self.transformer_options),
         )
         return noise.unflatten(0, (-1, frames)).transpose(1, 2)
-
-    def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch

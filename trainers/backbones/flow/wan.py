@@ -83,6 +83,3 @@ class Wan(Backbone):
             context=prompts(batch, self.width, self.device, self.dtype),
             transformer_options=dict(self.transformer_options),
         )
-
-    def unconditional(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch
