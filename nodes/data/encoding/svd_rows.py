@@ -24,7 +24,7 @@ from . import model_keys
 from .columns import Columns, open_columns
 from .vae import encode_pixels
 
-DEALS = 4  # random colour assignments stored for each clip; a training step draws one
+COLOURINGS = 4  # random colour assignments stored for each clip; a training step draws one
 NOISINGS = 16  # noise strengths stored for each first frame; a training step draws one
 LOG_NOISE = (-3.0, 0.5)  # mean and standard deviation of ln(augmentation) (arXiv 2311.15127)
 FLOW_WIDTH, FLOW_LEAST = 256, 16  # width and least height in pixels for optical flow; OpenCV crashes on less
@@ -158,13 +158,12 @@ def painter(vae: Any, digest: str, size: tuple, boxes: Tensor, mask: Tensor) -> 
         pixels = torch.stack([fit(frame, *size) for frame in frames])
         palette = torch.tensor([rgb(color) for color in PALETTE])
         colors, painted = [], []
-        for deal in range(DEALS):
-            generator = derived_generator("colors", digest, deal)
+        for colouring in range(COLOURINGS):
+            generator = derived_generator("colors", digest, colouring)
             colors.append(palette[torch.randperm(len(palette), generator=generator)[:MAX_OBJECTS]])
             colored = torch.cat([boxes[..., :4], colors[-1].expand(len(boxes), -1, -1), boxes[..., 7:]], dim=-1)
             painted.append(encode_pixels(vae, paint(pixels, colored, mask, skip_first=True)))
-        dealt = {"colors": torch.stack(colors), "painted": torch.stack(painted)}
-        return {"boxes": boxes, "box_mask": mask, **dealt}
+        return {"boxes": boxes, "box_mask": mask, "colors": torch.stack(colors), "painted": torch.stack(painted)}
 
     return make
 
