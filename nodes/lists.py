@@ -28,14 +28,15 @@ def only_each(values: dict[str, Any]) -> dict[str, Any]:
     return {field: only(field, value) for field, value in values.items()}
 
 
-def by_place(field: str, value: Any, count: int, *, shared: bool = True) -> list:
-    """`count` values, one for each clip. A single value is repeated if it may be `shared`."""
+def by_place(field: str, value: Any, count: int, *, shared: bool = True, one_for: str = "clip") -> list:
+    """`count` values, one for each clip, or what `one_for` says. A single value is repeated if it may be `shared`."""
     values = listed(value)
     if len(values) == 1 and shared:
         return values * count
     if len(values) != count:
         raise ValueError(
-            f"{field}: found {len(values)}, expected {count}, one for each clip{' or one for all' if shared else ''}"
+            f"{field}: found {len(values)}, expected {count}, one for each {one_for}"
+            f"{' or one for all' if shared else ''}"
         )
     return values
 

@@ -1,4 +1,4 @@
-"""Nodes that choose the samples of a run: prompts or first frames."""
+"""Nodes that choose the samples of a run: prompts, first frames, or both."""
 
 from typing import Any
 
@@ -9,9 +9,11 @@ from torch import Tensor
 from ..data.encoding.preview_rows import (
     FirstFrameOptions,
     PromptOptions,
+    StartOptions,
     read_prompts,
     sample_first_frames,
     sample_prompts,
+    sample_starts,
 )
 from ..data.inputs import encoders
 from ..lists import joined, listed, only, only_each
@@ -19,7 +21,17 @@ from ..widgets import widgets
 from ..wires import TrackletsType, TrainingSamplesType
 
 
-class SamplePrompts(io.ComfyNode):
+class PromptedNode(io.ComfyNode):
+    """A node with one prompt per line."""
+
+    @classmethod
+    def validate_inputs(cls, prompts: Any = None) -> bool:
+        if None not in listed(prompts):  # not a connected input
+            read_prompts(joined(prompts))
+        return True
+
+
+class SamplePrompts(PromptedNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -44,12 +56,6 @@ class SamplePrompts(io.ComfyNode):
             ],
             outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, prompts: Any = None) -> bool:
-        if None not in listed(prompts):  # not a connected input
-            read_prompts(joined(prompts))
-        return True
 
     @classmethod
     def execute(cls, clip: Any, prompts: Any, negative: Any, **options: Any) -> io.NodeOutput:
@@ -88,6 +94,48 @@ class SampleFirstFrames(io.ComfyNode):
         return io.NodeOutput(sample_first_frames(images=one_batch(listed(images)), options=chosen, **made_with))
 
 
+class SampleI2v(PromptedNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomSampleI2v",
+            display_name="Sample First Frames (I2V)",
+            category="Kinoloom/training",
+            description="Samples small videos that begin with your images while Train CA-LoRA trains. Connect it to "
+            "samples of the Train node. It does not change the trained weights.",
+            is_input_list=True,
+            search_aliases=["preview", "validation images", "image to video"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE of the model that is trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model that is trained."),
+                io.Image.Input("images", tooltip="One or more first frames, best ones that are not in the clips."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="The words of the motion, as in the captions: one line for all images, or one line for "
+                    "each. (word:1.2) is a weight, as in CLIP Text Encode.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="Negative prompt of all samples. A sample with cfg 1 does not use it.",
+                ),
+                *widgets(StartOptions),
+            ],
+            outputs=[TrainingSamplesType.Output(display_name="samples", tooltip="For a Train node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, clip: Any, images: Any, prompts: Any, negative: Any = "", **options: Any
+    ) -> io.NodeOutput:
+        given = only_each({"vae": vae, "text_encoder": clip, "negative": negative})
+        chosen = StartOptions(**only_each(options))
+        images = one_batch(listed(images))
+        return io.NodeOutput(sample_starts(images=images, prompts=joined(prompts), options=chosen, **given))
+
+
 def one_batch(images: list[Tensor]) -> Tensor:
     """The images of a list as one batch. ValueError if their sizes differ."""
     sizes = dict.fromkeys(f"{image.shape[2]}x{image.shape[1]}" for image in images)
@@ -96,4 +144,4 @@ def one_batch(images: list[Tensor]) -> Tensor:
     return torch.cat(images)
 
 
-NODES = [SamplePrompts, SampleFirstFrames]
+NODES = [SamplePrompts, SampleFirstFrames, SampleI2v]

@@ -51,8 +51,8 @@ class TrainNode(io.ComfyNode):
                 TrainingSamplesType.Input(
                     "samples",
                     optional=True,
-                    tooltip="Small videos to sample during training, from Sample Prompts or Sample First Frames "
-                    "(SVD). They do not change the trained weights.",
+                    tooltip="Small videos to sample during training, from Sample Prompts or a Sample First "
+                    "Frames node. They do not change the trained weights.",
                 ),
             ],
             outputs=[TrainingJobType.Output("job", tooltip="The running job, for Training Result.")],

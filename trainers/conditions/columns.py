@@ -42,6 +42,7 @@ TRACKLETS = Column("tracklets", f"{SVD_NODES}, with tracklets", version=2)
 PREVIEW_PROMPT = replace(PROMPT, made_by="Sample Prompts", collate=clean_prompts)
 PREVIEW_FRAME = Column("sample", "Sample First Frames (SVD)", version=3)
 PREVIEW_BOXES = Column("boxes", "Sample First Frames (SVD)")
+PREVIEW_START = Column("start", made_by="Sample First Frames (I2V)")  # start [4, h, w], the VAE's unscaled latent
 
 
 def pad_prompts(prompts: list[Tensor]) -> list[Tensor]:

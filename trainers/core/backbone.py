@@ -68,17 +68,21 @@ class Grid:
     def check(self, rows: Iterable[Row]) -> None:
         """ValueError if data was encoded with another model's VAE, or is too long for this model."""
         for row in rows:
-            channels, frames = row.shape[:2]
-            if channels != self.channels:
-                raise ValueError(
-                    f"data: {row.name} has latents of {channels} channels, expected {self.channels}: was it encoded "
-                    "with the VAE of another model?"
-                )
+            self.check_channels(row, "data")
+            frames = row.shape[1]
             if self.longest and frames > self.longest:
                 raise ValueError(
                     f"data: {row.name} has {frames} frames, but this {self.limited_by} takes {self.longest} at most: "
                     "lower frames_per_clip where the clips are encoded"
                 )
+
+    def check_channels(self, row: Row, what: str) -> None:
+        """ValueError, which begins with `what`, if a row was encoded with another model's VAE."""
+        if row.shape[0] != self.channels:
+            raise ValueError(
+                f"{what}: {row.name} has latents of {row.shape[0]} channels, expected {self.channels}: was it encoded "
+                "with the VAE of another model?"
+            )
 
 
 class Backbone(Protocol):

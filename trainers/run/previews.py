@@ -25,8 +25,9 @@ from ..host.preview import decode_preview, levels
 class Previews:
     """The samples of a run, as plain values: the value of a TRAINING_SAMPLES wire.
 
-    rows: rows of role "preview", without latents. Their shape is () until the model is known. negative: the row whose
-    columns replace a preview's in the unconditional batch. width, height, frames: size of each video. Guidance rises
+    rows: rows of role "preview", without latents. Until the model is known, their shape is that of their first frame's
+    latents, or (). negative: the row whose columns replace a preview's in the unconditional batch, which keeps the
+    others. width, height, frames: size of each video. Guidance rises
     linearly from `first_cfg` in the first frame to `cfg` in the last.
     """
 
@@ -49,9 +50,11 @@ class Previews:
         return [row.name for row in self.rows]
 
     def fitted(self, columns: tuple[Column, ...], grid: Grid) -> "Previews":
-        """The previews with their latent shape. ValueError if a row lacks a column or the size does not fit `grid`."""
+        """The previews with their latent shape. ValueError if a row lacks a column or does not fit `grid`."""
         for row in self.rows:
             require_columns(row, columns, "samples:")
+            if row.shape:
+                grid.check_channels(row, "samples")
         try:
             shape = grid.latent_shape(self.width, self.height, self.frames)
         except ValueError as error:

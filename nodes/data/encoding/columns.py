@@ -51,10 +51,10 @@ class Columns:
         self.bar.update(1)
         return stem
 
-    def shape(self, stem: str) -> tuple[int, ...]:
-        """The shape [C, T, h, w] of a latents column, from the file's header."""
-        with safe_open(str(column_path(self.folder, stem, LATENTS.name)), framework="pt") as opened:
-            return tuple(opened.get_slice("latents").get_shape())
+    def shape(self, stem: str, column: Column = LATENTS) -> tuple[int, ...]:
+        """The shape of a column's tensor of the same name, such as latents [C, T, h, w], from the file's header."""
+        with safe_open(str(column_path(self.folder, stem, column.name)), framework="pt") as opened:
+            return tuple(opened.get_slice(column.name).get_shape())
 
     def prompts(
         self, text_encoder: Any, text_encoder_id: str, texts: dict[str, str], variants: int, *, literal: bool

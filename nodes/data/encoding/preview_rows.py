@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from ....trainers.backbones.svd.model import SIDE
-from ....trainers.conditions.columns import PREVIEW_BOXES, PREVIEW_FRAME, PREVIEW_PROMPT
+from ....trainers.conditions.columns import PREVIEW_BOXES, PREVIEW_FRAME, PREVIEW_PROMPT, PREVIEW_START
 from ....trainers.conditions.tracklets import Tracklets, to_tensors
 from ....trainers.core.config import check, knob
 from ....trainers.core.data import Row
 from ....trainers.run.previews import Previews
+from ...lists import by_place
 from ..reading import sources
+from ..reading.framing import SIDE as MULTIPLE
 from ..reading.framing import bucket, fit
 from . import model_keys
 from .columns import open_columns
@@ -73,6 +75,18 @@ class FirstFrameOptions(SampleOptions):
     cfg: float = knob(2.5, "Guidance of the last frame; it rises evenly from 1.", min=0.0, max=100.0, step=0.1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(SampleOptions):
+    size: int = knob(
+        512, "Side of a square with as many pixels as a sample gets. " + LIKE_TRAINING, min=64, max=2048, step=16
+    )
+    frames: int = knob(16, "Length, the first frame included: 16 for AnimateDiff.", min=2, max=256)
+    fps: float = knob(8.0, "Frames per second at which samples are shown.", min=1.0, max=240.0, advanced=True)
+    cfg: float = knob(
+        1.0, "Guidance. 1 is usual: the captions are not dropped in training.", min=0.0, max=100.0, step=0.1
+    )
+
+
 def read_prompts(prompts: str) -> tuple[str, ...]:
     """The lines that are not empty. ValueError if there are none or too many."""
     names = tuple(line.strip() for line in prompts.splitlines() if line.strip())
@@ -90,6 +104,37 @@ def sample_prompts(text_encoder: Any, prompts: str, negative: str, options: Prom
     rows = tuple(preview(name, {PREVIEW_PROMPT.name: stems[name]}) for name in names)
     away = preview("negative", {PREVIEW_PROMPT.name: stems[negative]})
     return Previews(str(columns.folder), rows, away, first_cfg=options.cfg, **vars(options))
+
+
+def sample_starts(
+    vae: Any, text_encoder: Any, images: Tensor, prompts: str, negative: str, options: StartOptions
+) -> Previews:
+    """One sample for each image [N, H, W, C], which is its first frame, with the prompt of its place or the only one.
+
+    The unconditional batch differs from a sample's by its prompt alone: it keeps the first frame.
+    """
+    require_count("images", len(images))
+    texts = by_place("prompts", list(read_prompts(prompts)), len(images), one_for="image")
+    given = vars(options).copy()
+    width, height = bucket(images.shape[2], images.shape[1], given.pop("size") ** 2, side=MULTIPLE)
+    columns = open_columns(len({negative, *texts}) + len(images))
+    named = {negative: "negative", **dict.fromkeys(texts, "prompts")}
+    key = model_keys.of_text_encoder(text_encoder)
+    stems = columns.prompts(text_encoder, key, named, 0, literal=False)
+    vae_id, rows = model_keys.of_vae(vae), []
+    for number, text in enumerate(texts):
+        frame = sources.from_tensor(f"image {number + 1}", images[number : number + 1], options.fps)
+
+        def start(frame: sources.Source = frame) -> dict[str, Tensor]:
+            pixels = fit(next(frame.frames([0])), width, height).unsqueeze(0)
+            return {PREVIEW_START.name: encode_pixels(vae, pixels)[:, 0]}
+
+        stem = columns.cached(PREVIEW_START, (vae_id, width, height, frame.digest), frame.name, start)
+        own = {PREVIEW_PROMPT.name: stems[text], PREVIEW_START.name: stem}
+        rows.append(preview(f"{frame.name}: {text}", own, columns.shape(stem, PREVIEW_START)))
+    away = preview("negative", {PREVIEW_PROMPT.name: stems[negative]})
+    size = {"width": width, "height": height, "shift": 1.0, "first_cfg": options.cfg}
+    return Previews(str(columns.folder), tuple(rows), away, **size, **given)
 
 
 def sample_first_frames(
@@ -127,8 +172,8 @@ def sample_first_frames(
     return Previews(str(columns.folder), tuple(rows), None, **size, **given)
 
 
-def preview(name: str, columns: dict[str, str]) -> Row:
-    return Row(name, "clips", "preview", (), columns)
+def preview(name: str, columns: dict[str, str], shape: tuple[int, ...] = ()) -> Row:
+    return Row(name, "clips", "preview", shape, columns)
 
 
 def require_count(field: str, count: int) -> None:
