@@ -289,6 +289,7 @@ def test_training_and_sampling_have_the_linear_betas() -> None:
     schedule = Ddpm()
     torch.testing.assert_close(schedule.alphas_bar, linear, rtol=1e-4, atol=0)
     assert not torch.allclose(schedule.alphas_bar, scaled, rtol=0.1)
+    torch.testing.assert_close(Ddpm(root=True).alphas_bar, scaled, rtol=1e-4, atol=0)
     sigmas = motion.linear_betas().sigmas
     torch.testing.assert_close(sigmas, ((1 - linear) / linear).sqrt(), rtol=1e-4, atol=0)
     assert sigmas[-1].item() == pytest.approx(25.15, abs=0.01), "and not Stable Diffusion's 14.61"

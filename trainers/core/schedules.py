@@ -21,13 +21,15 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
 class Ddpm:
     """1000 noise steps with rising betas; the model predicts the noise (Ho et al. 2020, arXiv 2006.11239).
 
-    The betas rise linearly from 0.00085 to 0.012, as in AnimateDiff: diffusers' "linear", ComfyUI's "sqrt_linear".
+    The betas rise linearly from 0.00085 to 0.012, as in AnimateDiff: diffusers' "linear", ComfyUI's "sqrt_linear". With
+    `root` their square roots do, as in Stable Diffusion: diffusers' "scaled_linear", ComfyUI's "linear".
     """
 
     steps, scheduler = 1000, "simple"
 
-    def __init__(self, start: float = 0.00085, end: float = 0.012) -> None:
-        betas = torch.linspace(start, end, self.steps, dtype=torch.float64)
+    def __init__(self, start: float = 0.00085, end: float = 0.012, *, root: bool = False) -> None:
+        power = 2 if root else 1
+        betas = torch.linspace(start ** (1 / power), end ** (1 / power), self.steps, dtype=torch.float64) ** power
         self.alphas_bar = torch.cumprod(1 - betas, 0).float()
 
     def timesteps(self, u: Tensor) -> Tensor:
