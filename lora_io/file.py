@@ -68,18 +68,19 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError names a file that is missing or damaged."""
-    with _opened(path) as opened:
+    with open_tensors(path) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
 
 
 def load_names(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the tensors, and metadata, of a safetensors file; ValueError as in `load`."""
-    with _opened(path) as opened:
+    with open_tensors(path) as opened:
         return list(opened.keys()), opened.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file, of which tensors are read one by one; ValueError as in `load`."""
     if not path.is_file():
         raise ValueError(f"file {path}: not found")
     try:

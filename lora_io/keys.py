@@ -69,10 +69,10 @@ def from_kohya(tensors: dict[str, Tensor], paths: Iterable[str]) -> dict[str, Te
 
 
 def _kohya_name(path: str) -> str:
-    return "lora_unet_" + _diffusers_path(path.removeprefix(UNET)).replace(".", "_")
+    return "lora_unet_" + diffusers_path(path.removeprefix(UNET)).replace(".", "_")
 
 
-def _diffusers_path(path: str) -> str:
+def diffusers_path(path: str) -> str:
     """Such as input_blocks.4.1.x to down_blocks.1.attentions.0.x. Only transformer blocks have LoRA layers."""
     side, _, rest = path.partition(".")
     if side == "middle_block":
@@ -160,11 +160,11 @@ def from_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name = key.replace("processor.", "")
         factor = split_factor(name)
         if name.endswith(".alpha"):
-            alphas[_motion_path(name.removesuffix(".alpha").removesuffix("_lora"))] = scale_of(key, tensor)
+            alphas[motion_path(name.removesuffix(".alpha").removesuffix("_lora"))] = scale_of(key, tensor)
         elif factor is None:
             raise ValueError(f"motion LoRA key {key!r}: expected a down or up factor of a motion module's layer")
         else:
-            pairs[f"{_motion_path(factor[0])}.lora_{factor[1]}.weight"] = matrix(tensor)
+            pairs[f"{motion_path(factor[0])}.lora_{factor[1]}.weight"] = matrix(tensor)
     if not pairs:
         raise ValueError("no layers of a motion module in it, expected a motion LoRA")
     check_pairs(pairs, "motion LoRA")
@@ -175,7 +175,7 @@ def from_motion_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return pairs
 
 
-def _motion_path(name: str) -> str:
+def motion_path(name: str) -> str:
     """A layer's module path in AnimateDiff's motion module files."""
     for root in ("base_model.model.", UNET, "module."):
         name = name.removeprefix(root)
