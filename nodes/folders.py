@@ -9,6 +9,7 @@ import folder_paths
 LORAS, DIFFUSION_MODELS, DIFFUSERS = "loras", "diffusion_models", "diffusers"
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 TRACKLET_CONTROL = "tracklet_control"
+I2V_ADAPTERS = "i2v_adapters"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ FOLDERS = {
     MOTION_MODELS: ModelFolder(added=True, written=False),
     MOTION_LORAS: ModelFolder(added=True, has_loras=True),
     TRACKLET_CONTROL: ModelFolder(added=True),
+    I2V_ADAPTERS: ModelFolder(added=True),
 }
 WRITTEN = tuple(name for name, folder in FOLDERS.items() if folder.written)
 

@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {"steps": 6},
     "KinoloomTrainSetAndSequence": {"set_steps": 3, "sequence_steps": 4, "gradient_accumulation": 2},
     "KinoloomTrainMotionDirector": {"steps": 4, "validate_every": 4, "preset": "custom", "spatial_learning_rate": 1e-2},
+    "KinoloomTrainCaLora": {"steps": 4, "validate_every": 4, "alpha": 4.0},
     "KinoloomTrainSvdLora": {"steps": 4, "validate_every": 4},
     "KinoloomTrainSvdFinetune": {"steps": 4, "validate_every": 4, "learning_rate": 1e-3},
     "KinoloomTrainSvdTracklets": {

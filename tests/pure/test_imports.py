@@ -49,7 +49,7 @@ def imports(path: Path, source: str | None = None) -> Iterator[tuple[str, bool]]
 # Folders and files of the pack, by their dotted names, and what they may import besides themselves.
 TRAINERS = {
     "core": ("lora_io",),
-    "conditions": ("trainers.core",),
+    "conditions": ("trainers.core", "lora_io"),
     "host": ("trainers.core", "lora_io"),
     "backbones": ("trainers.core", "trainers.conditions", "trainers.host"),
     "run": ("trainers.core", "trainers.host", "lora_io"),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,10 +172,14 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_encoder(x)
-        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](self.attend(self.to_q(x), self.to_k(x), self.to_v(x)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of frames [N, F, C] in heads."""
+        q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
         parts = (x.split(LARGEST_BATCH) for x in (q, k, v))
         attended = torch.cat([nn.functional.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)])
-        return self.to_out[0](attended.transpose(1, 2).flatten(-2))
+        return attended.transpose(1, 2).flatten(-2)
 
 
 class Positions(nn.Module):
@@ -213,9 +217,7 @@ class Attached:
             module = self.motion.get_submodule(path)
             self.handles.append(site.register_forward_hook(self._after(module)))
         if self.motion.layout.norm_over_frames:
-            for norm in group_norms(self.unet):
-                self.handles.append(norm.register_forward_pre_hook(self._join_frames))
-                self.handles.append(norm.register_forward_hook(self._part_frames))
+            self.handles += norms_over_frames(self.unet, lambda: self.frames)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,12 +227,20 @@ class Attached:
     def _after(self, module: nn.Module) -> Any:
         return lambda site, inputs, output: module(output, self.frames)
 
-    def _join_frames(self, norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        """[(B F) C H W] to [B C F H W]."""
-        return (inputs[0].unflatten(0, (-1, self.frames)).transpose(1, 2),)
 
-    def _part_frames(self, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+def norms_over_frames(unet: Any, frames: Callable[[], int]) -> list[Any]:
+    """Makes a UNet's group norms run over all frames of a clip, `frames()` of them. The handles take it back."""
+
+    def join(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """[(B F) C H W] to [B C F H W]."""
+        return (inputs[0].unflatten(0, (-1, frames())).transpose(1, 2),)
+
+    def part(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output.transpose(1, 2).flatten(0, 1)
+
+    norms = list(group_norms(unet))
+    before = [norm.register_forward_pre_hook(join) for norm in norms]
+    return before + [norm.register_forward_hook(part) for norm in norms]
 
 
 def require_layout(unet: Any) -> None:
