@@ -1,7 +1,7 @@
 """One motion of clips as an adapter that animates a still image (Li et al. 2025, arXiv 2512.20000, first version).
 
-An I2V-Adapter (arXiv 2312.16693) makes every frame look at the first one, a motion LoRA learns the motion, and CA-LoRA ties
-both to the words of a prompt. Several adapters, each with its own prompt, then animate one image.
+An I2V-Adapter (arXiv 2312.16693) makes every frame look at the first one, a motion LoRA learns the motion, and CA-LoRA
+ties both to the words of a prompt. Several adapters, each with its own prompt, then animate one image.
 
 Defaults that differ from the original's: 3000 steps at a learning rate of 1e-4 in place of 30000 at 1e-5, which move
 AdamW's weights as far in a tenth of the time; no gradient accumulation, mixed precision as in this pack.
@@ -107,7 +107,7 @@ class CaLora(Recipe):
         )
         oa_bases: str = knob(
             "",
-            "A folder of bases of the original, if other adapters were trained with them. Empty uses the bases that all "
+            "A folder of the original's bases, if other adapters were trained with them. Empty uses the bases that all "
             "adapters of this pack share.",
             advanced=True,
         )

@@ -1,7 +1,7 @@
 """A motion adapter for AnimateDiff, image to video: what a run of Train CA-LoRA learns, as layers beside frozen ones.
 
-Its parts, each optional at each place: an I2V-Adapter (Guo et al. 2023, arXiv 2312.16693) beside self-attention, CA-LoRA
-on cross-attention, and a motion LoRA with a motion embedding on temporal attention. Tensors are named as in the
+Its parts, each optional at each place: an I2V-Adapter (Guo et al. 2023, arXiv 2312.16693) beside self-attention,
+CA-LoRA on cross-attention, and a motion LoRA with a motion embedding on temporal attention. Tensors are named as in the
 original's files, by diffusers' paths of the UNet.
 """
 

@@ -1,8 +1,8 @@
 """Positions of queries in the cross-attention of an adapter, as the original adds them.
 
 Modes act on x [B, F, h, w, C] before the query projection or, with a Q in their name, on queries, keys and values
-after their projections. Rotary modes add the rotated tensor: x + R(x). The original's sinusoidal modes use rising frequencies,
-10000^(2i/C), and so do these.
+after their projections. Rotary modes add the rotated tensor: x + R(x). The original's sinusoidal modes use rising
+frequencies, 10000^(2i/C), and so do these.
 """
 
 import math

@@ -165,8 +165,8 @@ class Cross:
         return output.index_add(0, rows, ours + (self.adapted.share - 1) * base)
 
     def forward(
-        self, x: Tensor, context: Tensor, value: Tensor | None = None, mask: Tensor | None = None,
-        transformer_options: dict = {},  # as in the layer that it replaces
+        self, x: Tensor, context: Tensor, value: Tensor | None = None, mask: Tensor | None = None, *,
+        transformer_options: dict,
     ) -> Tensor:  # fmt: skip
         """x [(clips F), L, C], context [(clips F), n, D]."""
         share = self.adapted.share
