@@ -50,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "clean_learning_rate": 3e-3,
     },
 }
-LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
+LAYERS = {"spatial": 192, "temporal": 200, "motion": 160, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
 
 
 def load_model(path: Path, **options: Any) -> Any:
@@ -103,6 +103,8 @@ def preview(folder: Path, name: str, backbone: str, shape: tuple[int, ...]) -> R
             "sample": {**{key: own[key] for key in ("image_embeds", "fps", "motion_bucket")}, **first_frame},
             "boxes": {key: control[key] for key in ("boxes", "box_mask")},
         }
+    if backbone == "animatediff":
+        columns["start"] = {"start": random(4, height, width, name=f"{name} start")}
     for column, tensors in columns.items():
         write_column(folder, name, column, tensors)
     return Row(name, "clips", "preview", shape, dict.fromkeys(columns, name))
@@ -212,11 +214,12 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, f"{where}: {ours!r} != {theirs!r}"
 
 
-def make_backbone(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The backbone of a private copy of `model`, as a job makes it, on the CPU."""
+def make_backbone(model: Any, dtype: torch.dtype = torch.float32, method: str = "") -> Any:
+    """The backbone of a private copy of `model`, as a job of the method makes it, on the CPU."""
     parts, cpu = carried_files(model), torch.device("cpu")
     private = load_private(model, cpu)
-    kind = AnimateDiff if parts else Svd if type(private).__name__ == "SVD_img2vid" else Wan
+    plain = AnimateDiff if parts else Svd if type(private).__name__ == "SVD_img2vid" else Wan
+    kind = recipes()[method].backbone_class if method else plain
     backbone = kind({"model": Private(private, parts)}, cpu, dtype, TRANSFORMER_OPTIONS)
     checkpointed_blocks(backbone)
     return backbone

@@ -36,7 +36,7 @@ from .core.config import TrainConfig, knob, naming
 from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior, masked_mse
-from .core.recipe import Export, Generation, Phase, Recipe
+from .core.recipe import Export, Phase, Recipe
 from .core.rng import Rng
 from .core.transfer import to_device
 from .host.layers import OPERATIONS, make_private
@@ -180,10 +180,6 @@ class CaLora(Recipe):
         motion = Export("the motion LoRA alone, for Load Motion LoRA", PHASE, "lora", "whole", MOTION_FOLDER)
         adapter = Export("the adapter, for Load I2V Adapter", PHASE, "module", "whole", FOLDER)
         return {**({MOTION: motion} if config.train_temporal else {}), ADAPTER: adapter}
-
-    @classmethod
-    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
-        return [Generation("ca_lora_generate", {"KinoloomLoadI2vAdapter": ADAPTER})]
 
     def start(self, phase: Phase) -> None:
         self.adapter.requires_grad_(True)

@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "KinoloomTrainWanLora": {},
     "KinoloomTrainSetAndSequence": {},
     "KinoloomTrainMotionDirector": {"preset": "custom", "spatial_off_prob": 0.0},
+    "KinoloomTrainCaLora": {},
     "KinoloomTrainSvdLora": {},
     "KinoloomTrainSvdFinetune": {},
     "KinoloomTrainSvdTracklets": {},

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
+from kinoloom.trainers.ca_lora import CaLora, shapes_of
 from kinoloom.trainers.conditions.adapter import Adapter, Query, initialise, spatial_blocks, temporal_attentions
 from kinoloom.trainers.conditions.adapters_at_work import MODES, Adapted, Playing
-from kinoloom.trainers.ca_lora import CaLora, shapes_of
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import Private, load_private
 from kinoloom.trainers.host.source import carried_files
@@ -30,11 +30,11 @@ def backbone(tiny_models: Path) -> AnimateDiffI2v:
     return AnimateDiffI2v({"model": private}, torch.device("cpu"), torch.float32, TRANSFORMER_OPTIONS)
 
 
-def make_adapter(backbone: AnimateDiffI2v, name: str, query: Query = Query(), **options: Any) -> Adapter:
+def make_adapter(backbone: AnimateDiffI2v, name: str, query: Query | None = None, **options: Any) -> Adapter:
     """An adapter of random weights, none of them zero."""
     config = make_config(CaLora.name, **{"cross_query": True, "image_query": True, **options})
     unet, motion = backbone.unet, backbone.module["motion"]
-    adapter = initialise(Adapter(shapes_of(config, unet, motion), config.alpha, query), unet, 0)
+    adapter = initialise(Adapter(shapes_of(config, unet, motion), config.alpha, query or Query()), unet, 0)
     for key, value in adapter.tensors().items():
         value.data = random(*value.shape, name=f"{name} {key}") * (0.3 if value.ndim > 1 else 0.1)
     return adapter.requires_grad_(False)

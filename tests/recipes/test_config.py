@@ -25,7 +25,7 @@ from ..runs import NO_DATA, RUNS, Published, events, finish, make_config, make_j
 
 SNS, WAN_LORA, DIRECTOR = "KinoloomTrainSetAndSequence", "KinoloomTrainWanLora", "KinoloomTrainMotionDirector"
 SVD_LORA, FINETUNE = "KinoloomTrainSvdLora", "KinoloomTrainSvdFinetune"
-TRACKLETS = "KinoloomTrainSvdTracklets"
+TRACKLETS, CA_LORA = "KinoloomTrainSvdTracklets", "KinoloomTrainCaLora"
 
 
 def every_option() -> list[Any]:
@@ -118,6 +118,7 @@ BASE = {
     WAN_LORA: {"steps": 3},
     SNS: {"set_steps": 2, "sequence_steps": 2, "gradient_accumulation": 1},
     DIRECTOR: {"steps": 2},
+    CA_LORA: {"steps": 2},
     SVD_LORA: {"steps": 3},
     FINETUNE: {"steps": 3},
     TRACKLETS: {"self_tracking_steps": 2, "clean_steps": 2},
@@ -178,6 +179,20 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "debias_weight": (0.0, WEIGHTS),
         "dropout": (0.0, WEIGHTS),
     },
+    CA_LORA: {
+        "steps": (1, STEPS),
+        "train_image": (False, FILES),
+        "train_temporal": (False, FILES),
+        "train_cross": (False, FILES),
+        "image_query": (True, FILES),
+        "cross_query": (True, FILES),
+        "cross_out": (False, FILES),
+        "motion_embed": (True, FILES),
+        "positions": ("rope_3d", WEIGHTS),
+        "query_stride": (2, WEIGHTS),
+        "pooled_norms": (False, WEIGHTS),
+        "oa_bin": (1, WEIGHTS),
+    },
     SVD_LORA: {
         "steps": (2, STEPS),
         "target_layers": ("temporal", FILES),
@@ -199,6 +214,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
     },
 }
 ELSEWHERE = {
+    "oa_bases": "test_adapters: a folder of bases takes the place of the pack's",
     "domain_adapter": "test_motion_director: it is merged before training",
     "preset": "test_motion_director: it sets rank, rates and decay, and refuses other ones",
     "control_file": "test_svd_tracklets: a run goes on from it",

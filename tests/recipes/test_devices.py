@@ -47,8 +47,8 @@ class Watch(TorchDispatchMode):
         return operation(*args, **kwargs)
 
 
-def on_gpu(model: Any) -> Any:
-    backbone = make_backbone(model, torch.bfloat16)
+def on_gpu(model: Any, name: str) -> Any:
+    backbone = make_backbone(model, torch.bfloat16, name)
     backbone.module.to(GPU)
     backbone.device = GPU
     return backbone
@@ -68,7 +68,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_mixes_no_devices_and_reads_the_gpu_once(name: str, model: Any, data: Any, gpu: None) -> None:
-    backbone = on_gpu(model)
+    backbone = on_gpu(model, name)
     method = recipes()[name]
     config = make_config(name, **OPTIONS.get(name, {}))
     recipe = method(backbone, config)

@@ -26,6 +26,9 @@ EXPORTS = {
     WAN: {"lora": ("lora", "comfy", LORAS)},
     SNS: dict.fromkeys(("identity", "motion", "combined"), ("lora", "comfy", LORAS)),
     MD: {"spatial": ("lora", "kohya", LORAS), "temporal": ("lora", "motion_lora", MOTIONS)},
+    "KinoloomTrainCaLora": {
+        "motion": ("lora", "whole", MOTIONS), "adapter": ("module", "whole", "i2v_adapters"),
+    },
     "KinoloomTrainSvdLora": {"lora": ("lora", "comfy", LORAS)},
     FINETUNE: {"unet": ("model", "whole", "diffusion_models")},
     BOXES: dict.fromkeys(("painting", "tracklets"), ("module", "whole", "tracklet_control")),

@@ -65,7 +65,7 @@ def fill(lora: LoraGroups, *groups: str) -> None:
 
 
 def begun(cls: type, model: Any, phase: int = 0, **options: Any) -> Any:
-    recipe = cls(make_backbone(model), make_config(cls.name, **options))
+    recipe = cls(make_backbone(model, method=cls.name), make_config(cls.name, **options))
     recipe.start(recipe.phases(recipe.config, NO_DATA)[phase])
     return recipe
 

@@ -279,6 +279,8 @@ NOT_TRAJECTORY = (
 FIXED = (
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),
     *("train", "spatial_layers", "temporal_layers", "spatial_loras"),
+    *("train_image", "train_temporal", "train_cross", "image_query", "cross_query", "cross_out", "motion_embed"),
+    *("positions", "query_stride", "pooled_norms", "oa_bin", "oa_bases"),
     *("identity_file", "control_file", "domain_adapter", "start_from", "start_from_motion"),
 )
 
