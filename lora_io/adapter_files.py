@@ -30,6 +30,7 @@ from .pickled import Pickled
 SAFETENSORS = (".safetensors", ".sft")
 PLACES = {"image": 16, "cross": 16, "temporal": 40}  # of SD1.5, without the motion module in the middle that few have
 NEEDED = {"image": {"to_out.0.weight", "to_out.0.bias"}}
+STORED_ALPHA = "kinoloom.alpha"  # in an adapter's metadata; ss_network_alpha is also in files with the scale in `up`
 MOST_NAMED = 3
 RANDOM = (
     "is of a layer that adds a random, untrained constant at each block, and only this file has it: expected the split "
@@ -72,8 +73,8 @@ def read_adapter(*paths: Path) -> AdapterFiles:
                 if not torch.equal(found[key], tensors[key]):
                     raise ValueError(f"{key} is another one than in the file before, expected files of one adapter")
             described = file.metadata() or {}
-            if "ss_network_alpha" in described:
-                own.add(_number(described["ss_network_alpha"]))
+            if STORED_ALPHA in described:
+                own.add(_number(described[STORED_ALPHA]))
         tensors, metadata, alphas = tensors | found, described | metadata, alphas | own
     with naming(*paths):
         if len(alphas) > 1:
@@ -241,4 +242,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"ss_network_alpha={text!r} in its metadata, expected a number") from None
+        raise ValueError(f"{STORED_ALPHA}={text!r} in its metadata, expected a number") from None

@@ -96,7 +96,7 @@ class TrainNode(io.ComfyNode):
         config = replace(config, precision=resolve_precision(config.precision, torch_device()))
         first = next(iter(models.values()))
         grid = cls.recipe.backbone_class.grid(first.model, carried_modules(first))
-        grid.check(data.rows)
+        cls.recipe.data_grid(config, grid).check(data.rows)
         config.check_model(*models.values())
         check_data(cls.recipe, config, data)
         previews = samples and samples.fitted(cls.recipe.previews, grid)

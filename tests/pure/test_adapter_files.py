@@ -102,7 +102,7 @@ def same(found: Tensors, expected: Tensors) -> bool:
 
 def test_our_own_file(tmp_path: Path) -> None:
     tensors = drawn(image(), cross(query=True), temporal(embed=True), {"word": (1, TEXT)})
-    save(tmp_path / "a.safetensors", tensors, {"ss_network_alpha": "8.0", "kinoloom.recipe": "KinoloomTrainCaLora"})
+    save(tmp_path / "a.safetensors", tensors, {"kinoloom.alpha": "8.0", "kinoloom.recipe": "KinoloomTrainCaLora"})
     found = read_adapter(tmp_path / "a.safetensors")
     assert same(found.tensors, tensors) and found.alpha == 8.0
     assert found.metadata["kinoloom.recipe"] == "KinoloomTrainCaLora"
@@ -215,8 +215,16 @@ def changed(change: Callable[[Tensors], object]) -> Callable[[Path], list[Path]]
 def two(first: Tensors, second: Tensors) -> Callable[[Path], list[Path]]:
     def make(folder: Path) -> list[Path]:
         torch.save(first, folder / "a.pt")
-        save(folder / "b.safetensors", second, {"ss_network_alpha": "4"})
+        save(folder / "b.safetensors", second, {"kinoloom.alpha": "4"})
         return [folder / "a.pt", folder / "b.safetensors"]
+
+    return make
+
+
+def stored_alpha(text: str) -> Callable[[Path], list[Path]]:
+    def make(folder: Path) -> list[Path]:
+        save(folder / "a.safetensors", drawn(cross()), {"kinoloom.alpha": text})
+        return [folder / "a.safetensors"]
 
     return make
 
@@ -263,6 +271,8 @@ TWO_RANKS = {"down.weight": torch.ones(5, 24), "up.weight": torch.ones(24, 5)}
         (two(drawn(cross()), drawn(cross(), seed=1)), "file b.safetensors: .* is another one than in the file before"),
         (two({**drawn(cross()), f"{A_CROSS}.alpha": torch.tensor(2.0)}, drawn(temporal())),
          "file a.pt, b.safetensors: found the alphas 2.0, 4.0, expected the same"),
+        (two(drawn(cross()), {"a": torch.ones(1)}), "but a$"),
+        (stored_alpha("one"), "a.safetensors: kinoloom.alpha='one' in its metadata, expected a number"),
         (written("a.pt", b"not a file of torch"), "a.pt: not a readable torch file. It is damaged, or holds more than"),
         (written("a.safetensors", b"\x00" * 64), "a.safetensors: not a readable safetensors file"),
         (written("a.pt", pickle.dumps(3)), "a.pt: not a readable torch file"),

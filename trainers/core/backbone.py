@@ -1,7 +1,7 @@
 """The contract between a recipe and a frozen model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -65,6 +65,16 @@ class Grid:
                 raise ValueError(f"{name}={value}: expected a multiple of {self.side} for this model")
         return (self.channels, latent_frames, height // self.pixels, width // self.pixels)
 
+    def of_cut_rows(self, frames: int) -> "Grid":
+        """The grid of rows from which a run cuts `frames` frames: of any length. 0 frames means that rows stay whole.
+
+        ValueError if the model does not take as many frames.
+        """
+        if not frames:
+            return self
+        self.latent_shape(self.side, self.side, frames)
+        return replace(self, longest=None)
+
     def check(self, rows: Iterable[Row]) -> None:
         """ValueError if data was encoded with another model's VAE, or is too long for this model."""
         for row in rows:
@@ -78,9 +88,10 @@ class Grid:
 
     def check_channels(self, row: Row, what: str) -> None:
         """ValueError, which begins with `what`, if a row was encoded with another model's VAE."""
-        if row.shape[0] != self.channels:
+        channels = row.shape[0]
+        if channels != self.channels:
             raise ValueError(
-                f"{what}: {row.name} has latents of {row.shape[0]} channels, expected {self.channels}: was it encoded "
+                f"{what}: {row.name} has latents of {channels} channels, expected {self.channels}: was it encoded "
                 "with the VAE of another model?"
             )
 

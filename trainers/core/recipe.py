@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, Grid
 from .config import TrainConfig
 from .data import Batch, Column, TrainingData
 from .rng import Rng
@@ -95,6 +95,11 @@ class Recipe(ABC):
     def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
         """Workflows that generate, the best first. One can be used if the run has all exports that it loads."""
         return []
+
+    @classmethod
+    def data_grid(cls, config: Any, grid: Grid) -> Grid:
+        """The shapes that training rows may have: the model's, unless the method cuts rows. ValueError for options."""
+        return grid
 
     @abstractmethod
     def start(self, phase: Phase) -> None: ...
