@@ -155,42 +155,43 @@ class Cross:
 
     def _add(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         """Only where a patch calls the layer's projections itself."""
-        if self.within or not any(self.adapted.positive):
+        own = self.adapted.positive
+        if self.within or not any(own):
             return None
-        x, context = self.seen.pop("to_q"), self.seen.pop("to_k")
-        rows = self._rows(True, x.device)
+        x, context = (self._pick(self.seen.pop(name), own) for name in ("to_q", "to_k"))
         with self.inside():
-            ours = self._ours(x[rows], context[rows], {})
-            base = self.original(x[rows], context[rows])
-        return output.index_add(0, rows, ours + (self.adapted.share - 1) * base)
+            ours = self._ours(x, context, {})
+            added = ours + (self.adapted.share - 1) * self.original(x, context)
+        each = iter(added.split(self.adapted.frames))
+        return torch.cat([y + next(each) if mine else y for y, mine in zip(self._clips(output), own, strict=True)])
 
     def forward(
         self, x: Tensor, context: Tensor, value: Tensor | None = None, mask: Tensor | None = None, *,
         transformer_options: dict,
     ) -> Tensor:  # fmt: skip
         """x [(clips F), L, C], context [(clips F), n, D]."""
-        share = self.adapted.share
-        rows, others = (self._rows(positive, x.device) for positive in (True, False))
-        based = torch.cat([rows, others]) if share else others
-        given = (x, context, value, mask)
+        own, share = self.adapted.positive, self.adapted.share
+        based = [bool(share) or not mine for mine in own]
         with self.inside():
-            parts = (part[based] if isinstance(part, Tensor) and len(part) == len(x) else part for part in given)
-            base = self.original(*parts, transformer_options=transformer_options) if len(based) else None
-            if not len(rows):
-                return base
-            ours = self._ours(x[rows], context[rows], transformer_options)
-        if base is None:
-            return ours
-        if share:
-            ours, base = ours + share * base[: len(rows)], base[len(rows) :]
-        return torch.empty_like(x).index_copy(0, rows, ours).index_copy(0, others, base)
+            ours = base = iter(())
+            if any(based):
+                given = (self._pick(part, based) for part in (x, context, value, mask))
+                base = iter(self._clips(self.original(*given, transformer_options=transformer_options)))
+            if any(own):
+                ours = iter(self._clips(self._ours(self._pick(x, own), self._pick(context, own), transformer_options)))
+        made = [
+            (next(ours) + share * next(base) if share else next(ours)) if mine else next(base) for mine in own
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
-    def _rows(self, positive: bool, device: Any) -> Tensor:
-        """The rows of a batch that belong to clips with the positive prompt, or to the others."""
-        frames = self.adapted.frames
-        clips = [clip for clip, own in enumerate(self.adapted.positive) if own == positive]
-        rows = torch.tensor([clip * frames + frame for clip in clips for frame in range(frames)], dtype=torch.long)
-        return rows.to(device)
+    def _clips(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.adapted.frames)
+
+    def _pick(self, x: Tensor | None, clips: list[bool]) -> Tensor | None:
+        """The rows of these clips, of a tensor with rows for all."""
+        if x is None or all(clips) or len(x) != self.adapted.frames * len(clips):
+            return x
+        return torch.cat([rows for rows, chosen in zip(self._clips(x), clips, strict=True) if chosen])
 
     def _ours(self, x: Tensor, context: Tensor, options: dict) -> Tensor:
         """The adapters' output for clips x [(B F), L, C] with the positive prompt."""
