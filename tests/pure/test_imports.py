@@ -61,6 +61,7 @@ FLOORS = (
     ("data",),
     ("training",),
     ("animatediff", "svd", "tracklets"),
+    ("adapters",),
     ("__init__",),
 )
 MOST_FLOORS = 6  # of a folder, as its imports say
