@@ -88,6 +88,15 @@ def alpha_as_mask() -> io.Input:
     )
 
 
+def flip() -> io.Input:
+    return io.Boolean.Input(
+        "flip",
+        default=False,
+        tooltip="Train on a mirrored copy of every clip too, best if there are few. Leave it off if left and right "
+        "matter: for motion to one side, captions that name a side, or writing. Validation clips are not mirrored.",
+    )
+
+
 def output(node: type[io.ComfyNode], data: TrainingData, lines: list[str]) -> io.NodeOutput:
     """The node's output: the data, and lines of text that the node shows."""
     text = "\n".join(lines)

@@ -13,7 +13,7 @@ from ..widgets import widget
 from ..wires import TrainingDataType
 from .encoding.text_rows import encode
 from .encoding.vae import frame_step
-from .inputs import EncodeNode, FolderNode, alpha_as_mask, clip_sources, folder_and_role, output
+from .inputs import EncodeNode, FolderNode, alpha_as_mask, clip_sources, flip, folder_and_role, output
 from .priors import PriorClips
 from .reading import captions
 from .reading.cutting import Clip, ClipPlan, Options, plan
@@ -89,6 +89,7 @@ class EncodeClips(EncodeNode):
                     tooltip="The caption again and the motion, with [u] before the motion. If empty, caption is used.",
                 ),
                 *clip_widgets("images"),
+                flip(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
         )
@@ -104,6 +105,7 @@ class EncodeClips(EncodeNode):
         video: Any = None,
         masks: Any = None,
         motion_caption: Any = "",
+        flip: Any = False,
         **options: Any,
     ) -> io.NodeOutput:
         vae, text_encoder, chosen = only("vae", vae), only("clip", clip), Options(**only_each(options))
@@ -121,7 +123,7 @@ class EncodeClips(EncodeNode):
             return plan(Clip(source, written, mask), chosen, step)
 
         plans = for_each(planned, clips, lambda given: given[0].name)
-        return io.NodeOutput(encode(plans, "train", chosen, vae, text_encoder))
+        return io.NodeOutput(encode(plans, "train", chosen, vae, text_encoder, flip=only("flip", flip)))
 
 
 class ClipsFromFolder(FolderNode):
@@ -140,6 +142,7 @@ class ClipsFromFolder(FolderNode):
                 *folder_and_role(),
                 *clip_widgets("folders of frames"),
                 alpha_as_mask(),
+                flip(),
             ],
             outputs=[TrainingDataType.Output(display_name="data", tooltip="For a training node.")],
             hidden=[io.Hidden.unique_id],
@@ -154,6 +157,7 @@ class ClipsFromFolder(FolderNode):
         role: str,
         source_fps: float,
         alpha_as_mask: bool = False,
+        flip: bool = False,
         **options: Any,
     ) -> io.NodeOutput:
         chosen = Options(**options)
@@ -161,7 +165,7 @@ class ClipsFromFolder(FolderNode):
         root = Path(folder_paths.get_input_directory())
         reading = Reading(source_fps, alpha_as_mask=alpha_as_mask)
         plans, notes = plan_folder(root, folder, reading, chosen, frame_step(vae))
-        data = encode(plans, role, chosen, vae, clip)
+        data = encode(plans, role, chosen, vae, clip, flip=flip)
         return output(cls, data, notes) if notes else io.NodeOutput(data)
 
 

@@ -4,14 +4,19 @@ from typing import Any
 
 from ....trainers.core.data import Row, TrainingData
 from ..reading.captions import serves_both, warn_serves_both
-from ..reading.cutting import ClipPlan, Options, assign_roles, frames_by_role, log_sizes, row_name
+from ..reading.cutting import ClipPlan, Options, assign_roles, frames_by_role, log_sizes, row_name, with_mirrored
 from . import model_keys
 from .columns import open_columns
 from .vae import frame_step
 
 
-def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_encoder: Any) -> TrainingData:
-    """Encode the columns that are not cached: text first, so that the two encoders do not unload each other."""
+def encode(
+    plans: list[ClipPlan], role: str, options: Options, vae: Any, text_encoder: Any, *, flip: bool = False
+) -> TrainingData:
+    """Encode the columns that are not cached: text first, so that the two encoders do not unload each other.
+
+    With `flip` there is also a mirrored copy of each clip that is not for validation.
+    """
     plans = assign_roles(plans, role, options.hold_out)
     warn_serves_both(
         [
@@ -25,6 +30,8 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
         for clip in (planned.clip for planned in plans)
         for text in (clip.captions.motion, clip.captions.static)
     }
+    log_sizes(plans)
+    plans = with_mirrored(plans) if flip else plans
     samples = [(planned, _samples(planned, options.single_frames)) for planned in plans]
     files = sum(len(taken) * (2 if p.clip.mask else 1) for p, groups in samples for _, _, taken in groups)
     columns = open_columns(len(captions) + files)
@@ -43,7 +50,6 @@ def encode(plans: list[ClipPlan], role: str, options: Options, vae: Any, text_en
                 named = [{**row, "mask": stem} for row, stem in zip(named, masks, strict=True)]
             for window, row in zip(taken, named, strict=True):
                 rows.append(Row(row_name(source, window), unit, row_role, shape, row))
-    log_sizes(plans)
     return TrainingData(str(columns.folder), tuple(rows))
 
 

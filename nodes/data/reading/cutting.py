@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from ....trainers.core.config import check, knob
 from .captions import Captions
 from .framing import SIDE, WINDOW_MODES, bucket, nearest_lengths, resample, spread, windows
-from .sources import Source
+from .sources import Source, mirrored
 
 ROLES = ("train", "validation", "prior")
 
@@ -18,7 +18,7 @@ class Options:
     frames_per_clip: int = knob(
         33,
         "Frames in one training clip: 4n+1 for Wan (17, 33, 49, 81), 16 for AnimateDiff. Raise it for slow motion, "
-        "lower it if memory runs out or the videos are short.",
+        "lower it if memory runs out or the videos are short. Train CA-LoRA picks its frames out of longer clips.",
         min=1,
         max=1025,
     )
@@ -150,6 +150,19 @@ def assign_roles(plans: list[ClipPlan], role: str, hold_out: int) -> list[ClipPl
         replace(planned, roles=tuple(roles[end - len(planned.windows) : end]))
         for planned, end in zip(plans, ends, strict=True)
     ]
+
+
+def with_mirrored(plans: list[ClipPlan]) -> list[ClipPlan]:
+    """The plans, and after them those of mirrored copies of the clips, which have no validation windows."""
+    copies = []
+    for planned in plans:
+        kept = [pair for pair in zip(planned.windows, planned.roles, strict=True) if pair[1] != "validation"]
+        if kept:
+            windows, roles = zip(*kept, strict=True)
+            clip = planned.clip
+            copy = replace(clip, source=mirrored(clip.source), mask=clip.mask and mirrored(clip.mask))
+            copies.append(replace(planned, clip=copy, windows=windows, roles=roles))
+    return plans + copies
 
 
 def frames_by_role(planned: ClipPlan, count: int) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,6 +45,16 @@ def pace(times: Sequence[float], rates: Iterable[float] = (), *, tick: float) ->
         if rate > 0 and all(abs(time - index / rate) <= tick for index, time in enumerate(times)):
             return rate, ()
     return (own, tuple(times)) if own else (1.0, ())
+
+
+def mirrored(source: Source) -> Source:
+    """The same frames, each mirrored left to right."""
+    return replace(
+        source,
+        name=f"{source.name} (mirrored)",
+        digest=f"{source.digest} mirrored",
+        frames=lambda wanted: (frame.flip(1) for frame in source.frames(wanted)),
+    )
 
 
 def over_white(pixels: Tensor) -> Tensor:
