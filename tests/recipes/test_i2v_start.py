@@ -250,3 +250,12 @@ def test_a_sampler_without_a_mask_keeps_what_it_makes(vae: Any, model: Any) -> N
         sample(each, noise, comfy.samplers.sampler_object("euler"), levels(model, 2), bare) for each in (model, keeping)
     )
     assert torch.equal(made, kept) and not torch.equal(made[0], latent["samples"][0])
+
+
+def test_a_long_clip_keeps_the_picture_in_its_context_windows(vae: Any, tiny_models: Path) -> None:
+    long = load_animatediff(tiny_models, beta_schedule=motion.KEEP, context_length=4, context_overlap=2)
+    sigmas = levels(long, 2)
+    latent, noise = start(vae, sigmas=sigmas, frames=7, **CINEMO)
+    made = sample(long, noise, comfy.samplers.sampler_object("euler"), sigmas, latent)
+    assert made.shape == (7, *SHAPE[1:]) and torch.equal(made[0], latent["samples"][0])
+    assert made.isfinite().all() and (made[1:].flatten(1).std(1) > 0.01).all()
