@@ -11,6 +11,7 @@ import folder_paths
 import pytest
 from comfy_api.latest import io
 from kinoloom.nodes import folders
+from kinoloom.nodes.adapters import matching, start
 from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.data import nodes as data
@@ -32,7 +33,7 @@ from ..runs import Published, finish, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
 TRACKLETS = "KinoloomTrainSvdTracklets"
-MODULES = (control, data, motion, motion_loras, samples, svd_data, tracklets, train)
+MODULES = (control, data, matching, motion, motion_loras, samples, start, svd_data, tracklets, train)
 
 
 class Anything(io.ComfyNode):
@@ -99,6 +100,26 @@ def test_defaults_and_names_of_any_language_are_queued(node_id: str) -> None:
     steps = {"set_steps": 5} if node_id == SNS else {}
     for name in ("my_run", " dance 2 ", "été-2", "踊り", "v1.5", "console", "com10", "auxiliary", "lpt"):
         assert errors(node_id, run_name=name, **steps) == []
+
+
+@pytest.mark.parametrize(
+    ("node_id", "values", "expected"),
+    [
+        ("KinoloomI2vStart", {"first_frame_cond": "cinemo", "use_dct_init": True}, ""),
+        ("KinoloomI2vStart", {"first_frame_cond": ["any", 0], "use_dct_init": True}, ""),
+        ("KinoloomI2vStart", {"use_dct_init": True}, "use_dct_init=True: expected first_frame_cond=cinemo, not lamp"),
+        ("KinoloomI2vStart", {"width": 500}, "width=500: expected a multiple of 8"),
+        ("KinoloomI2vStart", {"first_frame_cond": "svd"}, "first_frame_cond='svd': expected one of lamp, cinemo"),
+        ("KinoloomI2vStart", {"dct_cutoff_shape": "disc"}, "dct_cutoff_shape: 'disc' not in ['rect', 'tri']"),
+        ("KinoloomI2vSigmas", {"steps": ["any", 0], "cil_ratio": 0.9}, ""),
+        ("KinoloomI2vSigmas", {"steps": 90, "cil_ratio": 0.05}, "steps=90: expected 1..49, below the 50 timesteps"),
+        ("KinoloomAdainSampler", {}, ""),
+        ("KinoloomAdainSampler", {"first_frame_from": 1.5}, "Value 1.5 bigger than max of 1.0: first_frame_from"),
+    ],
+)
+def test_starts_of_videos_are_checked_before_they_are_queued(node_id: str, values: dict, expected: str) -> None:
+    found = errors(node_id, **values)
+    assert len(found) == bool(expected) and all(expected in error for error in found), found
 
 
 @pytest.mark.parametrize(
