@@ -13,8 +13,9 @@ in the original, where a block is a transformer block of the UNet and an attenti
     word                                                          [1, 768], a learned word
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +31,7 @@ from .pickled import Pickled
 SAFETENSORS = (".safetensors", ".sft")
 PLACES = {"image": 16, "cross": 16, "temporal": 40}  # of SD1.5, without the motion module in the middle that few have
 NEEDED = {"image": {"to_out.0.weight", "to_out.0.bias"}}
-STORED_ALPHA = "kinoloom.alpha"  # in an adapter's metadata; ss_network_alpha is also in files with the scale in `up`
+STORED_ALPHA, EXPORT, WHOLE = "kinoloom.alpha", "kinoloom.export", "adapter"  # metadata of our files, and a value
 MOST_NAMED = 3
 RANDOM = (
     "is of a layer that adds a random, untrained constant at each block, and only this file has it: expected the split "
@@ -73,8 +74,7 @@ def read_adapter(*paths: Path) -> AdapterFiles:
                 if not torch.equal(found[key], tensors[key]):
                     raise ValueError(f"{key} is another one than in the file before, expected files of one adapter")
             described = file.metadata() or {}
-            if STORED_ALPHA in described:
-                own.add(_number(described[STORED_ALPHA]))
+            own |= _stored_alpha(described, found)
         tensors, metadata, alphas = tensors | found, described | metadata, alphas | own
     with naming(*paths):
         if len(alphas) > 1:
@@ -238,8 +238,14 @@ def _check_part(part: str, places: dict[str, dict[str, Tensor]]) -> None:
         raise ValueError(f"the {part} part has {found} layers, expected {PLACES[part]}")
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{STORED_ALPHA}={text!r} in its metadata, expected a number") from None
+def _stored_alpha(metadata: dict[str, str], tensors: dict[str, Tensor]) -> set[float]:
+    """The alpha by a file's metadata, if there is any. Our motion LoRAs have their scale in `up`: it is their rank."""
+    if metadata.get(EXPORT, WHOLE) != WHOLE:
+        return {float(len(tensor)) for key, tensor in tensors.items() if ".down." in key}
+    text = metadata.get(STORED_ALPHA)
+    if text is None:
+        return set()
+    with suppress(ValueError):
+        if math.isfinite(alpha := float(text)):
+            return {alpha}
+    raise ValueError(f"{STORED_ALPHA}={text!r} in its metadata, expected a number")

@@ -102,10 +102,10 @@ def same(found: Tensors, expected: Tensors) -> bool:
 
 def test_our_own_file(tmp_path: Path) -> None:
     tensors = drawn(image(), cross(query=True), temporal(embed=True), {"word": (1, TEXT)})
-    save(tmp_path / "a.safetensors", tensors, {"kinoloom.alpha": "8.0", "kinoloom.recipe": "KinoloomTrainCaLora"})
+    save(tmp_path / "a.safetensors", tensors, {"kinoloom.alpha": "8.0", "kinoloom.export": "adapter"})
     found = read_adapter(tmp_path / "a.safetensors")
     assert same(found.tensors, tensors) and found.alpha == 8.0
-    assert found.metadata["kinoloom.recipe"] == "KinoloomTrainCaLora"
+    assert found.metadata["kinoloom.export"] == "adapter"
     assert describe_parts(found.tensors) == {
         "image": "16 layers: to_k, to_out, to_q, to_v",
         "cross": "16 layers, rank 3: to_k, to_out, to_q, to_v",
@@ -272,6 +272,7 @@ TWO_RANKS = {"down.weight": torch.ones(5, 24), "up.weight": torch.ones(24, 5)}
         (two({**drawn(cross()), f"{A_CROSS}.alpha": torch.tensor(2.0)}, drawn(temporal())),
          "file a.pt, b.safetensors: found the alphas 2.0, 4.0, expected the same"),
         (two(drawn(cross()), {"a": torch.ones(1)}), "but a$"),
+        (stored_alpha("inf"), "kinoloom.alpha='inf' in its metadata, expected a number"),
         (stored_alpha("one"), "a.safetensors: kinoloom.alpha='one' in its metadata, expected a number"),
         (written("a.pt", b"not a file of torch"), "a.pt: not a readable torch file. It is damaged, or holds more than"),
         (written("a.safetensors", b"\x00" * 64), "a.safetensors: not a readable safetensors file"),
@@ -313,8 +314,10 @@ def test_a_motion_lora_of_an_adapter_is_one_for_animatediff(tmp_path: Path) -> N
         side = "lora_up" if ".up." in key else "lora_down"
         found = back[module.partition("_lora.")[0] + f".{side}.weight"]
         assert found.shape == shape and torch.equal(found, tensors[key] * (0.5 if ".up." in key else 1.0))
-    save(tmp_path / "motion.safetensors", made)
-    assert same(read_adapter(tmp_path / "motion.safetensors").tensors, made)
+    for described, alpha in ({"kinoloom.export": "motion", "kinoloom.alpha": "2.0"}, 4.0), ({}, None):
+        save(tmp_path / "motion.safetensors", made, described)
+        found = read_adapter(tmp_path / "motion.safetensors")
+        assert same(found.tensors, made) and found.alpha == alpha, "its scale is in the up factors"
 
 
 def test_loras_of_the_i2v_adapter_are_merged_as_the_original_applies_them() -> None:
