@@ -41,14 +41,15 @@ class Forward:
 AtWork = Callable[[Forward], AbstractContextManager[dict[str, Any]]]
 
 
-def hooked(model: Any, name: str, patcher: Any, field: str, at_work: AtWork) -> Any:
-    """A copy of a MODEL with the patcher's module, which replaces a module of the same `name`.
+def hooked(model: Any, name: str, patchers: list[Any], field: str, at_work: AtWork) -> Any:
+    """A copy of a MODEL with the patchers' modules, which replace modules of the same `name`.
 
-    The module is active inside `at_work(forward)`, whose value is the changed keyword arguments of the forward.
-    ValueError names `field` if the module's `require_fit(unet)` refuses the model.
+    The modules are active inside `at_work(forward)`, whose value is the changed keyword arguments of the forward.
+    ValueError names `field` if a module's `require_fit(unet)` refuses the model.
     """
     try:
-        patcher.model.require_fit(model.model.diffusion_model)
+        for patcher in patchers:
+            patcher.model.require_fit(model.model.diffusion_model)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
 
@@ -58,7 +59,7 @@ def hooked(model: Any, name: str, patcher: Any, field: str, at_work: AtWork) -> 
             return executor(x, *args, **{**kwargs, **changed})
 
     made = model.clone()
-    made.set_additional_models(name, [patcher.clone()])
+    made.set_additional_models(name, [patcher.clone() for patcher in patchers])
     made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, name)
     made.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, run)
     return made

@@ -32,7 +32,9 @@ from .conditions.adapter_bases import basis, columns_of, read_basis
 from .conditions.adapter_positions import MODES, NONE
 from .conditions.adapters_at_work import Adapted, Playing
 from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PREVIEW_START, PROMPT
+from .core.backbone import Grid
 from .core.config import TrainConfig, knob, naming
+from .core.cutting import cut_clips
 from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior, masked_mse
@@ -65,6 +67,22 @@ class CaLora(Recipe):
     class Config(TrainConfig):
         steps: int = knob(3000, "Optimizer steps. Ten clips of one motion need 1000 to 5000.", min=1, max=1_000_000)
         rank: int = knob(32, "Size of the LoRAs. Raise it if the motion is not learned.", min=1, max=256)
+        frames: int = knob(
+            16,
+            "Frames of a step. Longer clips are cut, each time from another frame. 0 takes clips whole.",
+            min=0,
+            max=128,
+        )
+        stride_min: int = knob(
+            1, "Smallest number of frames from one frame of a step to the next.", min=1, max=64, advanced=True
+        )
+        stride_max: int = knob(
+            1,
+            "Largest of these numbers, as far as clips are long enough. 4 needs 61 frames and learns faster motion.",
+            min=1,
+            max=64,
+            advanced=True,
+        )
         alpha: float = knob(
             1.0, "LoRA scale is alpha / rank. 0 means alpha = rank, a scale of 1.", min=0.0, max=1024.0, step=0.5,
             advanced=True,
@@ -122,6 +140,10 @@ class CaLora(Recipe):
             for option, needed in {"image_query": "train_image", "motion_embed": "train_temporal"}.items():
                 if getattr(self, option) and not getattr(self, needed):
                     raise ValueError(f"{option}=True: expected {needed} on")
+            if self.stride_max < self.stride_min:
+                raise ValueError(f"stride_max={self.stride_max}: expected at least stride_min={self.stride_min}")
+            if self.frames == 1:
+                raise ValueError("frames=1: expected 0, or 2 and more")
             if self.oa_bases and self.oa_bin < 0:
                 raise ValueError(f"oa_bases={self.oa_bases!r}: expected oa_bin of 0 or more")
 
@@ -171,6 +193,10 @@ class CaLora(Recipe):
             fill(self.adapter.tensors(), tensors, "its parts are not those of this run")
             require_finite(extremes(self.adapter), "the adapter")
 
+    @classmethod
+    def data_grid(cls, config: Any, grid: Grid) -> Grid:
+        return grid.of_cut_rows(config.frames)
+
     @staticmethod
     def phases(config: Any, data: TrainingData) -> list[Phase]:
         return [Phase(PHASE, config.steps, "clips")]
@@ -195,6 +221,7 @@ class CaLora(Recipe):
 
     def _loss(self, batch: Batch, rng: Rng) -> Tensor:
         """MSE on the noise of frames 1 and later; the noise of each frame is its own."""
+        batch = cut_clips(batch, self.config.frames, (self.config.stride_min, self.config.stride_max), rng)
         latents, schedule = batch["latents"], self.backbone.schedule
         noise = rng.noise_like(latents)
         t = to_device(schedule.timesteps(rng.uniform(len(latents), self.config.stratified_timesteps)), latents.device)
@@ -238,6 +265,7 @@ class CaLora(Recipe):
             "kinoloom.query_stride": str(c.query_stride),
             "kinoloom.pooled_norms": str(c.pooled_norms),
             "kinoloom.oa_bin": str(c.oa_bin),
+            "kinoloom.frames": str(c.frames),
             "kinoloom.schedule": "scaled_linear",
         }
 

@@ -137,7 +137,7 @@ class ApplyMotionModule(io.ComfyNode):
             with Attached(forward.unet, motion.model, forward.frames):
                 yield {}
 
-        applied = hooked(model, PART, motion, "motion_module", at_work)
+        applied = hooked(model, PART, [motion], "motion_module", at_work)
         if beta_schedule == LINEAR:
             applied.add_object_patch("model_sampling", linear_betas())
         set_windows(applied, context_length, context_overlap)

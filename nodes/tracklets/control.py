@@ -108,7 +108,7 @@ class ApplyTracklets(io.ComfyNode):
         mixers = {key: value for key, value in base.items() if key.endswith("mix_factor")}
         layers = {f"diffusion_model.{key}": ("set", (base[key],)) for key in base.keys() - mixers.keys()}
         boxes = Boxes(patcher.model, mixers, tracklets)
-        applied = hooked(model, TRACKLET_CONTROL, patcher, "control", boxes.at_work)
+        applied = hooked(model, TRACKLET_CONTROL, [patcher], "control", boxes.at_work)
         applied.add_patches(layers)
         keys = [key for tracklet in tracklets.tracklets for key in tracklet.keyframes]
         soft = tracklets.interpolated == "soft" or not all(key.hard for key in keys)

@@ -188,6 +188,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
         "cross_query": (True, FILES),
         "cross_out": (False, FILES),
         "motion_embed": (True, FILES),
+        "frames": (2, WEIGHTS),
         "positions": ("rope_3d", WEIGHTS),
         "query_stride": (2, WEIGHTS),
         "pooled_norms": (False, WEIGHTS),

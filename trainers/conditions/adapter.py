@@ -122,25 +122,37 @@ class Adapter(nn.Module):
         self.load_state_dict({names[key]: value for key, value in tensors.items()}, assign=assign)
         return self
 
-    def require_fit(self, unet: nn.Module, motion: nn.Module) -> None:
-        """ValueError names a tensor whose layer the UNet or the motion modules do not have, or have in another size."""
-        layers = {place: (block.attn1, block.attn2) for place, block in spatial_blocks(unet).items()}
-        temporal = temporal_attentions(motion)
-        tensors = self.tensors()
-        for key, value in tensors.items():
+    def require_fit(self, unet: nn.Module) -> None:
+        """ValueError names a tensor whose layer the UNet does not have, or has in another size."""
+        blocks = spatial_blocks(unet)
+        self._require({place: block.attn1 for place, block in blocks.items()}, "image")
+        self._require({place: block.attn2 for place, block in blocks.items()}, "cross")
+
+    def require_motion_fit(self, motion: nn.Module) -> None:
+        """The same for motion modules."""
+        self._require(temporal_attentions(motion), "temporal")
+
+    def _require(self, layers: dict[str, Any], wanted: str) -> None:
+        for key, value in self.tensors().items():
             kind, place, rest = split(key)
-            name = rest.partition(".")[0].removesuffix("_lora")
-            if place not in (temporal if kind == "temporal" else layers):
-                raise ValueError(f"made for another model: this one has no {place}")
-            if name == "motion_embed":
+            if kind != wanted:
                 continue
-            attention = temporal[place] if kind == "temporal" else layers[place][kind == "cross"]
-            outputs, inputs = (attention.to_out[0] if name == "to_out" else getattr(attention, name)).weight.shape
-            expected = {DOWN: value.shape[:1] + (inputs,), UP: (outputs,) + value.shape[1:]}.get(
-                rest.partition(".")[2], (outputs, inputs)[: value.ndim]
-            )
+            if place not in layers:
+                raise ValueError(f"made for another model: this one has no {place}")
+            expected = expected_shape(layers[place], rest, value)
             if value.shape != expected:
-                raise ValueError(f"made for another model: {key} is {(*value.shape,)}, here {(*expected,)} is expected")
+                raise ValueError(f"made for another model: {key} is {(*value.shape,)}, here {expected} is expected")
+
+
+def expected_shape(attention: Any, rest: str, value: Tensor) -> tuple[int, ...]:
+    """The shape that a part's tensor has on an attention layer, in which its rank and its number of frames are free."""
+    name, _, factor = rest.partition(".")
+    layer = name.removesuffix("_lora")
+    if name == "motion_embed":
+        return (len(value), attention.to_q.weight.shape[1])
+    outputs, inputs = (attention.to_out[0] if layer == "to_out" else getattr(attention, layer)).weight.shape
+    shapes = {DOWN: (len(value), inputs), UP: (outputs, value.shape[-1])}
+    return shapes.get(factor, (outputs, inputs)[: value.ndim])
 
 
 def split(key: str) -> tuple[str, str, str]:

@@ -280,7 +280,7 @@ FIXED = (
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes"),
     *("train", "spatial_layers", "temporal_layers", "spatial_loras"),
     *("train_image", "train_temporal", "train_cross", "image_query", "cross_query", "cross_out", "motion_embed"),
-    *("positions", "query_stride", "pooled_norms", "oa_bin", "oa_bases"),
+    *("positions", "query_stride", "pooled_norms", "oa_bin", "oa_bases", "frames", "stride_min", "stride_max"),
     *("identity_file", "control_file", "domain_adapter", "start_from", "start_from_motion"),
 )
 

@@ -1,0 +1,211 @@
+"""The node that puts image-to-video adapters into a MODEL with a motion module, for any sampler."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
+from ...trainers.backbones.animatediff.model import check_model
+from ...trainers.backbones.animatediff.motion_module import PART, norms_over_frames
+from ...trainers.conditions.adapters_at_work import MODES, RESIDUAL, Adapted, Playing
+from ..folders import I2V_ADAPTERS
+from ..hooked import Forward, hooked
+from ..wires import I2vAdaptersType
+from .loading import Loaded
+from .start import keep_frames
+
+AS_TRAINED, ALL_FRAMES, EACH_FRAME = "as trained", "over all frames", "of each frame"
+FRAMES = "kinoloom.first_frame"
+TOLERANCE = 1e-3  # of the sum of weights and of noise levels
+
+
+class ApplyI2vAdapters(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KinoloomApplyI2vAdapters",
+            display_name="Apply I2V Adapters",
+            category="Kinoloom/adapters",
+            description="Animates a still image with one or several motion adapters, each with its own prompt. Sample "
+            "the latent of I2V Start with it. The image model runs once, however many adapters there are.",
+            search_aliases=["ca-lora", "i2v-adapter", "motion adapter", "image to video"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Apply Motion Module."),
+                I2vAdaptersType.Input("adapters", tooltip="From Load I2V Adapter."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=RESIDUAL,
+                    tooltip="residual averages what each adapter makes of its own prompt, by weight: motions stay "
+                    "apart. weights adds the adapters' weights, and their prompts become one: faster, but they mix.",
+                ),
+                io.Combo.Input(
+                    "group_norms",
+                    options=[AS_TRAINED, ALL_FRAMES, EACH_FRAME],
+                    default=AS_TRAINED,
+                    advanced=True,
+                    tooltip="How the image model normalises frames. Adapters work best as they were trained; files of "
+                    "other programs were trained over all frames.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For samplers.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, adapters: tuple[Loaded, ...], mode: str = RESIDUAL, group_norms: str = AS_TRAINED
+    ) -> io.NodeOutput:
+        check_model(model.model)
+        carried = model.get_additional_models_with_key(PART)
+        if not carried:
+            raise ValueError("model: has no motion module. Put Apply Motion Module before the adapters")
+        motion = carried[0].model
+        for one in adapters:
+            try:
+                one.patcher.model.require_motion_fit(motion)
+            except ValueError as error:
+                raise ValueError(f"adapters: {one.name}: {error}") from error
+        pooled = norms_pooled(adapters, group_norms) and not motion.layout.norm_over_frames
+        run = Run(adapters, motion, mode, pooled)
+        Adapted(None, None, run.playing, mode)  # ValueError for adapters that do not go together
+        patchers = [one.patcher for one in adapters if one.weight]
+        applied = hooked(model, I2V_ADAPTERS, patchers, "adapters", run.at_work)
+        applied = first_frame_kept(applied, run)
+        said = [*findings(adapters), *keep_schedule(applied)]
+        for text in said:
+            logging.warning("Kinoloom: %s", text)
+        return io.NodeOutput(applied, ui={"text": tuple(said)} if said else None)
+
+
+@dataclass
+class Run:
+    """The adapters in a sampler's model. For one run of the sampler: `first`, the first frame [1, C, h, w] in the
+    model's latent space, and `cache`, the keys and values of prompts."""
+
+    adapters: tuple[Loaded, ...]
+    motion: Any
+    mode: str
+    pooled: bool
+    first: Tensor | None = None
+    cache: dict = field(default_factory=dict)
+
+    @property
+    def playing(self) -> list[Playing]:
+        return [Playing(one.patcher.model, one.weight, one.prompt) for one in self.adapters]
+
+    @contextmanager
+    def at_work(self, forward: Forward) -> Iterator[dict[str, Any]]:
+        pools = norms_over_frames(forward.unet, lambda: forward.frames) if self.pooled else []
+        try:
+            with Adapted(forward.unet, self.motion, self.playing, self.mode, self.cache) as adapted:
+                adapted.frames = forward.frames
+                adapted.positive = [prompt == 0 for prompt in forward.prompts]
+                yield {}
+        finally:
+            for handle in pools:
+                handle.remove()
+
+
+def first_frame_kept(model: Any, run: Run) -> Any:
+    """A model whose UNet sees the clean first frame at every step. Windows without it get it as one frame more."""
+
+    def sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run.first = first_of(executor.class_obj.model_patcher.model, latent, args[2])
+        run.cache.clear()
+        try:
+            return keep_frames(executor, noise, latent, *args, **kwargs)
+        finally:
+            run.first = None
+            run.cache.clear()
+
+    def forward(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        chunks, window = len(options.get("cond_or_uncond", [0])), options.get("context_window")
+        places = list(range(len(x) // chunks)) if window is None else list(window.index_list)
+        first = run.first.to(x).expand(chunks, -1, -1, -1)
+        clips = x.unflatten(0, (chunks, -1)).clone()
+        if 0 in places:
+            clips[:, places.index(0)] = first
+            return executor(clips.flatten(0, 1), *args, **kwargs)
+        if any(args[3:4]) or kwargs.get("control"):
+            raise ValueError("a ControlNet with adapters: expected at most context_length frames, without windows")
+        longer = torch.cat([first.unsqueeze(1), clips], dim=1).flatten(0, 1)
+        more = [_longer(arg, len(x), chunks) for arg in args]
+        named = {name: _longer(value, len(x), chunks) for name, value in kwargs.items()}
+        return executor(longer, *more, **named).unflatten(0, (chunks, -1))[:, 1:].flatten(0, 1)
+
+    made = model.clone()
+    for kind, wrapper in {WrappersMP.OUTER_SAMPLE: sample, WrappersMP.DIFFUSION_MODEL: forward}.items():
+        made.remove_wrappers_with_key(kind, FRAMES)
+        made.add_wrapper_with_key(kind, FRAMES, wrapper)
+        others = made.wrappers[kind]
+        made.wrappers[kind] = {FRAMES: others.pop(FRAMES), **others}  # outermost: the others see the added frame
+    return made
+
+
+def _longer(value: Any, rows: int, chunks: int) -> Any:
+    """An argument of the UNet with a row for each image, with the first row of each chunk once more."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
+        return value
+    parts = value.unflatten(0, (chunks, -1))
+    return torch.cat([parts[:, :1], parts], dim=1).flatten(0, 1)
+
+
+def first_of(model: Any, latent: Tensor, mask: Tensor | None) -> Tensor:
+    """The first frame in the model's latent space. ValueError unless the mask keeps it."""
+    if mask is None or mask[0].any():
+        raise ValueError(
+            "the latent's first frame is not kept by a noise mask, expected the latent of I2V Start, whose first frame "
+            "is the image"
+        )
+    return model.process_latent_in(latent[:1])
+
+
+def norms_pooled(adapters: tuple[Loaded, ...], choice: str) -> bool:
+    """Whether group norms run over all frames. ValueError if adapters differ in that and nothing is chosen."""
+    if choice != AS_TRAINED:
+        return choice == ALL_FRAMES
+    trained = {one.metadata.get("kinoloom.pooled_norms", "True") for one in adapters}
+    if len(trained) > 1:
+        raise ValueError(
+            f"group_norms={choice!r}: these adapters were trained in both ways, expected {ALL_FRAMES!r} or "
+            f"{EACH_FRAME!r}"
+        )
+    return trained != {"False"}
+
+
+def findings(adapters: tuple[Loaded, ...]) -> list[str]:
+    """What a user should know about adapters that work together."""
+    said, total = [], sum(one.weight for one in adapters)
+    if abs(total - 1) > TOLERANCE:
+        more = "the rest comes from the model without them" if total < 1 else "motions become stronger than trained"
+        said.append(f"The weights of the adapters sum to {total:g}, not 1: {more}.")
+    bins: dict[str, list[str]] = {}
+    for one in adapters:
+        bins.setdefault(one.metadata.get("kinoloom.oa_bin", "-1"), []).append(one.name)
+    for number in bins.keys() - {"-1"}:
+        if len(names := bins[number]) > 1:
+            said.append(f"{', '.join(names)}: trained with the same oa_bin {number}, so they are not orthogonal.")
+    return said
+
+
+def keep_schedule(model: Any) -> list[str]:
+    """Give the model its own noise schedule back, with which adapters are trained, if it has another."""
+    own, used = model.model.model_sampling, model.get_model_object("model_sampling")
+    trained = float(AnimateDiffI2v.schedule.sigmas(1.0).max())
+    if abs(float(used.sigma_max) / trained - 1) < TOLERANCE:
+        return []
+    if abs(float(own.sigma_max) / trained - 1) > TOLERANCE:
+        raise ValueError(f"model: its noise ends at sigma {float(own.sigma_max):.2f}, expected {trained:.2f} of SD1.5")
+    model.add_object_patch("model_sampling", own)
+    return ["Sampling uses the model's own noise schedule, as adapters' training does, not AnimateDiff's linear one."]
+
+
+NODES: list[type[io.ComfyNode]] = [ApplyI2vAdapters]
