@@ -53,7 +53,7 @@ REFUSED = (
         "is of a file with several adapters, expected a file of one",
     ),
     (
-        r"\.(sCA(_b)?|CA[1-4]|CA_norm|to_q_mask|to_out_mask|weight_module)\.",
+        r"\.(sCA(_b)?|CA[1-4]|CA_norm|to_q_mask|to_out_mask|weight_module|attn_tCA|tCA_norm)\.",
         "is of a later form of the method, with simple cross-attention, masks or weighted frames, which is not known",
     ),
 )

@@ -265,6 +265,7 @@ TWO_RANKS = {"down.weight": torch.ones(5, 24), "up.weight": torch.ones(24, 5)}
          "not known: .*attn1.processor.to_k_lora.down.weight"),
         (changed(lambda t: t.update({f"{A_BLOCK}.attn2.processor.to_k_ip.weight": torch.ones(16, 12)})), "IP-Adapter"),
         (changed(lambda t: t.update({f"{A_BLOCK}.attn2.processor.sCA.CA2.weight": torch.ones(64, 16)})), "later form"),
+        (changed(lambda t: t.update({f"{A_BLOCK}.attn_tCA.to_q.weight": torch.ones(16, 16)})), "later form of the method"),
         (changed(lambda t: t.update({f"{A_BLOCK}.i2v_adapters.0.to_q.weight": torch.ones(16, 16)})), "several adapters"),
         (changed(lambda t: t.clear()), "file a.pt: holds nothing of an adapter, expected an I2V adapter, CA-LoRA"),
         (two(drawn(cross()), drawn({"lora_unet_x": (1,)})), "file b.safetensors: holds nothing .*but lora_unet_x"),
