@@ -159,10 +159,10 @@ def encode_picture(image: Tensor, vae: Any, size: StartOptions) -> Tensor:
 
 def first_level(sigmas: Tensor | None, needed: bool) -> float | None:
     """The first noise level, None without `sigmas`. ValueError if it is none of the model's, or missing but needed."""
-    if sigmas is None or not len(sigmas):
-        if needed or sigmas is not None:
-            raise ValueError(f"sigmas: found {'none' if sigmas is None else 'an empty list'}, expected noise levels")
+    if sigmas is None and not needed:
         return None
+    if sigmas is None or not len(sigmas):
+        raise ValueError(f"sigmas: found {'none' if sigmas is None else 'an empty list'}, expected noise levels")
     level, most = float(sigmas[0]), float(LEVELS[-1])
     if not 0 < level <= most * (1 + 1e-5):
         raise ValueError(f"sigmas: start at {level:.4f}, expected above 0, at most {most:.4f}. {OWN_SCHEDULE}")
@@ -213,8 +213,8 @@ class I2vSigmas(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the timesteps that are sampled. 0.9 starts at timestep 883 instead of 981. Lower "
-                    "it if the video hardly moves.",
+                    tooltip="All timesteps are multiplied by it: 0.9 starts at timestep 883 instead of 981, at "
+                    "less noise. Lower it if the video hardly moves.",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced and for I2V Start.")],

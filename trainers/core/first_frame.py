@@ -19,15 +19,16 @@ SHAPES = ("rect", "tri")
 
 
 def ddim_timesteps(steps: int, cil_ratio: float = 1.0) -> Tensor:
-    """The DDIM grid on [0, M), M = 1000 cil_ratio, from high to low [steps] (diffusers' "leading", steps_offset 1).
+    """DDIM's timesteps from high to low [steps] (diffusers' "leading", steps_offset 1), times the ratio and rounded.
 
     50 steps and ratio 1 are 981, 961, ..., 1. A ratio below 1 starts at less noise, against still videos (Zhao et al.
-    2024, arXiv 2406.15735, section 4.1). ValueError unless M is above `steps`.
+    2024, arXiv 2406.15735, section 4.1). ValueError if there are more steps than timesteps.
     """
-    end = round(SCHEDULE.steps * cil_ratio)
-    if not 1 <= steps < end:
-        raise ValueError(f"steps={steps}: expected 1..{end - 1}, below the {end} timesteps of cil_ratio={cil_ratio:g}")
-    return torch.arange(steps).flip(0) * (end // steps) + 1
+    most = min(SCHEDULE.steps // math.ceil(1 / cil_ratio), SCHEDULE.steps - 1)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps={steps}: expected 1..{most}, as cil_ratio={cil_ratio:g} has timesteps")
+    grid = torch.arange(steps, dtype=torch.float64).flip(0) * (SCHEDULE.steps // steps) + 1
+    return (cil_ratio * grid + 0.5).long()
 
 
 def analytic_deviation(sigma: float) -> float:
