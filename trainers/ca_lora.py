@@ -65,20 +65,24 @@ class CaLora(Recipe):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainConfig):
-        steps: int = knob(3000, "Optimizer steps. Ten clips of one motion need 1000 to 5000.", min=1, max=1_000_000)
+        steps: int = knob(
+            3000, "Optimizer steps. The original makes 5000 to 30000, at 1e-5 in place of 1e-4.", min=1, max=1_000_000
+        )
         rank: int = knob(32, "Size of the LoRAs. Raise it if the motion is not learned.", min=1, max=256)
         frames: int = knob(
             16,
-            "Frames of a step. Longer clips are cut, each time from another frame. 0 takes clips whole.",
+            "Frames that a step trains on: 16 for AnimateDiff. Longer clips are cut, at another place in each step. 0 "
+            "takes whole clips.",
             min=0,
             max=128,
         )
         stride_min: int = knob(
-            1, "Smallest number of frames from one frame of a step to the next.", min=1, max=64, advanced=True
+            1, "Smallest stride: 1 takes every frame of a clip, 2 every second one.", min=1, max=64, advanced=True
         )
         stride_max: int = knob(
             1,
-            "Largest of these numbers, as far as clips are long enough. 4 needs 61 frames and learns faster motion.",
+            "Largest stride. Each step draws one, as far as the clip is long enough: 16 frames at stride 4 need 61. "
+            "Raise it to learn faster motion.",
             min=1,
             max=64,
             advanced=True,
@@ -91,46 +95,51 @@ class CaLora(Recipe):
         train_temporal: bool = knob(True, "Train the motion LoRA on the motion modules.")
         train_cross: bool = knob(True, "Train CA-LoRA, which ties the motion to the words of the prompt.")
         image_query: bool = knob(
-            False, "Train the queries of the I2V-Adapter too, not only its output.", advanced=True
+            False, "Train the queries of the I2V-Adapter too. Its output is always trained.", advanced=True
         )
-        cross_query: bool = knob(False, "Train the queries of cross-attention too.", advanced=True)
-        cross_out: bool = knob(True, "Train the output of cross-attention too.", advanced=True)
+        cross_query: bool = knob(False, "Train CA-LoRA on the queries of cross-attention too.", advanced=True)
+        cross_out: bool = knob(True, "Train CA-LoRA on the output of cross-attention too.", advanced=True)
         motion_embed: bool = knob(
-            False, "Learn a vector for each frame at each temporal attention, for videos as long as the clips.",
+            False, "Learn a vector for each frame number in each temporal attention. Then sample as many frames as a "
+            "step trains on.",
             advanced=True,
         )  # fmt: skip
         positions: str = knob(
             NONE,
-            "Positions in the queries of cross-attention, so that words can act on a time or a place. rope_3d is the "
-            "one in the original's examples.",
+            "Adds time and place to the queries of cross-attention, so that words can act at a time or a place. The "
+            "original's examples have rope_3d.",
             choices=MODES,
             advanced=True,
         )
         query_stride: int = knob(
-            1, "Coarseness of cross-attention: 2 or 4 makes it act on blocks of pixels.", min=1, max=8, advanced=True
+            1,
+            "2 or 4 computes cross-attention once for a block of 2 x 2 or 4 x 4 places: coarser.",
+            min=1,
+            max=8,
+            advanced=True,
         )
         pooled_norms: bool = knob(
             True,
-            "Compute group norms over all frames, as the original does. Turn it off to train as AnimateDiff v3 samples "
-            "on its own.",
+            "Compute the image model's group norms over all frames of a clip, as the original does. Off computes them "
+            "for each frame, as AnimateDiff v3 does.",
             advanced=True,
         )
         oa_bin: int = knob(
             -1,
-            "Orthogonal adapters: give each motion its own number from 0 on, and adapters disturb each other less. -1 "
-            "turns it off.",
+            "Orthogonal adapters: give each motion a number of its own, from 0 on, so that their LoRAs write in "
+            "orthogonal directions. Rank 32 has 10 numbers. -1 turns it off.",
             min=-1,
             max=4095,
             advanced=True,
         )
         oa_bases: str = knob(
             "",
-            "A folder of the original's bases, if other adapters were trained with them. Empty uses the bases that all "
-            "adapters of this pack share.",
+            "For oa_bin: the path of a folder of the original's bases, if other adapters were trained with them. Empty "
+            "uses bases that all adapters of this pack share.",
             advanced=True,
         )
         start_from: str = knob(
-            "", "An adapter to start from, with the same parts and rank.", file_of=FOLDER, advanced=True
+            "", "An adapter to start from, with the same parts, rank and alpha.", file_of=FOLDER, advanced=True
         )
 
         def __post_init__(self) -> None:

@@ -43,16 +43,16 @@ class ApplyI2vAdapters(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=RESIDUAL,
-                    tooltip="residual averages what each adapter makes of its own prompt, by weight: motions stay "
-                    "apart. weights adds the adapters' weights, and their prompts become one: faster, but they mix.",
+                    tooltip="residual: each adapter attends to its own prompt, and the results are averaged by weight. "
+                    "weights: the LoRAs of all adapters are added, and attention sees all prompts at once.",
                 ),
                 io.Combo.Input(
                     "group_norms",
                     options=[AS_TRAINED, ALL_FRAMES, EACH_FRAME],
                     default=AS_TRAINED,
                     advanced=True,
-                    tooltip="How the image model normalises frames. Adapters work best as they were trained; files of "
-                    "other programs were trained over all frames.",
+                    tooltip="Whether the image model's group norms run over all frames of a video or over each frame. "
+                    "as trained takes what the adapters' files say; files of other programs mean over all frames.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For samplers.")],
@@ -135,7 +135,7 @@ def first_frame_kept(model: Any, run: Run) -> Any:
             clips[:, places.index(0)] = first
             return executor(clips.flatten(0, 1), *args, **kwargs)
         if any(args[3:4]) or kwargs.get("control"):
-            raise ValueError("a ControlNet with adapters: expected at most context_length frames, without windows")
+            raise ValueError("ControlNet beside adapters: expected a video of at most context_length frames")
         longer = torch.cat([first.unsqueeze(1), clips], dim=1).flatten(0, 1)
         more = [_longer(arg, len(x), chunks) for arg in args]
         named = {name: _longer(value, len(x), chunks) for name, value in kwargs.items()}
