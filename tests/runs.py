@@ -21,7 +21,7 @@ from kinoloom.trainers.core.placement import Placement
 from kinoloom.trainers.core.state import State
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import Private, load_private
-from kinoloom.trainers.host.source import ModelSource, carried_files
+from kinoloom.trainers.host.source import ModelSource, base_key, carried_files, text_keys
 from kinoloom.trainers.run.checkpoint import RunKey, load_state
 from kinoloom.trainers.run.job import Job
 from kinoloom.trainers.run.previews import Previews
@@ -146,21 +146,23 @@ def make_job(
     recipe: str,
     published: Published | None = None,
     samples: Previews | None = None,
+    clip: Any = None,
 ) -> Job:
     """A job in folder/job that writes to folder/out. A job that is already there is loaded as after a restart."""
     kept = folder / "job" / "job.json"
     if kept.is_file():
         spec = read_record(kept.parent).spec
     else:
-        source = ModelSource.of(model)
+        given = {"model": model} | ({"clip": clip.patcher} if clip else {})
+        sources = {name: ModelSource.of(each) for name, each in given.items()}
         spec = Spec(
             id="job",
             run_name="run",
             recipe=recipe,
             config=vars(config),
             data=data,
-            sources={"model": source},
-            run_key=RunKey.of(recipe, source.key, data.digest, config, {}),
+            sources=sources,
+            run_key=RunKey.of(recipe, base_key(sources), data.digest, config, text_keys(sources)),
             outputs=dict.fromkeys(FOLDERS, str(folder / "out")),
             created=0.0,
             previews=samples,
@@ -180,9 +182,9 @@ def make_job(
     return job
 
 
-def finish(job: Job, model: Any, status: str = "finished") -> Job:
+def finish(job: Job, model: Any, status: str = "finished", clip: Any = None) -> Job:
     """Start `job` and wait until it ended as expected."""
-    job.start({"model": model})
+    job.start({"model": model} | ({"clip": clip.patcher} if clip else {}))
     assert job.ended.wait(600)
     assert job.status == status, job.error or job.status
     return job

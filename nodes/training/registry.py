@@ -19,7 +19,7 @@ from ...trainers.core.data import TrainingData
 from ...trainers.core.events import DELETED
 from ...trainers.core.recipe import Export
 from ...trainers.host.device import holds_models
-from ...trainers.host.source import ModelSource, base_key
+from ...trainers.host.source import ModelSource, base_key, text_keys
 from ...trainers.run.checkpoint import RunKey
 from ...trainers.run.claim import in_use
 from ...trainers.run.job import Job
@@ -65,9 +65,10 @@ class Registry(Shelf):
         if spec.recipe not in recipes():
             raise ValueError(f"training method {spec.recipe[:60]!r}: unknown")
         recipe = recipes()[spec.recipe]
-        if list(spec.sources) != (names := [model.name for model in recipe.models]):
+        job = Job(self.folder / spec.id, spec, recipe, publish, self.busy, self.line, self.make_room)
+        if list(spec.sources) != (names := [model.name for model in recipe.used(job.config)]):
             raise ValueError(f"job.json.spec.sources: holds {', '.join(spec.sources)}, expected {', '.join(names)}")
-        return Job(self.folder / spec.id, spec, recipe, publish, self.busy, self.line, self.make_room)
+        return job
 
     def get(self, job_id: str) -> Job:
         if job_id not in self.jobs:
@@ -106,7 +107,7 @@ class Registry(Shelf):
         """
         run_name = require_name("run_name", run_name)
         sources = {name: ModelSource.of(model) for name, model in models.items()}
-        run_key = RunKey.of(recipe, base_key(sources), data.digest, config, files)
+        run_key = RunKey.of(recipe, base_key(sources), data.digest, config, {**files, **text_keys(sources)})
         with self.alone():
             name, job = self._claim(run_name, run_key, config)
             if job is not None and not job.spec.asked_as:

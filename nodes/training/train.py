@@ -14,9 +14,10 @@ from ...trainers.conditions.columns import PROMPT
 from ...trainers.core.backbone import Grid
 from ...trainers.core.config import TrainConfig, check, make
 from ...trainers.core.data import PhaseData, TrainingData, files_of
-from ...trainers.core.recipe import Recipe
+from ...trainers.core.recipe import ModelInput, Recipe
 from ...trainers.host.device import resolve_precision, torch_device
 from ...trainers.host.source import carried_modules, require_trainable
+from ...trainers.host.text import TextEncoder, require_clip_l, require_last_layer
 from ...trainers.run.checkpoint import RunKey
 from ...trainers.run.previews import Previews
 from ..widgets import NO_FILE, files_state, model_file, require_name, widgets
@@ -39,7 +40,7 @@ class TrainNode(io.ComfyNode):
             is_output_node=True,
             description=cls.recipe.description + " Runs in the background; attach Training Result to wait for it.",
             inputs=[
-                *(io.Model.Input(model.name, tooltip=model.tooltip) for model in cls.recipe.models),
+                *(model_input(model) for model in cls.recipe.models),
                 TrainingDataType.Input("data", tooltip="Encoded clips, from Encode Training Clips or a folder."),
                 io.String.Input(
                     "run_name",
@@ -88,16 +89,21 @@ class TrainNode(io.ComfyNode):
     def execute(
         cls, data: TrainingData, run_name: str, samples: Previews | None = None, **values: Any
     ) -> io.NodeOutput:
-        models = {model.name: values.pop(model.name) for model in cls.recipe.models}
-        for name, model in models.items():
-            require_trainable(model, name)
+        given = {model.name: values.pop(model.name, None) for model in cls.recipe.models}
+        for model in cls.recipe.models:
+            if not model.option:
+                require_trainable(given[model.name], model.name)
         files = resolve_files(cls.recipe.Config, values)
         config = make(cls.recipe.Config, values)
+        models = {model.name: connected(model, given[model.name], config) for model in cls.recipe.used(config)}
         config = replace(config, precision=resolve_precision(config.precision, torch_device()))
         first = next(iter(models.values()))
         grid = cls.recipe.backbone_class.grid(first.model, carried_modules(first))
         cls.recipe.data_grid(config, grid).check(data.rows)
-        config.check_model(*models.values())
+        config.check_model(*(model for model in models.values() if not model.is_clip))
+        for model in models.values():
+            if model.is_clip:
+                config.check_text_encoder(TextEncoder(model.model))
         check_data(cls.recipe, config, data)
         previews = samples and samples.fitted(cls.recipe.previews, grid)
         for name, given in {"data": data, "samples": previews}.items():
@@ -110,6 +116,24 @@ class TrainNode(io.ComfyNode):
 
 def train_node(recipe: type[Recipe]) -> type[io.ComfyNode]:
     return type(recipe.name, (TrainNode,), {"recipe": recipe})
+
+
+def model_input(model: ModelInput) -> io.Input:
+    kind = io.Clip if model.text_encoder else io.Model
+    return kind.Input(model.name, tooltip=model.tooltip, optional=bool(model.option))
+
+
+def connected(model: ModelInput, given: Any, config: TrainConfig) -> Any:
+    """The model patcher of a connected MODEL or CLIP. ValueError if it is missing or cannot be copied."""
+    if given is None:
+        kind, value = "CLIP" if model.text_encoder else "MODEL", getattr(config, model.option)
+        raise ValueError(f"{model.name}: not connected, expected a {kind}, which {model.option}={value!r} needs")
+    if model.text_encoder:
+        require_clip_l(given, model.name)
+        require_last_layer(given, model.name)
+        given = given.patcher
+    require_trainable(given, model.name)
+    return given
 
 
 def check_data(recipe: type[Recipe], config: TrainConfig, data: TrainingData) -> None:

@@ -6,7 +6,7 @@ from kinoloom.trainers.run.checkpoint import RunKey
 SAME = {
     *("seed", "optimizer", "save_precision", "rank", "alpha", "target_layers", "layers", "soft_boxes", "train"),
     *("spatial_layers", "temporal_layers", "spatial_loras", "identity_file", "control_file", "domain_adapter"),
-    *("start_from", "start_from_motion"),
+    *("start_from", "start_from_motion", "word_to_learn", "initializer_token", "word_prompt"),
 }
 
 

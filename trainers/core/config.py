@@ -207,6 +207,9 @@ class TrainConfig:
     def check_model(self, model: Any) -> None:
         """ValueError if a file among these options does not suit a MODEL."""
 
+    def check_text_encoder(self, encoder: Any) -> None:
+        """ValueError if a text among these options does not suit a text encoder."""
+
 
 def changed(config: type[TrainConfig], name: str, default: Any, tooltip: str = "") -> Any:
     """A copy of a Config's knob with another default and, if given, another tooltip."""
@@ -282,6 +285,7 @@ FIXED = (
     *("train_image", "train_temporal", "train_cross", "image_query", "cross_query", "cross_out", "motion_embed"),
     *("positions", "query_stride", "pooled_norms", "oa_bin", "oa_bases", "frames", "stride_min", "stride_max"),
     *("identity_file", "control_file", "domain_adapter", "start_from", "start_from_motion"),
+    *("word_to_learn", "initializer_token", "word_prompt"),
 )
 
 

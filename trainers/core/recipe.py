@@ -15,10 +15,16 @@ from .rng import Rng
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A MODEL that a recipe trains on or with: the input of its node, and the key of its private copy."""
+    """A MODEL that a recipe trains on or with: the input of its node, and the key of its private copy.
+
+    text_encoder: whether it is a CLIP. option: the option that needs it; without it the input may stay empty, and it is
+    not used.
+    """
 
     name: str = "model"
     tooltip: str = "The model to train on. It is copied, never changed."
+    text_encoder: bool = False
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,11 @@ class Recipe(ABC):
 
     def __init__(self, backbone: Any, config: Any) -> None:
         self.backbone, self.config = backbone, config
+
+    @classmethod
+    def used(cls, config: Any) -> tuple[ModelInput, ...]:
+        """The inputs of `models` that a run with these options uses."""
+        return tuple(model for model in cls.models if not model.option or getattr(config, model.option))
 
     @staticmethod
     @abstractmethod

@@ -18,13 +18,13 @@ OTHER_PREDICTIONS = ("CONST", "X0", "EDM", "V_PREDICTION", "IMG_TO_IMG", "IMG_TO
 MOST_NAMED = 4
 
 
-def require_kept(model: Any, own: str) -> None:
+def require_kept(model: Any, own: str, name: str = "model") -> None:
     """ValueError names patches on a MODEL's forward that training cannot keep. Names that start with `own` are kept."""
     if found := list(dict.fromkeys(_lost(model, own))):
         more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise ValueError(
-            f"model: carries {', '.join(found[:MOST_NAMED])}{more}, which training cannot keep. Connect the model as "
-            "it is before those nodes to the train node"
+            f"{name}: carries {', '.join(found[:MOST_NAMED])}{more}, which training cannot keep. Connect it as it is "
+            "before those nodes to the train node"
         )
 
 
@@ -37,9 +37,10 @@ def _lost(model: Any, own: str) -> Iterator[str]:
     if model.weight_wrapper_patches:
         yield "weight wrappers"
     yield from (f"the patched part {name!r}" for name in model.object_patches if name not in SAMPLING_OBJECTS)
-    found = _prediction(model.get_model_object("model_sampling"))
-    if found != PREDICTIONS.get(model.model.model_type.name, found):
-        yield f"a model_sampling that predicts {found} where the model's own predicts another"
+    if not model.is_clip:
+        found = _prediction(model.get_model_object("model_sampling"))
+        if found != PREDICTIONS.get(model.model.model_type.name, found):
+            yield f"a model_sampling that predicts {found} where the model's own predicts another"
     for name in model.additional_models:
         if not name.startswith(own) and name not in SAMPLING_MODELS:
             yield f"the model {name!r}"

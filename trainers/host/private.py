@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.ops
@@ -13,7 +12,8 @@ from torch import nn
 
 from ..core.placement import AS_IT_IS, Placement
 from .layers import make_private
-from .source import Carried, ModelSource
+from .source import Carried, ModelSource, path_of
+from .text import make_trainable
 from .weights import extremes, not_finite, require_finite
 
 
@@ -28,25 +28,27 @@ class Private:
 def load_private(model: Any, device: torch.device, placement: Placement = AS_IT_IS) -> Any:
     """A frozen private BaseModel on `device`, with upstream LoRA patches merged. `model` is a MODEL or a ModelSource.
 
+    Of the model patcher of a CLIP, or its source, a text encoder, as it is in the file whatever `placement` says.
     Layers move to the device one by one. It never holds more than the weights as `placement` stores them and one layer
     as it was in the file. ComfyUI's model manager does not manage the copy: it is never unloaded, and changes to it do
     not affect other workflows. Call it outside inference mode, in the run's thread.
     """
     assert not torch.is_inference_mode_enabled()
-    if isinstance(model, ModelSource):
-        private = model.reload()
+    private = model.reload() if isinstance(model, ModelSource) else _loaded_again(model)
+    if private.is_clip:
+        placement, module, prefix = AS_IT_IS, private.model, ""
+        make_trainable(module)
     else:
-        private = model.clone(disable_dynamic=True, force_deepcopy=True)
-    module = private.model.diffusion_model
+        module, prefix = private.model.diffusion_model, "diffusion_model."
     limits: dict[str, torch.Tensor] = {}
     for name, layer in module.named_modules():
         _cast_stored(layer)
-        _bring(private, layer, name, device)
+        _bring(private, layer, f"{prefix}{name}", device)
         limits |= extremes(layer, name, recurse=False)
         if placement.stored:
             _narrow(layer, placement.stored)
     private.model.to(device)  # what is not of the layers, such as the noise schedule
-    require_finite(limits, f"model: {Path(str(private.cached_patcher_init[1][0])).name}")
+    require_finite(limits, f"{'clip' if private.is_clip else 'model'}: {path_of(private).name}")
     if placement.stored == torch.float16:
         _require_fp16(module)
     module.requires_grad_(False)
@@ -57,6 +59,18 @@ def load_private(model: Any, device: torch.device, placement: Placement = AS_IT_
     assert not any(p.is_inference() for p in module.parameters())
     logging.info("Kinoloom: private copy of %s on %s", type(private.model).__name__, device)
     return private.model
+
+
+def _loaded_again(model: Any) -> Any:
+    """A MODEL or a CLIP's model patcher, on weights of its own.
+
+    ComfyUI's own way would put a text encoder into its list of loaded models.
+    """
+    if not model.is_clip:
+        return model.clone(disable_dynamic=True, force_deepcopy=True)
+    private = ModelSource.of(model).load()
+    private.patches = model.patches
+    return private
 
 
 def _cast_stored(layer: nn.Module) -> None:
@@ -75,7 +89,7 @@ def _bring(private: Any, layer: nn.Module, name: str, device: torch.device) -> N
     names = [own for own, _ in layer.named_parameters()]
     if not any("." in own for own in names):
         for own in names:
-            private.patch_weight_to_device(f"diffusion_model.{name}.{own}", device_to=device)
+            private.patch_weight_to_device(f"{name}.{own}", device_to=device)
     layer._apply(lambda tensor: tensor.to(device), recurse=False)
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ...lora_io.file import fingerprint, load_names
 from .patches import require_kept
+from .text import LOADERS as TEXT_LOADERS
 from .weights import SAFETENSORS, load_tensors, merge
 
 # Values of ModelSource.weight_dtype: the storage types that Load Diffusion Model offers.
 WEIGHT_DTYPES = ("", "torch.float8_e4m3fn", "torch.float8_e4m3fn+fast", "torch.float8_e5m2")
+LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")  # of MODELs that can be loaded from a file alone
 LONGEST_METADATA = 1 << 16  # characters that are searched
 CARRIED = "kinoloom."  # prefix of attachment names for models of this pack on a MODEL, such as a motion module
 
@@ -55,6 +57,7 @@ def _patchers(model: Any) -> dict[str, Any]:
 class ModelSource:
     """The source of a private copy: the MODEL's file, or the MODEL itself while this process lives.
 
+    A MODEL may also be the model patcher of a CLIP, whose text encoder is then copied.
     `key` is a hash of the file's content, the storage type, upstream LoRA patches, and the same of every carried model.
     """
 
@@ -70,14 +73,18 @@ class ModelSource:
         """The source of a MODEL. ValueError if it cannot be copied. `carried` replaces the models that it carries."""
         require_trainable(model)
         factory, arguments = model.cached_patcher_init[:2]
-        path = str(arguments[0])
+        path = path_of(model)
         options = next((a for a in arguments[1:] if isinstance(a, dict)), {})
         weight_dtype = str(options.get("dtype", "")) + ("+fast" if options.get("fp8_optimizations") else "")
         carried = carried_files(model) if carried is None else carried
-        key = _key(fingerprint(Path(path)), weight_dtype, model.patches, carried)
+        key = _key(fingerprint(path), weight_dtype, model.patches, carried)
         patched = any([model.patches, *(each.patches for each in carried.values())])
         files = {name: each.path for name, each in carried.items()}
-        return ModelSource(path, factory.__name__, weight_dtype, key, patched, files)
+        return ModelSource(str(path), factory.__name__, weight_dtype, key, patched, files)
+
+    @property
+    def is_text_encoder(self) -> bool:
+        return self.loader in TEXT_LOADERS
 
     def require_reloadable(self) -> None:
         """ValueError if the MODEL cannot be loaded from its file alone, which a restart requires."""
@@ -85,56 +92,79 @@ class ModelSource:
             raise ValueError(
                 "this run was started on a model with LoRAs applied: run its Train node again to resume it"
             )
-        if self.loader not in ("load_diffusion_model", "load_checkpoint_guess_config"):
+        if self.loader not in (*LOADERS, *TEXT_LOADERS):
             raise ValueError(f"this run's model came from {self.loader}: run its Train node again to resume it")
         for path in (self.path, *self.carried.values()):
             if not Path(path).is_file():
-                raise ValueError(f"base model {path}: not found")
+                raise ValueError(f"{'text encoder' if self.is_text_encoder else 'base model'} {path}: not found")
 
     def reload(self) -> Any:
         """Load the MODEL from its file. ValueError if the file is missing or has changed."""
         self.require_reloadable()
+        model = self.load()
+        if (now := ModelSource.of(model, carried_files(self))).key != self.key:
+            what = "text encoder" if self.is_text_encoder else "base model"
+            raise ValueError(f"{what} {now.path}: its content changed since the run was started")
+        return model
+
+    def load(self) -> Any:
+        """Load the file as it is now, without patches."""
+        if self.is_text_encoder:
+            return TEXT_LOADERS[self.loader](self.path)
         if self.loader == "load_diffusion_model":
             dtypes = {str(d): d for d in (torch.float8_e4m3fn, torch.float8_e5m2)}
             name, _, fast = self.weight_dtype.partition("+")
             options = ({"dtype": dtypes[name]} if name else {}) | ({"fp8_optimizations": True} if fast else {})
-            model = comfy.sd.load_diffusion_model(self.path, options, disable_dynamic=True)
-        else:
-            without = {"output_vae": False, "output_clip": False}
-            model = comfy.sd.load_checkpoint_guess_config(self.path, **without, disable_dynamic=True)[0]
-        if (now := ModelSource.of(model, carried_files(self))).key != self.key:
-            raise ValueError(f"base model {now.path}: its content changed since the run was started")
-        return model
+            return comfy.sd.load_diffusion_model(self.path, options, disable_dynamic=True)
+        without = {"output_vae": False, "output_clip": False}
+        return comfy.sd.load_checkpoint_guess_config(self.path, **without, disable_dynamic=True)[0]
 
 
 def base_key(sources: dict[str, ModelSource]) -> str:
-    """The model key of what a run trains on: that of its MODEL, or one of all of them together."""
-    keys = {name: source.key for name, source in sources.items()}
+    """The model key of what a run trains on: that of its MODEL, or one of all of them together. No text encoder's."""
+    keys = {name: source.key for name, source in sources.items() if not source.is_text_encoder}
     if len(keys) == 1:
         return next(iter(keys.values()))
     return hashlib.sha256(repr(sorted(keys.items())).encode()).hexdigest()
 
 
+def text_keys(sources: dict[str, ModelSource]) -> dict[str, str]:
+    """The model keys of the text encoders that a run uses, by the recipe's name of each."""
+    return {name: source.key for name, source in sources.items() if source.is_text_encoder}
+
+
 def require_trainable(model: Any, name: str = "model") -> None:
     """ValueError if the MODEL of that input cannot be copied, or names the patches that a copy would lose."""
-    if model.cached_patcher_init is None:
+    factory = model.cached_patcher_init and model.cached_patcher_init[0].__name__
+    if model.is_clip and factory not in TEXT_LOADERS:
+        raise ValueError(
+            f"{name}: a text encoder from {factory or 'a loader that keeps no file'}, which cannot be loaded a second "
+            "time. Use Load CLIP or Load Checkpoint"
+        )
+    if factory is None:
         raise ValueError(
             f"{name}: a {type(model).__name__} that cannot be loaded a second time (its loader keeps no file). Use "
             "Load Diffusion Model or Load Checkpoint; GGUF and other third-party loaders cannot be trained"
         )
-    require_kept(model, CARRIED)
+    require_kept(model, CARRIED, name)
+
+
+def path_of(model: Any) -> Path:
+    """The path of a MODEL's file. A CLIP's loader has a list of paths, of which Stable Diffusion 1.5 has one."""
+    first = model.cached_patcher_init[1][0]
+    return Path(first[0] if isinstance(first, list) else first)
 
 
 def file_of(model: Any) -> tuple[Path, str]:
     """The path of a MODEL's file, and the values of its metadata as one string."""
-    path = Path(str(model.cached_patcher_init[1][0]))
+    path = path_of(model)
     metadata = load_names(path)[1] if path.suffix.lower() in SAFETENSORS else {}
     return path, " ".join(metadata.values())[:LONGEST_METADATA]
 
 
 def model_keys(model: Any) -> frozenset[str]:
     """Model keys of a MODEL's file in every storage type, patched and not. A LoRA trained on it names one of them."""
-    carried, file = carried_files(model), fingerprint(Path(str(model.cached_patcher_init[1][0])))
+    carried, file = carried_files(model), fingerprint(path_of(model))
     patches: tuple[dict[str, list], ...] = (model.patches, {})
     return frozenset(_key(file, stored, some, carried) for stored in WEIGHT_DTYPES for some in patches)
 

@@ -29,9 +29,10 @@ LATEST = 1e11  # largest time in seconds since 1970 that is accepted
 class Spec:
     """The inputs of a run, as plain values that survive a restart.
 
-    sources: the MODELs that it trains on, by the recipe's name of each. outputs: the folders of its files, by ComfyUI's
-    name of the model folder. previews: what it samples on the way, which is no part of the run key. asked_as: the name
-    that was asked for, where run_name may have got a number; not known ("") of runs of earlier versions.
+    sources: the MODELs that it trains on, and a CLIP if it uses one, by the recipe's name of each. outputs: the folders
+    of its files, by ComfyUI's name of the model folder. previews: what it samples on the way, which is no part of the
+    run key. asked_as: the name that was asked for, where run_name may have got a number; not known ("") of runs of
+    earlier versions.
     """
 
     id: str
