@@ -3,6 +3,7 @@
 With one adapter of weight 1 both modes are the forward that it was trained with.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .adapter_positions import of_frames, rotated_queries, with_positions
 
 MODES = RESIDUAL, WEIGHTS = ("residual", "weights")
 WATCH = "kinoloom_attention"  # the name in transformer_options of what sees queries and keys
+BESIDE = "model: I2V adapters cannot work beside a node that makes"
 SMALLEST_SHARE = 1e-6  # of the base beside adapters whose weights sum to 1
 
 Keys = tuple[Tensor, Tensor]
@@ -46,7 +48,8 @@ class Adapted:
         self, unet: Any, motion: Any, playing: Sequence[Playing], mode: str = RESIDUAL, cache: dict | None = None
     ) -> None:
         self.unet, self.motion, self.mode, self.cache = unet, motion, mode, cache
-        self.playing = [one for one in playing if one.weight]
+        self.numbers = [number for number, one in enumerate(playing) if one.weight]
+        self.playing = [playing[number] for number in self.numbers]
         self.frames, self.positive = 1, [True]
         self.undo: list[Callable[[], None]] = []
         if mode == WEIGHTS and len({one.adapter.query for one in self.playing}) > 1:
@@ -108,7 +111,10 @@ class FirstFrame:
         self.seen[:] = [output]
 
     def _add(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        n = self.seen.pop().unflatten(0, (-1, self.adapted.frames))  # clips F L C
+        seen = self.seen.pop()
+        if output.shape != seen.shape:  # by ToMe or HyperTile
+            raise ValueError(f"{BESIDE} self-attention run on {(*output.shape[:2],)} in place of {(*seen.shape[:2],)}")
+        n = seen.unflatten(0, (-1, self.adapted.frames))  # clips F L C
         attended: dict[tuple, Tensor] = {}  # adapters that keep the base's projections share it
         for weight, part in self.parts:
             layers = tuple(getattr(part, name) or getattr(self.base, name) for name in ("to_q", "to_k", "to_v"))
@@ -131,9 +137,10 @@ class Cross:
         self.parts = adapted.parts("cross", place)
         self.original, self.within, self.size = self.base.forward, False, (0, 0)
         self.seen: dict[str, Tensor] = {}
-        adapted.hook(transformer.register_forward_pre_hook(self._measure))
+        self.options: dict = {}
+        adapted.hook(transformer.register_forward_pre_hook(self._measure, with_kwargs=True))
         adapted.replace(self.base, self.forward)
-        for name in ("to_q", "to_k"):
+        for name in ("to_q", "to_k", "to_v"):
             layer = getattr(self.base, name)
             adapted.hook(layer.register_forward_pre_hook(lambda _, inputs, name=name: self._see(name, inputs)))
         adapted.hook(self.base.to_out.register_forward_hook(self._add))
@@ -146,8 +153,9 @@ class Cross:
         finally:
             self.within = False
 
-    def _measure(self, transformer: nn.Module, inputs: tuple) -> None:
+    def _measure(self, transformer: nn.Module, inputs: tuple, given: dict) -> None:
         self.size = inputs[0].shape[-2:]
+        self.options = given["transformer_options"] if "transformer_options" in given else inputs[2]
 
     def _see(self, name: str, inputs: tuple) -> None:
         if not self.within:
@@ -158,10 +166,10 @@ class Cross:
         own = self.adapted.positive
         if self.within or not any(own):
             return None
-        x, context = (self._pick(self.seen.pop(name), own) for name in ("to_q", "to_k"))
+        given = self._of(own, *(self.seen.pop(name) for name in ("to_q", "to_k", "to_v")))
         with self.inside():
-            ours = self._ours(x, context, {})
-            added = ours + (self.adapted.share - 1) * self.original(x, context)
+            ours = self._ours(*given, self.options)
+            added = ours + (self.adapted.share - 1) * self.original(*given, transformer_options=self.options)
         each = iter(added.split(self.adapted.frames))
         return torch.cat([y + next(each) if mine else y for y, mine in zip(self._clips(output), own, strict=True)])
 
@@ -175,10 +183,10 @@ class Cross:
         with self.inside():
             ours = base = iter(())
             if any(based):
-                given = (self._pick(part, based) for part in (x, context, value, mask))
+                given = self._of(based, x, context, value, mask)
                 base = iter(self._clips(self.original(*given, transformer_options=transformer_options)))
             if any(own):
-                ours = iter(self._clips(self._ours(self._pick(x, own), self._pick(context, own), transformer_options)))
+                ours = iter(self._clips(self._ours(*self._of(own, x, context, value), transformer_options)))
         made = [
             (next(ours) + share * next(base) if share else next(ours)) if mine else next(base) for mine in own
         ]
@@ -187,19 +195,27 @@ class Cross:
     def _clips(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(self.adapted.frames)
 
-    def _pick(self, x: Tensor | None, clips: list[bool]) -> Tensor | None:
-        """The rows of these clips, of a tensor with rows for all."""
-        if x is None or all(clips) or len(x) != self.adapted.frames * len(clips):
-            return x
-        return torch.cat([rows for rows, chosen in zip(self._clips(x), clips, strict=True) if chosen])
+    def _of(self, clips: list[bool], x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+        """The rows of these clips, of x and of the others that have as many rows."""
+        count = self.adapted.frames * len(clips)
+        if x.shape[:2] != (count, math.prod(self.size)):  # by attention couple
+            expected = (count, math.prod(self.size))
+            raise ValueError(f"{BESIDE} cross-attention run on {(*x.shape[:2],)} in place of {expected}")
 
-    def _ours(self, x: Tensor, context: Tensor, options: dict) -> Tensor:
+        def rows(part: Tensor | None) -> Tensor | None:
+            if part is None or all(clips) or len(part) != count:
+                return part
+            return torch.cat([own for own, picked in zip(self._clips(part), clips, strict=True) if picked])
+
+        return [rows(part) for part in (x, *others)]
+
+    def _ours(self, x: Tensor, context: Tensor, value: Tensor | None, options: dict) -> Tensor:
         """The adapters' output for clips x [(B F), L, C] with the positive prompt."""
         adapted, watch = self.adapted, options.get(WATCH)
         x = x.unflatten(0, (-1, adapted.frames)).unflatten(2, self.size)  # B F h w C
-        context = context[:: adapted.frames]
+        given = [(context if part is None else part)[:: adapted.frames] for part in (context, value)]
         numbers = range(len(self.parts))
-        keys = [self._keys(number, context) for number in numbers]
+        keys = [self._keys(number, *given) for number in numbers]
         settings = [one.adapter.query for one in adapted.playing]
         queries = {query: self._queries(x, query) for query in dict.fromkeys(settings)}
         together = [list(numbers)] if adapted.mode == WEIGHTS else [[number] for number in numbers]
@@ -207,7 +223,7 @@ class Cross:
         for group in together:  # of adapters that share a softmax
             q = queries[settings[group[0]]]
             if watch:
-                watch(self, q, {number: keys[number][0] for number in group})
+                watch(self, q, {adapted.numbers[number]: keys[number][0] for number in group}, options)
             k, v = (torch.cat(each, dim=1) for each in zip(*(keys[number] for number in group), strict=True))
             y = self.base.to_out(attend(q.flatten(1, 3), k, v, self.base.heads)).view(q.shape)
             total = total + self._scaled_out(y, group)
@@ -236,21 +252,26 @@ class Cross:
             q = q + weight * added(part, "to_q_lora", x)
         return rotated_queries(query.positions, q)
 
-    def _keys(self, number: int, context: Tensor) -> Keys:
-        """Keys and values [B, n, C] of an adapter's prompt; in weights mode with its LoRA by its weight."""
-        one, (weight, part) = self.adapted.playing[number], self.parts[number]
+    def _keys(self, number: int, context: Tensor, value: Tensor) -> Keys:
+        """Keys and values [B, n, C] of an adapter's prompt; in weights mode with its LoRA by its weight.
+
+        An adapter without a prompt takes those of the sampler, which patches of other nodes may have changed.
+        """
+        one, (weight, part), batch = self.adapted.playing[number], self.parts[number], len(context)
         cache = self.adapted.cache if one.prompt is not None else None
-        if cache is not None and (self.place, number) in cache:
-            k, v = cache[self.place, number]
+        kept = self.place, number, self.adapted.frames
+        if cache is not None and kept in cache:
+            k, v = cache[kept]
         else:
-            e = context if one.prompt is None else to_device(one.prompt, context.device, context.dtype)
+            if one.prompt is not None:
+                context = value = to_device(one.prompt, context.device, context.dtype)
             scale = weight if self.adapted.mode == WEIGHTS else 1.0
-            k = self.base.to_k(e) + scale * added(part, "to_k_lora", e)
-            v = self.base.to_v(e) + scale * added(part, "to_v_lora", e)
+            k = self.base.to_k(context) + scale * added(part, "to_k_lora", context)
+            v = self.base.to_v(value) + scale * added(part, "to_v_lora", value)
             k, v = of_frames(one.adapter.query.positions, k, v, self.adapted.frames)
             if cache is not None:
-                cache[self.place, number] = k, v
-        return k.expand(len(context), -1, -1), v.expand(len(context), -1, -1)
+                cache[kept] = k, v
+        return k.expand(batch, -1, -1), v.expand(batch, -1, -1)
 
 
 class Temporal:
