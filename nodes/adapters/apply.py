@@ -14,7 +14,8 @@ from torch import Tensor
 from ...trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
 from ...trainers.backbones.animatediff.model import check_model
 from ...trainers.backbones.animatediff.motion_module import PART, norms_over_frames
-from ...trainers.conditions.adapters_at_work import MODES, RESIDUAL, Adapted, Playing
+from ...trainers.conditions.adapter_cross import MODES, RESIDUAL
+from ...trainers.conditions.adapters_at_work import Adapted, Playing
 from ..folders import I2V_ADAPTERS
 from ..hooked import Forward, hooked
 from ..wires import I2vAdaptersType

@@ -9,7 +9,8 @@ import torch
 from kinoloom.trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
 from kinoloom.trainers.ca_lora import CaLora, shapes_of
 from kinoloom.trainers.conditions.adapter import Adapter, Query, initialise, spatial_blocks, temporal_attentions
-from kinoloom.trainers.conditions.adapters_at_work import MODES, Adapted, Playing
+from kinoloom.trainers.conditions.adapter_cross import MODES
+from kinoloom.trainers.conditions.adapters_at_work import Adapted, Playing
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import Private, load_private
 from kinoloom.trainers.host.source import carried_files

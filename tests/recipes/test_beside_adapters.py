@@ -12,7 +12,8 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
 from kinoloom.trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
 from kinoloom.trainers.conditions.adapter import Query, spatial_blocks
-from kinoloom.trainers.conditions.adapters_at_work import MODES, Playing
+from kinoloom.trainers.conditions.adapter_cross import MODES
+from kinoloom.trainers.conditions.adapters_at_work import Playing
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from torch import Tensor
 
