@@ -16,6 +16,7 @@ OPTIONS = {
     "width": WIDTH, "height": HEIGHT, "frames": FRAMES, "first_frame_cond": "lamp", "shared_noise_ratio": 0.0,
     "use_dct_init": False, "dct_cutoff_ratio": 0.23, "dct_cutoff_shape": "rect", "analytic_variance": False, "seed": 5,
 }  # fmt: skip
+Predict = Callable[[Tensor, Tensor], Tensor]
 POSITIVE = [[random(1, 77, 768, name="positive"), {}]]
 NEGATIVE = [[random(1, 77, 768, name="negative"), {}]]
 
@@ -37,21 +38,44 @@ def sample(model: Any, noise: Any, sampler: Any, sigmas: Tensor, latent: dict[st
     return SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).result[0]["samples"]
 
 
-def plain_ddim(model: Any, x: Tensor, timesteps: list[int], after: Callable[[Tensor, int], Tensor]) -> Tensor:
+def plain_ddim(predict: Predict, x: Tensor, timesteps: list[int], after: Callable[[Tensor, int], Tensor]) -> Tensor:
     """DDIM on x_t of the frames that are not the picture, as its paper writes it, in the model's latent space."""
     alphas = first_frame.SCHEDULE.alphas_bar.double()
     for step, t in enumerate(timesteps):
         kept = alphas[t]
         following = alphas[timesteps[step + 1]] if step + 1 < len(timesteps) else torch.tensor(1.0)
-        context = POSITIVE[0][0].expand(len(x), -1, -1)
-        noise = model.model.diffusion_model(x.float(), torch.full((len(x),), t), context=context).double()
+        noise = predict(x.float(), torch.tensor([t])).double()
         clean = (x - (1 - kept).sqrt() * noise) / kept.sqrt()
         x = after(following.sqrt() * clean + (1 - following).sqrt() * noise, step)
     return x
 
 
+def by_unet(model: Any) -> Predict:
+    """Each frame alone."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        context = POSITIVE[0][0].expand(len(x), -1, -1)
+        return model.model.diffusion_model(x, t.expand(len(x)), context=context)
+
+    return predict
+
+
 def unchanged(x: Tensor, step: int) -> Tensor:
     return x
+
+
+def lamps_matching(clean: Tensor, begin: float) -> Callable[[Tensor, int], Tensor]:
+    """Frame 1 to the picture after step `begin`, and the others to it by then, one by one."""
+
+    def match(x: Tensor, step: int) -> Tensor:
+        x = x.clone()
+        if step > begin:
+            x[:1] = first_frame.adain(x[:1], clean)
+        for frame in range(1, len(x)):
+            x[frame] = first_frame.adain(x[frame : frame + 1], x[:1])[0]
+        return x
+
+    return match
 
 
 def by_hand(latent: dict[str, Tensor], deviation: float = 1.0, **options: Any) -> Tensor:

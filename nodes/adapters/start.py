@@ -21,7 +21,7 @@ CATEGORY = "Kinoloom/adapters"
 LAMP, CINEMO = "lamp", "cinemo"
 CELL = 8  # pixels of a side that are one latent
 LEVELS = first_frame.SCHEDULE.sigmas(1.0)  # noise levels of the timesteps 0..999
-OWN_SCHEDULE = f'Set beta_schedule of Apply Motion Module to "{KEEP}".'
+OWN_SCHEDULE = f'Use the model of Apply I2V Adapters, or set beta_schedule of Apply Motion Module to "{KEEP}".'
 
 
 @dataclass(frozen=True, kw_only=True)

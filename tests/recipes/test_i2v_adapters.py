@@ -11,6 +11,7 @@ import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.nodes.adapters.apply import ApplyI2vAdapters
 from kinoloom.nodes.adapters.loading import LoadI2vAdapter, LoadI2vAdapterFiles
+from kinoloom.nodes.adapters.matching import AdainSampler
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.nodes.animatediff.loras import with_motion_lora
 from kinoloom.nodes.folders import I2V_ADAPTERS
@@ -18,6 +19,8 @@ from kinoloom.trainers.ca_lora import CaLora
 from kinoloom.trainers.core.backbone import Grid
 from torch import Tensor
 
+from .. import first_frames
+from ..encoders import image_vae
 from ..rows import TEXT_WIDTH, random
 from ..runs import finish, load_animatediff, make_backbone, make_config, make_job
 
@@ -151,6 +154,33 @@ def test_what_does_not_fit_is_said(trained: Any, applied: Any, folder: Path, tin
         load_adapter("trained.safetensors", prompt="waterfall ")
     with pytest.raises(ValueError, match="file='none': expected an adapter of the list"):
         load_adapter("none")
+
+
+@pytest.mark.parametrize("options", [{}, {"first_frame_cond": "cinemo", "use_dct_init": True, "dct_cutoff_ratio": 0.4}])
+def test_a_video_is_what_the_originals_loop_makes(
+    trained: Any, applied: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """DDIM on all frames but the first, which the model sees clean, and AdaIN after every step."""
+    with torch.inference_mode():
+        vae, model = image_vae(tmp_path), apply(applied, load_adapter("trained.safetensors"))
+        sigmas = first_frames.levels(model, 4)
+        latent, noise = first_frames.start(vae, sigmas=sigmas, **options)
+        matching = AdainSampler.execute(comfy.samplers.sampler_object("euler"), 0.5).result[0]
+        made = first_frames.sample(model, noise, matching, sigmas, latent)
+    recipe = CaLora(make_backbone(applied, method=CaLora.name), trained.config)
+    recipe.load_state_dict(load(Path(trained.files["adapter"]))[0])
+    clean = latent["samples"][:1].clone() * 0.18215
+    batch = {"prompt_embeds": first_frames.POSITIVE[0][0], "start": latent["samples"][:1].clone()}
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return recipe.predict(torch.cat([clean, x]).movedim(0, 1)[None], t, batch)[0].movedim(1, 0)[1:]
+
+    with torch.no_grad():
+        matched = first_frames.lamps_matching(clean, 1.5)
+        x = first_frames.by_hand(latent, **options).clone()
+        expected = first_frames.plain_ddim(predict, x, [751, 501, 251, 1], matched)
+    assert torch.equal(made[0], latent["samples"][0])
+    torch.testing.assert_close(made[1:].double() * 0.18215, expected, rtol=0, atol=2e-3)
 
 
 def bare(tiny_models: Path) -> Any:

@@ -25,6 +25,7 @@ from ..first_frames import (
     SHAPE,
     WIDTH,
     by_hand,
+    by_unet,
     levels,
     picture,
     plain_ddim,
@@ -93,7 +94,7 @@ def test_grids_that_do_not_exist_are_refused(widgets: dict, message: str) -> Non
 
 def test_another_noise_schedule_is_refused(tiny_models: Path) -> None:
     assert len(levels(load_animatediff(tiny_models, beta_schedule=motion.KEEP))) == 7
-    with pytest.raises(ValueError, match=f'^model: .*Set beta_schedule of Apply Motion Module to "{motion.KEEP}"'):
+    with pytest.raises(ValueError, match=f'^model: .*Apply I2V Adapters, or set beta_schedule of Apply Motion Module to "{motion.KEEP}"'):
         levels(load_animatediff(tiny_models))
     flow = unet.load(tiny_models / "diffusion_models" / "tiny_sd.safetensors")
     flow.add_object_patch("model_sampling", comfy.model_sampling.ModelSamplingContinuousEDM())
@@ -142,7 +143,7 @@ def test_transparent_and_grey_pictures(vae: Any) -> None:
         ({"dct_cutoff_shape": "disc"}, "dct_cutoff_shape='disc': expected one of rect, tri"),
         ({"analytic_variance": True}, "sigmas: found none, expected noise levels"),
         ({"sigmas": torch.zeros(0)}, "sigmas: found an empty list, expected noise levels"),
-        ({"sigmas": torch.tensor([25.1, 0.0])}, "sigmas: start at 25.1000, expected above 0, at most 14.6146. Set beta"),
+        ({"sigmas": torch.tensor([25.1, 0.0])}, "sigmas: start at 25.1000, expected above 0, at most 14.6146. Use the model of"),
         ({"sigmas": torch.tensor([0.0])}, "sigmas: start at 0.0000, expected above 0"),
         ({"image": torch.zeros(3, 64, 64, 3)}, "image: found a batch of 3, expected one picture"),
     ],
@@ -200,7 +201,7 @@ def test_sampling_is_ddim_from_that_noise(vae: Any, model: Any, options: dict, c
     kept = float(first_frame.SCHEDULE.alphas_bar[timesteps[0]])
     deviation = math.sqrt(0.566 * kept + 1 - kept) if options.get("analytic_variance") else 1.0
     made = sample(model, noise, comfy.samplers.sampler_object("euler"), sigmas, latent)
-    expected = plain_ddim(model, by_hand(latent, deviation, **options), timesteps, unchanged)
+    expected = plain_ddim(by_unet(model), by_hand(latent, deviation, **options), timesteps, unchanged)
     assert expected.std() > 0.1
     torch.testing.assert_close(made[1:].double() * 0.18215, expected, rtol=0, atol=2e-4)
 
