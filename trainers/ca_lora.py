@@ -168,7 +168,7 @@ class CaLora(Recipe):
 
     def __init__(self, backbone: AnimateDiffI2v, config: Any) -> None:
         super().__init__(backbone, config)
-        unet, motion = backbone.unet, backbone.module["motion"]
+        unet, motion = backbone.unet, backbone.module.get_submodule("motion")
         if config.pooled_norms:
             backbone.pool_norms()
         shapes = shapes_of(config, unet, motion)

@@ -62,10 +62,6 @@ class Loras(nn.Module):
         lora = getattr(self, name)
         return 0.0 if lora is None else lora(x)
 
-    @property
-    def embedded_frames(self) -> int | None:
-        return None if self.motion_embed is None else len(self.motion_embed.weight)
-
 
 class ImagePart(nn.Module):
     """Attention of every frame to the first one. Projections without shapes are None: the base's are used."""
@@ -111,9 +107,9 @@ class Adapter(nn.Module):
         parts = self.get_submodule(kind)
         return parts._modules.get(place.replace(".", "/"))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state with the key names of a file."""
-        return {_file_key(key): value for key, value in self.state_dict(keep_vars=True).items()}
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters by the key names of a file."""
+        return {_file_key(key): value for key, value in self.named_parameters()}
 
     def load(self, tensors: dict[str, Tensor]) -> "Adapter":
         """Load a file's tensors of the same shapes. Layers on the device "meta" get the tensors themselves."""

@@ -61,7 +61,7 @@ class Cross:
             return None
         given = self._of(own, *(self.seen.pop(name) for name in ("to_q", "to_k", "to_v")))
         with self.inside():
-            ours = self._ours(*given, self.options)
+            ours = self._ours(*given, options=self.options)
             added = ours + (self.adapted.share - 1) * self.original(*given, transformer_options=self.options)
         each = iter(added.split(self.adapted.frames))
         return torch.cat([y + next(each) if mine else y for y, mine in zip(self._clips(output), own, strict=True)])
@@ -74,21 +74,23 @@ class Cross:
         own, share = self.adapted.positive, self.adapted.share
         based = [bool(share) or not mine for mine in own]
         with self.inside():
-            ours = base = iter(())
+            base: list[Tensor] = []
+            ours: list[Tensor] = []
             if any(based):
                 given = self._of(based, x, context, value, mask)
-                base = iter(self._clips(self.original(*given, transformer_options=transformer_options)))
+                base += self._clips(self.original(*given, transformer_options=transformer_options))
             if any(own):
-                ours = iter(self._clips(self._ours(*self._of(own, x, context, value), transformer_options)))
-        made = [
-            (next(ours) + share * next(base) if share else next(ours)) if mine else next(base) for mine in own
-        ]
+                ours += self._clips(self._ours(*self._of(own, x, context, value), options=transformer_options))
+        made = []
+        for mine in own:
+            y = ours.pop(0) if mine else base.pop(0)
+            made.append(y + share * base.pop(0) if mine and share else y)
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def _clips(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(self.adapted.frames)
 
-    def _of(self, clips: list[bool], x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    def _of(self, clips: list[bool], x: Tensor, *others: Tensor | None) -> list[Any]:
         """The rows of these clips, of x and of the others that have as many rows."""
         count = self.adapted.frames * len(clips)
         if x.shape[:2] != (count, math.prod(self.size)):  # by attention couple
@@ -102,7 +104,7 @@ class Cross:
 
         return [rows(part) for part in (x, *others)]
 
-    def _ours(self, x: Tensor, context: Tensor, value: Tensor | None, options: dict) -> Tensor:
+    def _ours(self, x: Tensor, context: Tensor, value: Tensor | None, *, options: dict) -> Tensor:
         """The adapters' output for clips x [(B F), L, C] with the positive prompt."""
         adapted, watch = self.adapted, options.get(WATCH)
         x = x.unflatten(0, (-1, adapted.frames)).unflatten(2, self.size)  # B F h w C
@@ -112,7 +114,7 @@ class Cross:
         settings = [one.adapter.query for one in adapted.playing]
         queries = {query: self._queries(x, query) for query in dict.fromkeys(settings)}
         together = [list(numbers)] if adapted.mode == WEIGHTS else [[number] for number in numbers]
-        total: Tensor | float = 0.0
+        total = x.new_zeros(())
         for group in together:  # of adapters that share a softmax
             q = queries[settings[group[0]]]
             if watch:

@@ -139,7 +139,7 @@ class Temporal:
     def _attended(self, x: Tensor, parts: Parts, projected: dict[str, Tensor]) -> Tensor:
         for weight, part in parts:
             if part is not None and part.motion_embed is not None:
-                x, projected = x + weight * self._embedding(part, x), {}
+                x, projected = x + weight * self._embedding(part.motion_embed, x), {}
 
         def projection(name: str) -> Tensor:
             if name not in projected:
@@ -157,8 +157,8 @@ class Temporal:
                 y = y + share * weight * added(part, "to_out_lora", o)
         return y
 
-    def _embedding(self, part: Loras, x: Tensor) -> Tensor:
-        frames, known = x.shape[1], part.embedded_frames or 0
+    def _embedding(self, embed: Any, x: Tensor) -> Tensor:
+        frames, known = x.shape[1], len(embed.weight)
         if frames > known:
             raise ValueError(f"an adapter's motion embedding has {known} frames, this clip has {frames}")
-        return part.motion_embed(torch.arange(frames, device=x.device)).to(x)
+        return embed(torch.arange(frames, device=x.device)).to(x)
