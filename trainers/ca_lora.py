@@ -1,10 +1,11 @@
-"""One motion of clips as an adapter that animates a still image (Li et al. 2025, arXiv 2512.20000, first version).
+"""One motion of clips as an adapter that animates a still image, after an early form of Li et al. (arXiv 2512.20000).
 
 An I2V-Adapter (arXiv 2312.16693) makes every frame look at the first one, a motion LoRA learns the motion, and CA-LoRA
 ties both to the words of a prompt. Several adapters, each with its own prompt, then animate one image.
 
 Defaults that differ from the original's: 3000 steps at a learning rate of 1e-4 in place of 30000 at 1e-5, which move
-AdamW's weights as far in a tenth of the time; no gradient accumulation, mixed precision as in this pack.
+AdamW's weights as far in a tenth of the time; stride 1 in place of 4, because clips are encoded at few frames per
+second; AdamW in fp32 in place of its form in 8 bits, which needs another library.
 """
 
 from collections.abc import Iterator
