@@ -112,7 +112,7 @@ def test_defaults_and_names_of_any_language_are_queued(node_id: str) -> None:
         ("KinoloomI2vStart", {"first_frame_cond": "svd"}, "first_frame_cond='svd': expected one of lamp, cinemo"),
         ("KinoloomI2vStart", {"dct_cutoff_shape": "disc"}, "dct_cutoff_shape: 'disc' not in ['rect', 'tri']"),
         ("KinoloomI2vSigmas", {"steps": ["any", 0], "cil_ratio": 0.9}, ""),
-        ("KinoloomI2vSigmas", {"steps": 90, "cil_ratio": 0.05}, "steps=90: expected 1..50, as cil_ratio=0.05 has timesteps"),
+        ("KinoloomI2vSigmas", {"steps": 90, "cil_ratio": 0.05}, "steps=90: expected 1..50 for cil_ratio=0.05"),
         ("KinoloomAdainSampler", {}, ""),
         ("KinoloomAdainSampler", {"first_frame_from": 1.5}, "Value 1.5 bigger than max of 1.0: first_frame_from"),
     ],

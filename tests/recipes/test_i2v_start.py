@@ -79,7 +79,7 @@ def test_a_lower_ratio_starts_at_less_noise(model: Any) -> None:
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        ({"steps": 600, "cil_ratio": 0.5}, "steps=600: expected 1..500, as cil_ratio=0.5 has timesteps"),
+        ({"steps": 600, "cil_ratio": 0.5}, "steps=600: expected 1..500 for cil_ratio=0.5"),
         ({"steps": 10, "cil_ratio": 1.5}, "cil_ratio=1.5: expected above 0, at most 1"),
         ({"cil_ratio": 0.0}, "cil_ratio=0.0: expected above 0"),
         ({"steps": 0}, "steps=0: expected 1..999"),

@@ -22,11 +22,11 @@ def ddim_timesteps(steps: int, cil_ratio: float = 1.0) -> Tensor:
     """DDIM's timesteps from high to low [steps] (diffusers' "leading", steps_offset 1), times the ratio and rounded.
 
     50 steps and ratio 1 are 981, 961, ..., 1. A ratio below 1 starts at less noise, against still videos (Zhao et al.
-    2024, arXiv 2406.15735, section 4.1). ValueError if there are more steps than timesteps.
+    2024, arXiv 2406.15735). ValueError if there are more steps than timesteps.
     """
     most = min(SCHEDULE.steps // math.ceil(1 / cil_ratio), SCHEDULE.steps - 1)
     if not 1 <= steps <= most:
-        raise ValueError(f"steps={steps}: expected 1..{most}, as cil_ratio={cil_ratio:g} has timesteps")
+        raise ValueError(f"steps={steps}: expected 1..{most} for cil_ratio={cil_ratio:g}")
     grid = torch.arange(steps, dtype=torch.float64).flip(0) * (SCHEDULE.steps // steps) + 1
     return (cil_ratio * grid + 0.5).long()
 
