@@ -182,7 +182,7 @@ def test_nodes_that_regroup_tokens_of_self_attention_are_named(backbone: Animate
         with patched(backbone, **patches):
             backbone.transformer_options["original_shape"] = [6, 4, 8, 16]
             del backbone.transformer_options["optimized_attention_override"]  # samplers have none; HyperTile needs that
-            with pytest.raises(ValueError, match=rf"^model: I2V adapters cannot work beside a node that makes self-attention run on {found} in place of \(6, 128\)$"):
+            with pytest.raises(ValueError, match=rf"^model: I2V adapters cannot work beside a node that regroups the tokens of self-attention, such as ToMe or HyperTile: found {found}, expected \(6, 128\)$"):
                 run(playing)
             assert run(plain).isfinite().all()
 
@@ -191,7 +191,7 @@ def test_a_node_that_repeats_the_batch_of_cross_attention_is_named(backbone: Ani
     """As attention couple does, which runs several prompts over masks."""
     repeat = lambda n, context, value, extra: tuple(torch.cat([part, part]) for part in (n, context, value))  # noqa: E731
     whole = lambda n, extra: sum(n.chunk(2)) / 2  # noqa: E731
-    message = r"^model: I2V adapters cannot work beside a node that makes cross-attention run on \(12, 128\) in place of \(6, 128\)$"
+    message = r"^model: I2V adapters cannot work beside a node that regroups the tokens of cross-attention, such as attention couple: found \(12, 128\), expected \(6, 128\)$"
     for replace in ({}, {"attn2": ImageTokens(64)}):
         with patched(backbone, replace, attn2_patch=[repeat], attn2_output_patch=[whole]), pytest.raises(ValueError, match=message):
             run(Playing(make_adapter(backbone, "a")))

@@ -13,7 +13,7 @@ from .adapter_positions import of_frames, rotated_queries, with_positions
 
 MODES = RESIDUAL, WEIGHTS = ("residual", "weights")
 WATCH = "kinoloom_attention"  # the name in transformer_options of what sees queries and keys
-BESIDE = "model: I2V adapters cannot work beside a node that makes"
+BESIDE = "model: I2V adapters cannot work beside a node that regroups the tokens of"
 
 Keys = tuple[Tensor, Tensor]
 
@@ -93,9 +93,9 @@ class Cross:
     def _of(self, clips: list[bool], x: Tensor, *others: Tensor | None) -> list[Any]:
         """The rows of these clips, of x and of the others that have as many rows."""
         count = self.adapted.frames * len(clips)
-        if x.shape[:2] != (count, math.prod(self.size)):  # by attention couple
-            expected = (count, math.prod(self.size))
-            raise ValueError(f"{BESIDE} cross-attention run on {(*x.shape[:2],)} in place of {expected}")
+        if x.shape[:2] != (expected := (count, math.prod(self.size))):
+            found = (*x.shape[:2],)
+            raise ValueError(f"{BESIDE} cross-attention, such as attention couple: found {found}, expected {expected}")
 
         def rows(part: Tensor | None) -> Tensor | None:
             if part is None or all(clips) or len(part) != count:

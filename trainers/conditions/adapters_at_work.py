@@ -31,9 +31,9 @@ class Adapted:
     """Applies adapters inside the `with` block. `frames`: the length of a clip. `positive`: for each clip of the batch,
     whether it has the positive prompt; the others keep the base's cross-attention.
 
-    residual: each adapter makes the output of a layer on its own, and they are averaged by their weights w; what is
-    missing to a sum of 1 comes from the base. weights: low-rank updates are added by w, and one softmax runs over the
-    tokens of all prompts. The I2V-Adapters' outputs are added by w in both. Adapters of weight 0 are left out.
+    residual: the output of a layer is computed with each adapter alone, and averaged by their weights w. If these do
+    not sum to 1, the base has the rest of the weight. weights: low-rank updates are added by w, and one softmax runs
+    over the tokens of all prompts. The I2V-Adapters' outputs are added by w in both. Adapters of weight 0 are left out.
     `cache` keeps the keys and values of prompts, which do not change while a sampler runs.
     """
 
@@ -105,8 +105,9 @@ class FirstFrame:
 
     def _add(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         seen = self.seen.pop()
-        if output.shape != seen.shape:  # by ToMe or HyperTile
-            raise ValueError(f"{BESIDE} self-attention run on {(*output.shape[:2],)} in place of {(*seen.shape[:2],)}")
+        if output.shape != seen.shape:
+            found, expected = (*output.shape[:2],), (*seen.shape[:2],)
+            raise ValueError(f"{BESIDE} self-attention, such as ToMe or HyperTile: found {found}, expected {expected}")
         n = seen.unflatten(0, (-1, self.adapted.frames))  # clips F L C
         attended: dict[tuple, Tensor] = {}  # adapters that keep the base's projections share it
         for weight, part in self.parts:
