@@ -9,7 +9,7 @@ import folder_paths
 LORAS, DIFFUSION_MODELS, DIFFUSERS = "loras", "diffusion_models", "diffusers"
 MOTION_MODELS, MOTION_LORAS = "animatediff_models", "animatediff_motion_lora"  # the folders of AnimateDiff-Evolved too
 TRACKLET_CONTROL = "tracklet_control"
-I2V_ADAPTERS = "i2v_adapters"
+I2V_ADAPTERS, EMBEDDINGS = "i2v_adapters", "embeddings"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ FOLDERS = {
     MOTION_LORAS: ModelFolder(added=True, has_loras=True),
     TRACKLET_CONTROL: ModelFolder(added=True),
     I2V_ADAPTERS: ModelFolder(added=True),
+    EMBEDDINGS: ModelFolder(),
 }
 WRITTEN = tuple(name for name, folder in FOLDERS.items() if folder.written)
 

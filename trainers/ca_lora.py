@@ -33,21 +33,22 @@ from .conditions.adapter_bases import basis, columns_of, read_basis
 from .conditions.adapter_positions import MODES, NONE
 from .conditions.adapters_at_work import Adapted, Playing
 from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PREVIEW_START, PROMPT
+from .conditions.word import KEY, LearnedWord, WordConfig
 from .core.backbone import Grid
-from .core.config import TrainConfig, knob, naming
+from .core.config import knob, naming
 from .core.cutting import cut_clips
 from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior, masked_mse
-from .core.recipe import Export, Phase, Recipe
+from .core.recipe import Export, ModelInput, Phase, Recipe
 from .core.rng import Rng
 from .core.transfer import to_device
 from .host.layers import OPERATIONS, make_private
 from .host.weights import extremes, require_finite
 
 PHASE = "clips"
-MOTION, ADAPTER = "motion", "adapter"
-FOLDER, MOTION_FOLDER = "i2v_adapters", "animatediff_motion_lora"
+MOTION, WORD, ADAPTER = "motion", "word", "adapter"
+FOLDER, MOTION_FOLDER, WORD_FOLDER = "i2v_adapters", "animatediff_motion_lora", "embeddings"
 NEGATIVE = "negative"  # in a batch: its prompt is the negative one
 
 
@@ -63,9 +64,13 @@ class CaLora(Recipe):
     backbone_class = AnimateDiffI2v
     columns = (LATENTS, PROMPT, MASK)
     previews = (PREVIEW_PROMPT, PREVIEW_START)
+    models = (
+        ModelInput(),
+        ModelInput("clip", "The model's text encoder, if word_to_learn is set.", True, "word_to_learn"),
+    )
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(TrainConfig):
+    class Config(WordConfig):
         steps: int = knob(
             3000, "Optimizer steps. The original makes 5000 to 30000, at 1e-5 in place of 1e-4.", min=1, max=1_000_000
         )
@@ -178,6 +183,7 @@ class CaLora(Recipe):
         if config.oa_bin >= 0:
             self._freeze_bases(adapter)
         self.adapter = adapter.to(backbone.device)
+        self.word = LearnedWord(backbone.text_encoder, config) if config.word_to_learn else None
         if config.start_from:
             self._start_from(Path(config.start_from))
         self.adapted = Adapted(unet, motion, [Playing(self.adapter)]).__enter__()  # never left: the model is private
@@ -200,7 +206,7 @@ class CaLora(Recipe):
     def _start_from(self, file: Path) -> None:
         with naming("start_from", self.config.start_from):
             tensors, _ = load(file)
-            fill(self.adapter.tensors(), tensors, "its parts are not those of this run")
+            fill(self._trained(), tensors, "its parts are not those of this run")
             require_finite(extremes(self.adapter), "the adapter")
 
     @classmethod
@@ -215,7 +221,9 @@ class CaLora(Recipe):
     def exports(config: Any, data: TrainingData) -> dict[str, Export]:
         motion = Export("the motion LoRA alone, for Load Motion LoRA", PHASE, "lora", "whole", MOTION_FOLDER)
         adapter = Export("the adapter, for Load I2V Adapter", PHASE, "module", "whole", FOLDER)
-        return {**({MOTION: motion} if config.train_temporal else {}), ADAPTER: adapter}
+        word = Export("the learned word, for prompts: embedding:<name>", PHASE, "module", "whole", WORD_FOLDER)
+        made = {MOTION: config.train_temporal, WORD: config.word_to_learn, ADAPTER: True}
+        return {name: export for name, export in {MOTION: motion, WORD: word, ADAPTER: adapter}.items() if made[name]}
 
     def start(self, phase: Phase) -> None:
         self.adapter.requires_grad_(True)
@@ -223,11 +231,15 @@ class CaLora(Recipe):
             lora.up.weight.requires_grad_(False)
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
-        trained = [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self._trained().values() if parameter.requires_grad]
         return [{"params": trained, "lr": self.config.learning_rate}]
 
     def losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
-        return concept_and_prior(self._loss, batch, rng, self.config.prior_weight)
+        """Of the clips, and of prior clips, whose own captions never have the learned word."""
+        return concept_and_prior(self._loss, self._worded(batch), rng, self.config.prior_weight)
+
+    def _worded(self, batch: Batch) -> Batch:
+        return self.word.instead_of_captions(batch) if self.word else batch
 
     def _loss(self, batch: Batch, rng: Rng) -> Tensor:
         """MSE on the noise of frames 1 and later; the noise of each frame is its own."""
@@ -242,7 +254,8 @@ class CaLora(Recipe):
 
     def predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """`batch` holds `start` [B, 4, h, w], the first frame's latents as the VAE gives them."""
-        return self._predict(noisy_latents, t, {**batch, "first_frame": self.backbone.first_frame(batch["start"])})
+        given = batch if NEGATIVE in batch else self._worded(batch)
+        return self._predict(noisy_latents, t, {**given, "first_frame": self.backbone.first_frame(batch["start"])})
 
     def _predict(self, noisy_latents: Tensor, t: Tensor, batch: Batch) -> Tensor:
         self.adapted.frames = noisy_latents.shape[2]
@@ -254,18 +267,26 @@ class CaLora(Recipe):
         return {**super().unconditional(batch), NEGATIVE: True}
 
     def export(self, name: str) -> dict[str, Tensor]:
-        """The adapter with the original's names; the motion LoRA with its scale in `up`, as AnimateDiff's have it."""
-        tensors = {key: value.detach().cpu() for key, value in self.adapter.tensors().items()}
+        """The adapter with the original's names; the motion LoRA with its scale in `up`, as AnimateDiff's have it.
+
+        The word's row [1, 768] under the word, as diffusers has it; core takes any name of a single tensor.
+        """
+        tensors = {key: value.detach().cpu() for key, value in self._trained().items()}
         if name == ADAPTER:
             return tensors
+        if name == WORD:
+            return {self.config.word_to_learn: tensors[KEY]}
         scale = self.adapter.alpha / self.config.rank
+        tensors.pop(KEY, None)
         motion = {key: value for key, value in tensors.items() if split(key)[0] == "temporal" and "_lora." in key}
         return {key: value * scale if key.endswith("up.weight") else value for key, value in motion.items()}
 
     def metadata(self, name: str) -> dict[str, str]:
         c = self.config
-        kind = "i2v-adapter" if name == ADAPTER else "motion-lora"
+        kind = {MOTION: "motion-lora", WORD: "textual-inversion", ADAPTER: "i2v-adapter"}[name]
+        word = self.word.metadata(c.trigger_words) if self.word and name != MOTION else {}
         return {
+            **word,
             "modelspec.architecture": f"stable-diffusion-v1/{kind}",
             "ss_base_model_version": "sd_v1",
             "kinoloom.motion_module": self.backbone.layout.version,
@@ -280,11 +301,14 @@ class CaLora(Recipe):
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        return copied(self.adapter.tensors())
+        return copied(self._trained())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError if the state is for another architecture."""
-        fill(self.adapter.tensors(), state, "adapter state: layers do not match")
+        fill(self._trained(), state, "adapter state: layers do not match")
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {**self.adapter.tensors(), **({KEY: self.word.row} if self.word else {})}
 
 
 def shapes_of(config: Any, unet: nn.Module, motion: nn.Module) -> Shapes:

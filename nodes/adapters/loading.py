@@ -11,13 +11,14 @@ from torch import Tensor
 from ...lora_io.adapter_files import AdapterFiles, merge_image_loras, read_adapter
 from ...trainers.conditions.adapter import Adapter, Query
 from ...trainers.conditions.adapter_positions import MODES, NONE
+from ...trainers.conditions.word import KEY, WORD
 from ..folders import I2V_ADAPTERS
 from ..hooked import as_loaded, patcher_of
 from ..training.registry import trained_file
 from ..widgets import NO_FILE, files_state, model_file
 from ..wires import I2vAdaptersType
+from .words import tokenize
 
-WORD = "word"  # the key of a learned word in a file
 UNSAID = 0.0  # alpha that no file says
 PARTS = ("i2v_file", "motion_file", "cross_file")
 
@@ -40,7 +41,7 @@ class Loaded:
 
 def load(files: AdapterFiles, alpha: float, query: Query) -> Any:
     """A patcher of the adapter in some files."""
-    tensors = {key: value for key, value in merge_image_loras(files.tensors, alpha).items() if key != WORD}
+    tensors = {key: value for key, value in merge_image_loras(files.tensors, alpha).items() if key != KEY}
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     return patcher_of(Adapter(shapes, alpha, query, **as_loaded(tensors)).load(tensors))
 
@@ -54,8 +55,14 @@ def with_prompt(
         return Loaded(name, patcher, weight, None, "", None, files.metadata)
     if clip is None:
         raise ValueError(f"prompt={text!r}: expected clip connected, which encodes it")
-    tokens = clip.tokenize(text)
+    tokens = tokenize(clip, text, learned_words(files))
     return Loaded(name, patcher, weight, clip.encode_from_tokens(tokens), text, tokens, files.metadata)
+
+
+def learned_words(files: AdapterFiles) -> dict[str, Tensor]:
+    """The word that an adapter has learned, with its vector [1, 768]; empty if it has none."""
+    word = files.metadata.get(WORD)
+    return {word: files.tensors[KEY]} if word and KEY in files.tensors else {}
 
 
 def chosen(option: str, name: str) -> Path | None:

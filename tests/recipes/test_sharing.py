@@ -19,6 +19,7 @@ import folder_paths
 import pytest
 from kinoloom.lora_io.file import SaveError
 from kinoloom.nodes import folders
+from kinoloom.nodes.adapters import loading as adapter_files
 from kinoloom.nodes.animatediff import loras as motion_loras
 from kinoloom.nodes.tracklets import control
 from kinoloom.nodes.training import ending
@@ -351,7 +352,12 @@ LISTED = {
     folders.DIFFUSION_MODELS: lambda: nodes.UNETLoader.INPUT_TYPES()["required"]["unet_name"][0],
     folders.MOTION_LORAS: lambda: options_of(motion_loras.LoadMotionLora, "lora_name"),
     folders.TRACKLET_CONTROL: lambda: options_of(control.LoadTrackletControl, "file"),
+    folders.I2V_ADAPTERS: lambda: options_of(adapter_files.LoadI2vAdapter, "file"),
+    folders.EMBEDDINGS: lambda: folder_paths.get_filename_list(folders.EMBEDDINGS),
 }  # what the loader of each folder offers
+
+
+WORD = {"word_to_learn": "fog_new", "initializer_token": "fog"}
 
 
 def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
@@ -359,7 +365,8 @@ def test_every_file_of_every_method_goes_where_a_loader_looks() -> None:
     written = set()
     for recipe in recipes().values():
         choices = [(name, choice) for name, f in recipe.Config.__dataclass_fields__.items() for choice in f.metadata["choices"]]
-        for options in ({}, *({name: choice} for name, choice in choices)):
+        words = [WORD] if WORD.keys() <= recipe.Config.__dataclass_fields__.keys() else []
+        for options in ({}, *words, *({name: choice} for name, choice in choices)):
             with suppress(ValueError):  # a choice that needs another option too
                 exports = recipe.exports(recipe.Config(**options), NO_DATA)
                 written |= {export.folder for export in exports.values()}

@@ -127,8 +127,9 @@ class LearnedWord(nn.Module):
         return self.encoder.encode(put_names(self.text, [self.word]), {name_of(self.word): self.row})
 
     def instead_of_captions(self, batch: Batch) -> Batch:
-        """A batch whose clips, [B, ...] of `latents`, all have this prompt: prompt_embeds [B, 77, 768]."""
-        own = self.encode().expand(len(batch["latents"]), -1, -1)
+        """A batch whose B clips have this prompt: [B, 77, 768], or [B, 1, 77, 768] where captions have variants."""
+        captions, own = batch["prompt_embeds"], self.encode()
+        own = own.view(*[1] * (captions.ndim - 2), *own.shape[1:]).expand(len(captions), *[-1] * (captions.ndim - 1))
         return {**{name: value for name, value in batch.items() if name != "prompt_length"}, "prompt_embeds": own}
 
     def metadata(self, trigger_words: str) -> dict[str, str]:

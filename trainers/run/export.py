@@ -29,7 +29,10 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         if export.phase != phase.name:
             continue
         label = f"{name}-best" if best else name
-        path = Path(spec.outputs[export.folder]) / f"{spec.run_name}-{label}-{record.done:06d}.safetensors"
+        start = f"{spec.run_name}-{label}-"
+        if export.folder == "embeddings":
+            start = start.replace(" ", "_")  # a name in a prompt ends at a space
+        path = Path(spec.outputs[export.folder]) / f"{start}{record.done:06d}.safetensors"
         metadata = describe(
             recipe=spec.recipe,
             export=name,
@@ -45,7 +48,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
         earlier, record.files[label] = record.files.get(label), str(path)
         if best and earlier:
-            _drop(Path(earlier), path, f"{spec.run_name}-{label}-")
+            _drop(Path(earlier), path, start)
         yield Saved(name, str(path), record.done, best)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ...core.schedules import Ddpm
 from ...core.transfer import to_device
+from ...host.private import Private
+from ...host.text import TextEncoder
 from .model import AnimateDiff
 from .motion_module import norms_over_frames
 
@@ -19,6 +21,10 @@ class AnimateDiffI2v(AnimateDiff):
     """
 
     schedule = Ddpm(root=True)
+
+    def __init__(self, models: dict[str, Private], *others: Any) -> None:
+        super().__init__(models, *others)
+        self.text_encoder = TextEncoder(models["clip"].model) if "clip" in models else None
 
     def pool_norms(self) -> None:
         """Compute the group norms of ResBlocks and of the output over all frames, for good. The first frame counts too.
