@@ -30,10 +30,10 @@ class StartOptions:
 
     width: int = knob(512, "Width of the video in pixels, a multiple of 8.", min=64, max=4096, step=8)
     height: int = knob(320, "Height of the video in pixels, a multiple of 8.", min=64, max=4096, step=8)
-    frames: int = knob(16, "Frames of the video with the picture, first 16.", min=2, max=1024)
+    frames: int = knob(16, "Frames of the video with the image, first 16.", min=2, max=1024)
     first_frame_cond: str = knob(
         LAMP,
-        "lamp: the other frames begin as noise. cinemo: they begin as the picture with much noise, which keeps its "
+        "lamp: the other frames begin as noise. cinemo: they begin as the image with much noise, which keeps its "
         "layout and calms the motion.",
         choices=(LAMP, CINEMO),
     )
@@ -41,7 +41,7 @@ class StartOptions:
         0.0, "Share of noise that is the same in all frames. Try 0.05 or 0.2 against flicker.", min=0.0, max=1.0
     )
     use_dct_init: bool = knob(
-        False, "Take only the low frequencies from the picture, for cinemo: freer motion, steady colours."
+        False, "Take only the low frequencies from the image, for cinemo: freer motion, steady colours."
     )
     dct_cutoff_ratio: float = knob(
         0.23, "Share of the frequencies along each side that count as low, for use_dct_init.", min=0.0, max=1.0,
@@ -89,7 +89,7 @@ class I2vStart(io.ComfyNode):
             node_id="KinoloomI2vStart",
             display_name="I2V Start",
             category=CATEGORY,
-            description="Starts a video from a picture: latents whose first frame stays the picture, and the first "
+            description="Starts a video from an image: latents whose first frame stays the image, and the first "
             "noise of the other frames.",
             search_aliases=["image to video", "first frame", "cinemo", "dctinit", "shared noise"],
             inputs=[
@@ -148,7 +148,7 @@ def keep_frames(
 def encode_picture(image: Tensor, vae: Any, size: StartOptions) -> Tensor:
     """The unscaled latent [1, 4, h, w] of an image [1, H, W, C], cropped as training clips are."""
     if len(image) != 1:
-        raise ValueError(f"image: found a batch of {len(image)}, expected one picture")
+        raise ValueError(f"image: found a batch of {len(image)}, expected one image")
     pixels = fit(next(from_tensor("image", image, 1.0).frames([0])), size.width, size.height)
     latents = encode_pixels(vae, pixels.unsqueeze(0)).movedim(1, 0)
     found, expected = tuple(latents.shape), (1, 4, size.height // CELL, size.width // CELL)

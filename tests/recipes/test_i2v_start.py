@@ -145,7 +145,7 @@ def test_transparent_and_grey_pictures(vae: Any) -> None:
         ({"sigmas": torch.zeros(0)}, "sigmas: found an empty list, expected noise levels"),
         ({"sigmas": torch.tensor([25.1, 0.0])}, "sigmas: start at 25.1000, expected above 0, at most 14.6146. Use the model of"),
         ({"sigmas": torch.tensor([0.0])}, "sigmas: start at 0.0000, expected above 0"),
-        ({"image": torch.zeros(3, 64, 64, 3)}, "image: found a batch of 3, expected one picture"),
+        ({"image": torch.zeros(3, 64, 64, 3)}, "image: found a batch of 3, expected one image"),
     ],
 )
 def test_a_start_that_cannot_be_made_is_refused(vae: Any, options: dict, message: str) -> None:
