@@ -72,7 +72,7 @@ def read_adapter(*paths: Path) -> AdapterFiles:
             found, own = _read(file)
             for key in found.keys() & tensors.keys():
                 if not torch.equal(found[key], tensors[key]):
-                    raise ValueError(f"{key} is another one than in the file before, expected files of one adapter")
+                    raise ValueError(f"{key} has other values in two of these files, expected files of one adapter")
             described = file.metadata() or {}
             own |= _stored_alpha(described, found)
         tensors, metadata, alphas = tensors | found, described | metadata, alphas | own

@@ -30,7 +30,7 @@ class StartOptions:
 
     width: int = knob(512, "Width of the video in pixels, a multiple of 8.", min=64, max=4096, step=8)
     height: int = knob(320, "Height of the video in pixels, a multiple of 8.", min=64, max=4096, step=8)
-    frames: int = knob(16, "Frames of the video with the image, first 16.", min=2, max=1024)
+    frames: int = knob(16, "Frames of the video, with the image: 16, as in training.", min=2, max=1024)
     first_frame_cond: str = knob(
         LAMP,
         "lamp: the other frames begin as noise. cinemo: they begin as the image with much noise, which keeps its "
