@@ -112,8 +112,8 @@ class ApplyMotionModule(io.ComfyNode):
                     options=[LINEAR, KEEP],
                     default=LINEAR,
                     advanced=True,
-                    tooltip="Noise schedule for sampling. Motion modules are trained with the linear one, I2V adapters with "
-                    "the model's own.",
+                    tooltip="Noise schedule for sampling. Motion modules are trained with the linear one, I2V adapters "
+                    "with the model's own.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For samplers, motion LoRA loaders, Apply I2V Adapters and Train nodes.")],

@@ -108,7 +108,9 @@ class SampleI2v(PromptedNode):
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of the model that is trained."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model that is trained."),
-                io.Image.Input("images", tooltip="One or more first frames. Images that are not in the clips show most."),
+                io.Image.Input(
+                    "images", tooltip="One or more first frames. Images that are not in the clips show most."
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
