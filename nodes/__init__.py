@@ -11,7 +11,7 @@ from . import (
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from .adapters import apply, loading, matching, start
+from .adapters import apply, loading, maps, matching, start
 from .animatediff import loras, modules
 from .data import nodes as data_nodes
 from .data import svd_nodes
@@ -23,7 +23,7 @@ from .training import previews, registry, result, routes, train
 # In the order in which ComfyUI lists them.
 WITH_NODES = (
     *(data_nodes, svd_nodes, previews, train, result, modules, loras),
-    *(loading, apply, start, matching),
+    *(loading, apply, start, matching, maps),
     *(convert, tracklet_nodes, control),
 )
 

@@ -79,6 +79,7 @@ class ApplyI2vAdapters(io.ComfyNode):
         patchers = [one.patcher for one in adapters if one.weight]
         applied = hooked(model, I2V_ADAPTERS, patchers, "adapters", run.at_work)
         applied = first_frame_kept(applied, run)
+        applied.set_attachments(I2V_ADAPTERS, adapters)
         said = [*findings(adapters), *keep_schedule(applied)]
         for text in said:
             logging.warning("Kinoloom: %s", text)
@@ -120,6 +121,8 @@ def first_frame_kept(model: Any, run: Run) -> Any:
     def sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run.first = first_of(executor.class_obj.model_patcher.model, latent, args[2])
         run.cache.clear()
+        for text in unreached(executor.class_obj, run.adapters):
+            logging.warning("Kinoloom: %s", text)
         try:
             return keep_frames(executor, noise, latent, *args, **kwargs)
         finally:
@@ -194,6 +197,21 @@ def findings(adapters: tuple[Loaded, ...]) -> list[str]:
     for number in bins.keys() - {"-1"}:
         if len(names := bins[number]) > 1:
             said.append(f"{', '.join(names)}: trained with the same oa_bin {number}, so they are not orthogonal.")
+    return said
+
+
+def unreached(guider: Any, adapters: tuple[Loaded, ...]) -> list[str]:
+    """What other nodes did to a guider's model or prompts that does not reach adapters."""
+    said, playing = [], [one for one in adapters if one.weight]
+    patches = guider.model_options.get("transformer_options", {}).get("patches", {})
+    if patches.get("attn2_patch") and any(one.prompt is not None for one in playing):
+        said.append(
+            "Another node patches the prompts of cross-attention (attn2_patch), as a hypernetwork does. Prompts of "
+            "adapters do not pass through it."
+        )
+    prompts = [cond["cross_attn"] for cond in guider.conds.get("positive", ()) if cond.get("cross_attn") is not None]
+    if any(len(prompt) > 1 for prompt in prompts) and any(one.prompt is None for one in playing):
+        said.append("The positive prompt changes from frame to frame. Adapters without a prompt see that of the first.")
     return said
 
 

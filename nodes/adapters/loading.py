@@ -17,7 +17,7 @@ from ..hooked import as_loaded, patcher_of
 from ..training.registry import trained_file
 from ..widgets import NO_FILE, files_state, model_file
 from ..wires import I2vAdaptersType
-from .words import tokenize
+from .words import encode, word_places
 
 UNSAID = 0.0  # alpha that no file says
 PARTS = ("i2v_file", "motion_file", "cross_file")
@@ -27,15 +27,14 @@ PARTS = ("i2v_file", "motion_file", "cross_file")
 class Loaded:
     """An adapter on an I2V_ADAPTERS wire. prompt: [1, n, D], or None for the sampler's. metadata: of its files.
 
-    `text` and its `tokens`, as the text encoder takes them, say which place of the prompt is which word.
+    places: the word at each of the n places of the prompt, "" where there is none.
     """
 
     name: str
     patcher: Any
     weight: float
     prompt: Tensor | None
-    text: str
-    tokens: Any
+    places: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,11 +51,12 @@ def with_prompt(
     """The adapter with its prompt, encoded. ValueError if there is a prompt but no text encoder."""
     text = prompt.strip()
     if not text:
-        return Loaded(name, patcher, weight, None, "", None, files.metadata)
+        return Loaded(name, patcher, weight, None, (), files.metadata)
     if clip is None:
         raise ValueError(f"prompt={text!r}: expected clip connected, which encodes it")
-    tokens = tokenize(clip, text, learned_words(files))
-    return Loaded(name, patcher, weight, clip.encode_from_tokens(tokens), text, tokens, files.metadata)
+    words = learned_words(files)
+    places = word_places(clip, text, words)
+    return Loaded(name, patcher, weight, encode(clip, text, words), places, files.metadata)
 
 
 def learned_words(files: AdapterFiles) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import comfy.sd
 import pytest
 import torch
 from kinoloom.lora_io.file import save
-from kinoloom.nodes.adapters.words import encode, tokenize
+from kinoloom.nodes.adapters.words import encode, tokenize, word_places
 from torch import Tensor
 from toyworld.install import MODELS
 from toyworld.pack import text_encoder as toy
@@ -73,3 +73,28 @@ def test_a_text_encoder_or_a_vector_of_another_width_is_named(clip: Any, words: 
         assert torch.equal(encode(other, "a fog", words), other.encode_from_tokens(other.tokenize("a fog")))
     with pytest.raises(ValueError, match=r"learned word 'fog_new': a vector of shape \(1, 1024\), expected \[n, 768\]"):
         encode(clip, "a fog_new", {"fog_new": torch.zeros(1, 1024)})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("waterfall", ["waterfall"]),
+        ("A Waterfall, (slow clouds:1.3)!", ["a", "waterfall", "slow", "clouds"]),
+        ("supercalifragilistic fog_new, café 42", ["supercalifragilistic", "fog_new", "café", "4", "2"]),
+        ("snow_new rain_new embedding:fog, sun", ["snow_new", "snow_new", "rain_new", "fog", "sun"]),
+        ("", []),
+        ("...", []),
+    ],
+)
+def test_every_place_of_a_prompt_has_its_word(clip: Any, words: dict[str, Tensor], text: str, expected: list[str]) -> None:
+    """A word of several tokens has several places, one after the other."""
+    places = word_places(clip, text, words)
+    assert len(places) == 77 and places[0] == ""
+    pieces = [len(clip.tokenizer.clip_l.tokenizer(word)["input_ids"]) - 2 if word not in ("snow_new", "rain_new", "fog_new", "fog") else 1 for word in expected]
+    assert [word for word in places if word] == [word for word, count in zip(expected, pieces, strict=True) for _ in range(count)]
+
+
+def test_places_go_on_in_the_next_section(clip: Any, words: dict[str, Tensor]) -> None:
+    places = word_places(clip, "dust " * 80 + "fog_new", words)
+    assert len(places) == 154 == encode(clip, "dust " * 80 + "fog_new", words).shape[1]
+    assert places.count("dust") == 80 and places[77] == "" and places.index("fog_new") == 78 + 5
