@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_io.file import load
+from ..lora_io.adapter_files import read_adapter
 from .backbones.animatediff.image_to_video import AnimateDiffI2v
 from .conditions.adapter import (
     LORAS,
@@ -205,8 +205,10 @@ class CaLora(Recipe):
     @torch.no_grad()
     def _start_from(self, file: Path) -> None:
         with naming("start_from", self.config.start_from):
-            tensors, _ = load(file)
-            fill(self._trained(), tensors, "its parts are not those of this run")
+            found = read_adapter(file)
+            fill(self._trained(), found.tensors, "its parts are not those of this run")
+            if found.alpha not in (None, self.adapter.alpha):
+                raise ValueError(f"its alpha is {found.alpha:g}, expected {self.adapter.alpha:g} as in this run")
             require_finite(extremes(self.adapter), "the adapter")
 
     @classmethod

@@ -172,6 +172,8 @@ def test_a_run_may_start_from_an_adapter_with_a_word(recipe: CaLora, trained: Jo
     without = replace(trained.config, start_from=file, **{name: "" for name in LEARN})
     with pytest.raises(ValueError, match=r"start_from='my run-adapter-000003.safetensors': its parts are not .*'word'"):
         CaLora(make_backbone(model, method=CaLora.name), without)
+    with pytest.raises(ValueError, match=r"^start_from='my run-adapter-000003.safetensors': its alpha is 4, expected 2 as in this run$"):
+        CaLora(backbone, replace(trained.config, start_from=file, alpha=2.0))
 
 
 def test_the_loader_of_an_adapter_finds_its_word(trained: Job, clip: Any, folder: Path) -> None:
