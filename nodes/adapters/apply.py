@@ -80,7 +80,7 @@ class ApplyI2vAdapters(io.ComfyNode):
         applied = hooked(model, I2V_ADAPTERS, patchers, "adapters", run.at_work)
         applied = first_frame_kept(applied, run)
         applied.set_attachments(I2V_ADAPTERS, adapters)
-        said = [*findings(adapters), *keep_schedule(applied)]
+        said = [*replacing(model), *findings(adapters), *keep_schedule(applied)]
         for text in said:
             logging.warning("Kinoloom: %s", text)
         return io.NodeOutput(applied, ui={"text": tuple(said)} if said else None)
@@ -183,6 +183,14 @@ def norms_pooled(adapters: tuple[Loaded, ...], choice: str) -> bool:
             f"{EACH_FRAME!r}"
         )
     return trained != {"False"}
+
+
+def replacing(model: Any) -> list[str]:
+    """A sentence if a model has adapters already."""
+    earlier = ", ".join(one.name for one in model.get_attachment(I2V_ADAPTERS) or ())
+    if not earlier:
+        return []
+    return [f"These adapters take the place of {earlier}. To use them together, chain their loaders into one node."]
 
 
 def findings(adapters: tuple[Loaded, ...]) -> list[str]:
