@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.sample
 import comfy.sd
 import pytest
 import torch
@@ -108,8 +109,6 @@ def test_a_hypernetwork_is_said_not_to_reach_prompts_of_adapters(
 
 
 def test_a_prompt_that_changes_from_frame_to_frame_is_named(applied: Any, adapter: Loaded, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
-    import comfy.sample
-
     def run(model: Any) -> None:
         samples, mask = torch.zeros(3, 4, *SIZE), torch.ones(3, *SIZE)
         mask[0] = 0
