@@ -21,8 +21,9 @@ from kinoloom.nodes.data.reading import sources
 from kinoloom.nodes.data.reading.framing import resample
 from kinoloom.nodes.training import previews as samples_nodes
 from kinoloom.trainers.conditions.columns import IMAGE, LATENTS, MASK, PREVIEW_FRAME, PREVIEW_PROMPT, PROMPT, TRACKLETS
-from kinoloom.trainers.core.data import Row, TrainingData, column_path
+from kinoloom.trainers.core.data import Row, TrainingData, column_path, texts_of, write_column
 from kinoloom.trainers.core.rng import derived_generator
+from kinoloom.trainers.run import export
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -266,3 +267,15 @@ def test_looking_for_what_is_on_disk_hears_cancel(tmp_path: Path) -> None:
     columns = Columns(tmp_path, comfy.utils.ProgressBar(1))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         columns.of_windows(LATENTS, source, many(), (), (), lambda frames: {})
+
+
+def test_a_column_of_a_caption_says_its_text(tmp_path: Path) -> None:
+    stems = ("first", "same", "older")
+    for stem, text in zip(stems, ("a waterfall", "a waterfall", ""), strict=True):
+        write_column(tmp_path, stem, PROMPT.name, {"prompt_embeds": torch.zeros(1, 2, 3)}, text)
+    rows = [Row(stem, "clips", "train", (4, 2, 8, 8), {PROMPT.name: stem}) for stem in stems]
+    held_out = Row("other", "clips", "validation", (4, 2, 8, 8), {PROMPT.name: "gone"})
+    data = TrainingData(str(tmp_path), (*rows, held_out))
+    assert texts_of(data, (PROMPT,)) == ["a waterfall"]
+    described = export.described(data, (PROMPT,))
+    assert described == {"kinoloom.latents": "[[4, 2, 8, 8]]", "kinoloom.captions": '["a waterfall"]'}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...lora_io.file import load, save
+from ...lora_io.file import load, load_names, save
 from .rng import derived_generator
 
 # Tensor name -> Tensor [B, ...]. "group" -> the number of each row's group among those that are trained on [B], -1 for
@@ -106,9 +106,17 @@ def column_path(folder: str | Path, stem: str, column: str) -> Path:
     return Path(folder) / f"{stem}.{column}.safetensors"
 
 
-def write_column(folder: str | Path, stem: str, column: str, tensors: dict[str, Tensor]) -> None:
-    """Store the tensors that make up one column, under the names that a batch has them by."""
-    save(column_path(folder, stem, column), tensors)
+def write_column(folder: str | Path, stem: str, column: str, tensors: dict[str, Tensor], text: str = "") -> None:
+    """Store the tensors that make up one column, under the names that a batch has them by, and the text they encode."""
+    save(column_path(folder, stem, column), tensors, {"text": text} if text else None)
+
+
+def texts_of(data: TrainingData, columns: tuple[Column, ...]) -> list[str]:
+    """The texts that columns of the training rows encode, each once. Files of earlier versions do not say theirs."""
+    files = (files_of(data.folder, row, columns).values() for row in data.rows if row.role == "train")
+    paths = dict.fromkeys(path for some in files for path in some)
+    found = (load_names(path)[1].get("text", "") for path in paths if path.is_file())
+    return [text for text in dict.fromkeys(found) if text]
 
 
 def read_column(path: Path, of: str) -> Batch:

@@ -1,5 +1,6 @@
 """Writes a recipe's exports as files."""
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...lora_io import keys
 from ...lora_io.file import save
 from ...lora_io.metadata import describe
+from ..core.data import Column, TrainingData, texts_of
 from ..core.events import Saved
 from ..core.recipe import Phase, Recipe
 from ..host.source import base_key
@@ -42,7 +44,7 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
             base_model=base_key(spec.sources),
             base_model_name=spec.base_name,
             backbone=type(recipe).backbone_class.name,
-            extra=recipe.metadata(name),
+            extra={**described(spec.data, recipe.columns), **recipe.metadata(name)},
         )
         tensors = keys.FORMATS[export.format](recipe.export(name))
         save(path, {key: _cast(tensor, DTYPES[config.save_precision]) for key, tensor in tensors.items()}, metadata)
@@ -50,6 +52,13 @@ def export_files(recipe: Recipe, phase: Phase, record: Record, best: bool) -> It
         if best and earlier:
             _drop(Path(earlier), path, start)
         yield Saved(name, str(path), record.done, best)
+
+
+def described(data: TrainingData, columns: tuple[Column, ...]) -> dict[str, str]:
+    """What a file says about the clips that it was trained on: their captions, and latent shapes (C, T, h, w)."""
+    shapes = sorted({row.shape for row in data.rows if row.role == "train"})
+    captions = texts_of(data, columns)
+    return {"kinoloom.latents": json.dumps(shapes), **({"kinoloom.captions": json.dumps(captions)} if captions else {})}
 
 
 def _drop(earlier: Path, path: Path, start: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,18 @@ class Columns:
         stem = hashlib.sha256(repr((column.name, column.version, *key)).encode()).hexdigest()
         return stem, cache.use(column_path(self.folder, stem, column.name))
 
-    def cached(self, column: Column, key: tuple, name: str, make: Callable[[], dict[str, Tensor]]) -> str:
-        """The file stem of a column. Makes the file if it does not exist. ValueError names `name` if it has NaN."""
+    def cached(
+        self, column: Column, key: tuple, name: str, make: Callable[[], dict[str, Tensor]], text: str = ""
+    ) -> str:
+        """The file stem of a column. Makes the file if it does not exist. ValueError names `name` if it has NaN.
+
+        `text` is what the column encodes, if it is a text.
+        """
         stem, found = self.find(column, *key)
         if not found:
             made = make()
             require_finite(name, made)
-            write_column(self.folder, stem, column.name, made)
+            write_column(self.folder, stem, column.name, made, text)
         self.bar.update(1)
         return stem
 
@@ -67,7 +73,8 @@ class Columns:
         def one(text: str) -> str:
             key = (text_encoder_id, text, described[text], variants, TOKEN_MASK_PROB)
             name = f"{texts[text]} {shown(text)}"
-            return self.cached(PROMPT, key, name, lambda: encode_prompt(text_encoder, text, variants, literal=literal))
+            encode = partial(encode_prompt, text_encoder, text, variants, literal=literal)
+            return self.cached(PROMPT, key, name, encode, text)
 
         return {text: one(text) for text in texts}
 
