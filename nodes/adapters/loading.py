@@ -65,6 +65,18 @@ def learned_words(files: AdapterFiles) -> dict[str, Tensor]:
     return {word: files.tensors[KEY]} if word and KEY in files.tensors else {}
 
 
+def stored_query(metadata: dict[str, str]) -> Query | None:
+    """The settings of cross-attention that a file was trained with, None if it does not say them.
+
+    ValueError for positions that are not known, as a later version may write them.
+    """
+    if (positions := metadata.get("kinoloom.positions")) is None:
+        return None
+    if positions not in MODES:
+        raise ValueError(f"kinoloom.positions={positions!r} in the metadata: expected one of {', '.join(MODES)}")
+    return Query(positions, int(metadata.get("kinoloom.query_stride", 1)))
+
+
 def chosen(option: str, name: str) -> Path | None:
     return None if name in ("", NO_FILE) else model_file(option, I2V_ADAPTERS, name)
 
@@ -141,9 +153,7 @@ class LoadI2vAdapter(io.ComfyNode):
                 f"file={found.name!r}: it does not say its alpha, as files of other programs do not. Use Load I2V "
                 "Adapter Files, which asks for it"
             )
-        stored = files.metadata
-        query = Query(stored.get("kinoloom.positions", NONE), int(stored.get("kinoloom.query_stride", 1)))
-        patcher = load(files, files.alpha, query)
+        patcher = load(files, files.alpha, stored_query(files.metadata) or Query())
         return io.NodeOutput((*adapters, with_prompt(files, patcher, found.name, weight, clip, prompt)))
 
 
@@ -209,7 +219,13 @@ class LoadI2vAdapterFiles(io.ComfyNode):
             raise ValueError("alpha=0: no file says the alpha, expected the one that it was trained with, often 1")
         if alpha != UNSAID and files.alpha not in (None, alpha):
             raise ValueError(f"alpha={alpha:g}: the files say {files.alpha:g}, expected that or 0")
-        patcher = load(files, alpha or files.alpha or UNSAID, Query(positions, query_stride))
+        query = Query(positions, query_stride)
+        if query != (stored := stored_query(files.metadata) or query):
+            raise ValueError(
+                f"positions={positions!r}, query_stride={query_stride}: the files say {stored.positions!r} and "
+                f"{stored.stride}, expected these"
+            )
+        patcher = load(files, alpha or files.alpha or UNSAID, query)
         return io.NodeOutput((*adapters, with_prompt(files, patcher, paths[0].name, weight, clip, prompt)))
 
 

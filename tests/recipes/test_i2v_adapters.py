@@ -208,6 +208,19 @@ def test_split_files_are_the_same_adapter(trained: Any, applied: Any, folder: Pa
         LoadI2vAdapterFiles.execute(*files, alpha=0.0, **options)
 
 
+def test_settings_that_a_file_says_are_not_replaced_by_others(trained: Any, folder: Path) -> None:
+    one = "trained.safetensors", "none", "none"
+    options = {"weight": 1.0, "prompt": "", "alpha": 0.0}
+    assert LoadI2vAdapterFiles.execute(*one, positions="none", query_stride=1, **options).args[0]
+    for own in ({"positions": "rope_3d", "query_stride": 1}, {"positions": "none", "query_stride": 2}):
+        with pytest.raises(ValueError, match=r"^positions='\w+', query_stride=\d: the files say 'none' and 1, expected these$"):
+            LoadI2vAdapterFiles.execute(*one, **own, **options)
+    tensors, metadata = load(folder / "trained.safetensors")
+    save(folder / "later.safetensors", tensors, {**metadata, "kinoloom.positions": "rope_9d"})
+    with pytest.raises(ValueError, match="^kinoloom.positions='rope_9d' in the metadata: expected one of none, naive"):
+        load_adapter("later.safetensors")
+
+
 def test_the_motion_lora_alone_is_an_ordinary_one(trained: Any, applied: Any) -> None:
     """Load Motion LoRA with the run's other file is the adapter's motion part."""
     tensors, metadata = load(Path(trained.files["motion"]))
