@@ -60,7 +60,7 @@ class WordConfig(TrainConfig):
         if len(encoder.tokens(word)) == 1:
             raise ValueError(
                 f"word_to_learn={word!r}: a word that the text encoder knows, expected a new one such as "
-                f"{word + '_new'!r}. What is learned would replace it in all prompts"
+                f"{word + '_new'!r}. Its learned vector would replace it in all prompts"
             )
         if not encoder.tokens(initializer):
             raise ValueError(f"initializer_token={initializer!r}: has no tokens, expected a known word")
