@@ -16,7 +16,7 @@ MOST_BYTES = 512 << 20
 LARGEST_PART = 1 << 24  # entries of a softmax at a time
 
 Words = tuple[str, ...]
-Kept = tuple[int, str, tuple[int, int]]  # the number of an adapter, a level, and the grid of its queries
+Kept = tuple[int, str, tuple[int, ...]]  # the number of an adapter, a level, and the grid of its queries
 
 
 class AttentionMaps:
@@ -53,12 +53,14 @@ class AttentionMaps:
             return
         frames, grid = frames_of(options.get("context_window"), q.shape[1]), tuple(q.shape[2:4])
         parts = shares(q.flatten(1, 3), torch.cat(list(keys.values()), dim=1), site.base.heads)
-        found, widths = [], [k.shape[1] for k in keys.values()]
+        found: dict[int, list[Tensor]] = {number: [] for number in recorded}
         for part in parts:
-            own = dict(zip(keys, part.split(widths, dim=1), strict=True))
-            found.append([self._words(own[number], number) for number in recorded])
-        for number, own in zip(recorded, zip(*found, strict=True), strict=True):
-            made = torch.cat(own).unflatten(0, (len(frames), *grid)).cpu()
+            split = part.split([k.shape[1] for k in keys.values()], dim=1)
+            own = dict(zip(keys, split, strict=True))
+            for number in recorded:
+                found[number].append(self._words(own[number], number))
+        for number, pieces in found.items():
+            made = torch.cat(pieces).unflatten(0, (len(frames), *grid)).cpu()
             kept = number, level, grid
             if kept not in self.sums:
                 self.sums[kept] = torch.zeros(self.frames, *made.shape[1:])
@@ -77,8 +79,9 @@ class AttentionMaps:
         if not kept or not columns:
             return None
         sums = [self.sums[key][..., columns].sum(-1, keepdim=True).movedim(-1, 1) for key in kept]
-        total = sum(torch.nn.functional.interpolate(own, size, mode="nearest-exact")[:, 0] for own in sums)
-        return total / sum(self.counts[key] for key in kept).view(-1, 1, 1)
+        total = [torch.nn.functional.interpolate(own, size, mode="nearest-exact")[:, 0] for own in sums]
+        counts = torch.stack([self.counts[key] for key in kept]).sum(0)
+        return torch.stack(total).sum(0) / counts.view(-1, 1, 1)
 
     def words_of(self, number: int) -> list[str]:
         """The words of an adapter's prompt, each once, in order."""

@@ -24,7 +24,7 @@ class AnimateDiffI2v(AnimateDiff):
 
     def __init__(self, models: dict[str, Private], *others: Any) -> None:
         super().__init__(models, *others)
-        self.text_encoder = TextEncoder(models["clip"].model) if "clip" in models else None
+        self.text_encoder: Any = TextEncoder(models["clip"].model) if "clip" in models else None
 
     def pool_norms(self) -> None:
         """Compute the group norms of ResBlocks and of the output over all frames, for good. The first frame counts too.
