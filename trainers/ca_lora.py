@@ -49,6 +49,7 @@ from .host.weights import extremes, require_finite
 PHASE = "clips"
 MOTION, WORD, ADAPTER = "motion", "word", "adapter"
 FOLDER, MOTION_FOLDER, WORD_FOLDER = "i2v_adapters", "animatediff_motion_lora", "embeddings"
+SAVED_PRECISION = 1e-3  # bf16 files keep entries of bases, at most 1, to this
 NEGATIVE = "negative"  # in a batch: its prompt is the negative one
 
 
@@ -205,11 +206,21 @@ class CaLora(Recipe):
     @torch.no_grad()
     def _start_from(self, file: Path) -> None:
         with naming("start_from", self.config.start_from):
-            found = read_adapter(file)
+            found, bases = read_adapter(file), self._fixed()
+            before = copied(bases)
             fill(self._trained(), found.tensors, "its parts are not those of this run")
+            for key, own in bases.items():
+                if (own - before[key]).abs().max() > SAVED_PRECISION:
+                    raise ValueError(f"it was not trained with oa_bin={self.config.oa_bin}: {key} is another")
+                own.copy_(before[key])
             if found.alpha not in (None, self.adapter.alpha):
                 raise ValueError(f"its alpha is {found.alpha:g}, expected {self.adapter.alpha:g} as in this run")
             require_finite(extremes(self.adapter), "the adapter")
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """The tensors that orthogonal adapters do not train."""
+        loras = orthogonal_loras(self.adapter) if self.config.oa_bin >= 0 else {}
+        return {f"{place}.up.weight": lora.up.weight for place, lora in loras.items()}
 
     @classmethod
     def data_grid(cls, config: Any, grid: Grid) -> Grid:
@@ -229,8 +240,8 @@ class CaLora(Recipe):
 
     def start(self, phase: Phase) -> None:
         self.adapter.requires_grad_(True)
-        for lora in orthogonal_loras(self.adapter).values() if self.config.oa_bin >= 0 else ():
-            lora.up.weight.requires_grad_(False)
+        for fixed in self._fixed().values():
+            fixed.requires_grad_(False)
 
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         trained = [parameter for parameter in self._trained().values() if parameter.requires_grad]

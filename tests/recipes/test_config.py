@@ -215,7 +215,7 @@ OWN: dict[str, dict[str, tuple[Any, str]]] = {
     },
 }
 ELSEWHERE = {
-    "oa_bases": "test_adapters: a folder of bases takes the place of the pack's",
+    "oa_bases": "test_ca_lora_facts: a folder of bases takes the place of those of the pack",
     "domain_adapter": "test_motion_director: it is merged before training",
     "preset": "test_motion_director: it sets rank, rates and decay, and refuses other ones",
     "control_file": "test_svd_tracklets: a run goes on from it",
