@@ -74,7 +74,7 @@ class Sheet:
 def toyworld(code: tuple[str, ...]) -> str:
     """Digest of the models and the code that measures."""
     digest = hashlib.sha256()
-    for file in [*(TOYWORLD / f"{name}.py" for name in code), *sorted(TOYWORLD.glob("models/*.safetensors"))]:
+    for file in [*(TOYWORLD / f"{name}.py" for name in code), *sorted(TOYWORLD.glob("models/toy_*"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from toyworld import oracle, score, steer, studio, world
-from toyworld.install import IMAGE_VAE, MODELS, MOTION, STRIDE, TEXT_ENCODER, UNET, VAE, VIDEO_UNET, VISION, WAN
+from toyworld.install import IMAGE_VAE, MODELS, MOTION, PAIRS, STRIDE, TEXT_ENCODER, UNET, VAE, VIDEO_UNET, VISION, WAN
 from toyworld.pack import text_encoder
 
 import nodes
@@ -23,7 +23,7 @@ from comfy_client import Client, Server
 
 CAPTIONS = 48
 SHUFFLED = np.array([0, 8, 2, 14, 6, 16, 4, 12, 10])  # the frames of a clip at half the rate, apart
-FILES = (WAN, VAE, TEXT_ENCODER, UNET, MOTION, IMAGE_VAE, VIDEO_UNET, VISION)
+FILES = (WAN, VAE, TEXT_ENCODER, UNET, MOTION, IMAGE_VAE, VIDEO_UNET, VISION, PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +279,19 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with np.load(path) as kept:
+        return {key: torch.from_numpy(value) for key, value in kept.items()}
+
+
 def test_training_script_makes_files_of_the_same_kind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "toyworld.train", "--share", "0.0005", "--output", str(tmp_path)]
     scripts = Path(__file__).resolve().parents[2] / "scripts"
     subprocess.run(command, cwd=scripts.parent / "tests", env=os.environ | {"PYTHONPATH": str(scripts)}, check=True)
     for name in FILES:
-        ours, shipped = (load_file(folder / name) for folder in (tmp_path, MODELS))
+        ours, shipped = (contents(folder / name) for folder in (tmp_path, MODELS))
         assert {key: (v.shape, v.dtype) for key, v in ours.items()} == {
             key: (v.shape, v.dtype) for key, v in shipped.items()
         }

@@ -36,7 +36,7 @@ def read(video: NDArray[np.uint8]) -> Reading:
     if (masks.sum((1, 2)) < SMALLEST).mean() > 0.2:
         return Reading("none", "none", "none", place, track)
     shapes = (*world.SHAPES, *world.NEW_SHAPES)
-    fits = {shape: max(_fit(masks, shape, spin) for spin in (False, True)) for shape in shapes}
+    fits = {shape: max(fit(masks, shape, spin) for spin in (False, True)) for shape in shapes}
     shape = max(fits, key=fits.__getitem__)
     return Reading(shape, _colour(video, masks), _motion(video, masks, track), place, track)
 
@@ -58,13 +58,13 @@ def centroids(masks: NDArray[np.bool_]) -> Array:
 
 def path_error(track: Array, motion: str) -> float:
     """Root mean square distance in pixels between the two paths about their middles."""
-    return _spread(track - _path_of(motion))
+    return spread(track - _path_of(motion))
 
 
 def path_correlation(track: Array, motion: str) -> float:
     """How alike the two paths' movements over two frames are, -1..1: 1 at any place and size, 0 if nothing moves."""
     ours, wanted = (path[2:] - path[:-2] for path in (track, _path_of(motion)))
-    if _spread(track) < MOVING:
+    if spread(track) < MOVING:
         return 0.0
     return float((ours * wanted).sum() / (np.linalg.norm(ours) * np.linalg.norm(wanted)))
 
@@ -73,7 +73,7 @@ def _path_of(motion: str) -> Array:
     return np.stack(world.path(motion), 1)
 
 
-def _spread(track: Array) -> float:
+def spread(track: Array) -> float:
     """Root mean square distance of a path from its middle."""
     return float(np.sqrt(((track - track.mean(0)) ** 2).sum(1).mean()))
 
@@ -122,7 +122,7 @@ def _normalised(mask: NDArray[np.bool_]) -> Array:
     return mask[down.clip(0, mask.shape[0] - 1)][:, across.clip(0, mask.shape[1] - 1)] & inside
 
 
-def _fit(masks: NDArray[np.bool_], shape: str, spin: bool) -> float:
+def fit(masks: NDArray[np.bool_], shape: str, spin: bool = False) -> float:
     """Mean intersection over union with the shape, upright or in a half turn over the clip."""
     scores = []
     for frame, mask in enumerate(masks):
@@ -137,19 +137,19 @@ def _fit(masks: NDArray[np.bool_], shape: str, spin: bool) -> float:
 def _colour(video: NDArray[np.uint8], masks: NDArray[np.bool_]) -> str:
     pixels = video[masks].astype(np.float32)
     brightest = pixels[pixels.max(-1) - pixels.min(-1) >= np.median(pixels.max(-1) - pixels.min(-1))]
-    ours = _hue(brightest.mean(0))
-    return min(world.COLOURS, key=lambda name: 1 - ours @ _hue(np.array(world.COLOURS[name], np.float32)))
+    ours = hue(brightest.mean(0))
+    return min(world.COLOURS, key=lambda name: 1 - ours @ hue(np.array(world.COLOURS[name], np.float32)))
 
 
-def _hue(rgb: Array) -> Array:
+def hue(rgb: Array) -> Array:
     """The colour's direction from grey."""
     direction = rgb - rgb.mean()
     return direction / max(float(np.linalg.norm(direction)), 1e-6)
 
 
 def _motion(video: NDArray[np.uint8], masks: NDArray[np.bool_], track: Array) -> str:
-    if _spread(track) > MOVING:
-        paths = [motion for motion in (*world.MOTIONS, *world.NEW_MOTIONS) if _spread(_path_of(motion)) > 0]
+    if spread(track) > MOVING:
+        paths = [motion for motion in (*world.MOTIONS, *world.NEW_MOTIONS) if spread(_path_of(motion)) > 0]
         return min(paths, key=lambda motion: path_error(track, motion))
     area = masks.sum((1, 2)).astype(np.float32)
     if area[-3:].mean() > GROWN * max(area[:3].mean(), 1):

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import numpy as np
 import torch
+from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_video_model import SVD_img2vid_Conditioning
+from kinoloom.lora_io.adapter_files import read_adapter
+from kinoloom.nodes.adapters.apply import EACH_FRAME, ApplyI2vAdapters
+from kinoloom.nodes.adapters.loading import load, with_prompt
+from kinoloom.nodes.adapters.start import I2vSigmas, I2vStart
 from kinoloom.nodes.animatediff.loras import with_motion_lora
-from kinoloom.nodes.animatediff.modules import LINEAR, ApplyMotionModule, load_motion_module
+from kinoloom.nodes.animatediff.modules import KEEP, LINEAR, ApplyMotionModule, load_motion_module
+from kinoloom.trainers.conditions.adapter import Query
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +31,8 @@ from .install import (
     IMAGE_VAE,
     MODELS,
     MOTION,
+    PAIRS_MOTION,
+    PAIRS_UNET,
     SAMPLER,
     SHIFT,
     STEPS,
@@ -35,6 +44,7 @@ from .install import (
     VIDEO_UNET,
     VISION,
     WAN,
+    unpacked,
 )
 from .pack import text_encoder, unet, video_unet, vision
 
@@ -119,6 +129,41 @@ class AnimateDiffStudio(Studio):
             frames = to_bytes(self.vae.decode(self._sample(model, noise, [prompt])))
             videos.append(frames.repeat(STRIDE, axis=0)[: world.FRAMES])
         return np.stack(videos)
+
+
+class PairStudio(AnimateDiffStudio):
+    """The model of pairs of sprites, at Stable Diffusion's own noise schedule."""
+
+    @cached_property
+    def model(self) -> Any:
+        folder = unpacked()
+        module = load_motion_module(str(folder / PAIRS_MOTION))
+        return ApplyMotionModule.execute(unet.load(folder / PAIRS_UNET), module, 16, 4, KEEP).args[0]
+
+    def with_adapters(self, played: Sequence[tuple[Path, float, str]], mode: str) -> Any:
+        """The model with adapters, each of a file, with a weight and a prompt."""
+        loaded: tuple[Any, ...] = ()
+        for path, weight, prompt in played:
+            files = read_adapter(path)
+            loaded += (with_prompt(files, load(files, files.alpha, Query()), path.name, weight, self.clip, prompt),)
+        return ApplyI2vAdapters.execute(self.model, loaded, mode, EACH_FRAME).args[0]
+
+    @torch.inference_mode()
+    def animate(
+        self, model: Any, picture: NDArray[np.uint8], prompt: str, seed: int, cfg: float, **start: Any
+    ) -> tuple[NDArray[np.uint8], bool]:
+        """A video T H W 3 of a picture H W 3, and whether its first latent is the picture's to the bit."""
+        sigmas = I2vSigmas.execute(model, STEPS, 1.0).args[0]
+        image = torch.from_numpy(picture).float().unsqueeze(0) / 255
+        size = {"width": world.SIZE, "height": world.SIZE, "frames": len(range(0, world.FRAMES, STRIDE))}
+        latent, noise = I2vStart.execute(image, self.vae, sigmas, **size, seed=seed, **start).args
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*([[self._encode([text]), {}]] for text in (prompt, NEGATIVE)))
+        guider.set_cfg(cfg)
+        sampler = comfy.samplers.sampler_object(SAMPLER)
+        made = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
+        video = to_bytes(self.vae.decode(made)).repeat(STRIDE, axis=0)[: world.FRAMES]
+        return video, torch.equal(made[0], latent["samples"][0])
 
 
 class SvdStudio(Studio):

@@ -8,7 +8,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from .install import IMAGE_VAE, MODELS, MOTION, TEXT_ENCODER, UNET, VAE, VIDEO_UNET, VISION, WAN
+from .install import IMAGE_VAE, MODELS, MOTION, PAIRS, TEXT_ENCODER, UNET, VAE, VIDEO_UNET, VISION, WAN
 from comfy_library import register_pack, start_comfyui
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         start_comfyui(Path(base))
         register_pack()
-        from . import train_animatediff, train_base, train_image_vae, train_svd, train_vae
+        from . import train_animatediff, train_base, train_image_vae, train_pairs, train_svd, train_vae
 
         options.output.mkdir(parents=True, exist_ok=True)
         vae, wan, text_encoder = (options.output / name for name in (VAE, WAN, TEXT_ENCODER))
@@ -29,6 +29,7 @@ def main() -> None:
         image_vae, unet, motion = (options.output / name for name in (IMAGE_VAE, UNET, MOTION))
         train_image_vae.main(image_vae, options.share)
         train_animatediff.main(image_vae, text_encoder, unet, motion, options.share)
+        train_pairs.main(image_vae, text_encoder, unet, motion, options.output / PAIRS, options.share)
         train_svd.main(image_vae, options.output / VISION, options.output / VIDEO_UNET, options.share)
 
 
