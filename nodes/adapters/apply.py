@@ -133,6 +133,8 @@ def first_frame_kept(model: Any, run: Run) -> Any:
         options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         chunks, window = len(options.get("cond_or_uncond", [0])), options.get("context_window")
         places = list(range(len(x) // chunks)) if window is None else list(window.index_list)
+        if run.first.shape[-2:] != x.shape[-2:]:
+            raise ValueError("a prompt for an area (Conditioning Set Area) beside adapters: expected one with a mask")
         first = run.first.to(x).expand(chunks, -1, -1, -1)
         clips = x.unflatten(0, (chunks, -1)).clone()
         if 0 in places:

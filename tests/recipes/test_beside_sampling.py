@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import comfy.sd
 import pytest
 import torch
@@ -109,16 +108,10 @@ def test_a_hypernetwork_is_said_not_to_reach_prompts_of_adapters(
 
 
 def test_a_prompt_that_changes_from_frame_to_frame_is_named(applied: Any, adapter: Loaded, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
-    def run(model: Any) -> None:
-        samples, mask = torch.zeros(3, 4, *SIZE), torch.ones(3, *SIZE)
-        mask[0] = 0
-        cond = [[random(3, 7, TEXT_WIDTH, name="of frames"), {}]]
-        with torch.inference_mode():
-            comfy.sample.sample(model, random(*samples.shape, name="n"), 1, 1.0, "euler", "normal", cond, cond, samples, noise_mask=mask, disable_pbar=True)
-
-    run(apply(applied, adapter))
+    cond = [[random(3, 7, TEXT_WIDTH, name="of frames"), {}]]
+    sample(apply(applied, adapter), positive=cond)
     assert "frame to frame" not in caplog.text
-    run(apply(applied, Loaded("sampler's", adapter.patcher, 1.0, None)))
+    sample(apply(applied, Loaded("sampler's", adapter.patcher, 1.0, None)), positive=cond)
     assert caplog.text.count("The positive prompt changes from frame to frame.") == 1
 
 
@@ -129,3 +122,19 @@ def test_a_second_set_of_adapters_takes_the_place_of_the_first_and_says_so(backb
     assert node.ui["text"][0].startswith("These adapters take the place of a. To use them together, chain their loaders")
     assert torch.equal(sampled(node.args[0], 1.0), sampled(apply(applied, other), 1.0))
     assert ApplyI2vAdapters.execute(applied, (other,), "residual").ui is None
+
+
+@BOTH_CFGS
+def test_prompts_over_masks_work_and_those_of_areas_are_named(backbone: Any, applied: Any, adapter: Loaded, cfg: float) -> None:  # noqa: F811
+    """Two positive prompts at once, of which maps are the mean; adapters have their own prompts in both."""
+    model, maps = record(applied, (adapter,))
+    mask = torch.zeros(1, 8 * SIZE[0], 8 * SIZE[1])
+    mask[..., : 4 * SIZE[1]] = 1
+    prompts = [[random(1, 7, TEXT_WIDTH, name=name), {"mask": own, "mask_strength": 1.0}] for name, own in (("left", mask), ("right", 1 - mask))]
+    both, one = sample(model, cfg=cfg, positive=prompts)["samples"], maps.of_word(0, "water", "high", SIZE)
+    plain = sample(model, cfg=cfg)["samples"]
+    assert (both - plain).norm() < 1e-3 * plain.norm()
+    torch.testing.assert_close(one, maps.of_word(0, "water", "high", SIZE), rtol=0.05, atol=1e-3)
+    area = [[random(1, 7, TEXT_WIDTH, name="area"), {"area": (4, 8, 0, 0), "strength": 1.0}], *prompts]
+    with pytest.raises(ValueError, match="^a prompt for an area .* beside adapters: expected one with a mask$"):
+        sample(model, cfg=cfg, positive=area)

@@ -44,13 +44,13 @@ def record(model: Any, adapters: tuple[Loaded, ...], mode: str = "residual") -> 
         return RecordAttentionMaps.execute(ApplyI2vAdapters.execute(model, adapters, mode).args[0]).args
 
 
-def sample(model: Any, frames: int = 3, cfg: float = 1.0, seed: str = "noise") -> dict[str, Tensor]:
+def sample(model: Any, frames: int = 3, cfg: float = 1.0, seed: str = "noise", positive: Any = None) -> dict[str, Tensor]:
     samples, mask = torch.zeros(frames, 4, *SIZE), torch.ones(frames, *SIZE)
     samples[0], mask[0] = random(4, *SIZE, name="picture"), 0
-    positive, negative = ([[random(1, 7, TEXT_WIDTH, name=name), {}]] for name in ("positive", "negative"))
+    plain, negative = ([[random(1, 7, TEXT_WIDTH, name=name), {}]] for name in ("positive", "negative"))
     with torch.inference_mode():
         return {"samples": comfy.sample.sample(
-            model, random(*samples.shape, name=seed), 2, cfg, "euler", "normal", positive, negative, samples, seed=1,
+            model, random(*samples.shape, name=seed), 2, cfg, "euler", "normal", positive or plain, negative, samples, seed=1,
             noise_mask=mask, disable_pbar=True,
         )}  # fmt: skip
 
