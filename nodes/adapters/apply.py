@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .start import keep_frames
 AS_TRAINED, ALL_FRAMES, EACH_FRAME = "as trained", "over all frames", "of each frame"
 FRAMES = "kinoloom.first_frame"
 TOLERANCE = 1e-3  # of the sum of weights and of noise levels
+LARGEST = float(AnimateDiffI2v.schedule.sigmas(1.0).max())
 
 
 class ApplyI2vAdapters(io.ComfyNode):
@@ -76,7 +77,7 @@ class ApplyI2vAdapters(io.ComfyNode):
         pooled = norms_pooled(adapters, group_norms) and not motion.layout.norm_over_frames
         run = Run(adapters, motion, mode, pooled)
         Adapted(None, None, run.playing, mode)  # ValueError for adapters that do not go together
-        patchers = [one.patcher for one in adapters if one.weight]
+        patchers = [one.patcher for one in with_weight(adapters)]
         applied = hooked(model, I2V_ADAPTERS, patchers, "adapters", run.at_work)
         applied = first_frame_kept(applied, run)
         applied.set_attachments(I2V_ADAPTERS, adapters)
@@ -89,18 +90,38 @@ class ApplyI2vAdapters(io.ComfyNode):
 @dataclass
 class Run:
     """The adapters in a sampler's model. For one run of the sampler: `first`, the first frame [1, C, h, w] in the
-    model's latent space, and `cache`, the keys and values of prompts."""
+    model's latent space, `positive`, ComfyUI's ids of the positive prompt, and `cache`, the keys and values of prompts.
+
+    The number of a prompt does not say which it is: samplers with three prompts count from the negative one.
+    """
 
     adapters: tuple[Loaded, ...]
     motion: Any
     mode: str
     pooled: bool
     first: Tensor | None = None
-    cache: dict = field(default_factory=dict)
+    positive: frozenset = frozenset()
+    cache: dict | None = None
 
     @property
     def playing(self) -> list[Playing]:
         return [Playing(one.patcher.model, one.weight, one.prompt) for one in self.adapters]
+
+    @contextmanager
+    def sampling(self, guider: Any, latent: Tensor, mask: Tensor | None) -> Iterator[None]:
+        """One run of a sampler. ValueError if its model or its latents do not suit the adapters."""
+        patcher = guider.model_patcher
+        if [own.model for own in patcher.get_additional_models_with_key(PART)] != [self.motion]:
+            raise ValueError("model: Apply Motion Module is after Apply I2V Adapters, expected it before the adapters")
+        self.first = first_of(patcher.model, latent, mask)
+        self.positive = frozenset(cond["uuid"] for cond in guider.conds.get("positive", ()))
+        self.cache = None if patcher.hook_patches else {}  # hooks may change the projections from step to step
+        for text in unreached(guider, self.adapters):
+            logging.warning("Kinoloom: %s", text)
+        try:
+            yield
+        finally:
+            self.first, self.positive, self.cache = None, frozenset(), None
 
     @contextmanager
     def at_work(self, forward: Forward) -> Iterator[dict[str, Any]]:
@@ -108,7 +129,7 @@ class Run:
         try:
             with Adapted(forward.unet, self.motion, self.playing, self.mode, self.cache) as adapted:
                 adapted.frames = forward.frames
-                adapted.positive = [prompt == 0 for prompt in forward.prompts]
+                adapted.positive = [prompt in self.positive for prompt in forward.options["uuids"]]
                 yield {}
         finally:
             for handle in pools:
@@ -119,15 +140,8 @@ def first_frame_kept(model: Any, run: Run) -> Any:
     """A model whose UNet sees the clean first frame at every step. Windows without it get it as one frame more."""
 
     def sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run.first = first_of(executor.class_obj.model_patcher.model, latent, args[2])
-        run.cache.clear()
-        for text in unreached(executor.class_obj, run.adapters):
-            logging.warning("Kinoloom: %s", text)
-        try:
+        with run.sampling(executor.class_obj, latent, args[2]):
             return keep_frames(executor, noise, latent, *args, **kwargs)
-        finally:
-            run.first = None
-            run.cache.clear()
 
     def forward(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
@@ -135,7 +149,8 @@ def first_frame_kept(model: Any, run: Run) -> Any:
         places = list(range(len(x) // chunks)) if window is None else list(window.index_list)
         if run.first.shape[-2:] != x.shape[-2:]:
             raise ValueError("a prompt for an area (Conditioning Set Area) beside adapters: expected one with a mask")
-        first = run.first.to(x).expand(chunks, -1, -1, -1)
+        run.first = run.first.to(x)
+        first = run.first.expand(chunks, -1, -1, -1)
         clips = x.unflatten(0, (chunks, -1)).clone()
         if 0 in places:
             clips[:, places.index(0)] = first
@@ -178,13 +193,18 @@ def norms_pooled(adapters: tuple[Loaded, ...], choice: str) -> bool:
     """Whether group norms run over all frames. ValueError if adapters differ in that and nothing is chosen."""
     if choice != AS_TRAINED:
         return choice == ALL_FRAMES
-    trained = {one.metadata.get("kinoloom.pooled_norms", "True") for one in adapters}
+    trained = {one.metadata.get("kinoloom.pooled_norms", "True") for one in with_weight(adapters) or adapters}
     if len(trained) > 1:
         raise ValueError(
             f"group_norms={choice!r}: these adapters were trained in both ways, expected {ALL_FRAMES!r} or "
             f"{EACH_FRAME!r}"
         )
     return trained != {"False"}
+
+
+def with_weight(adapters: tuple[Loaded, ...]) -> list[Loaded]:
+    """Those with a weight: the others do nothing."""
+    return [one for one in adapters if one.weight]
 
 
 def replacing(model: Any) -> list[str]:
@@ -202,7 +222,7 @@ def findings(adapters: tuple[Loaded, ...]) -> list[str]:
         more = "the rest comes from the model without them" if total < 1 else "motions become stronger than trained"
         said.append(f"The weights of the adapters sum to {total:g}, not 1: {more}.")
     bins: dict[str, list[str]] = {}
-    for one in adapters:
+    for one in with_weight(adapters):
         bins.setdefault(one.metadata.get("kinoloom.oa_bin", "-1"), []).append(one.name)
     for number in bins.keys() - {"-1"}:
         if len(names := bins[number]) > 1:
@@ -212,13 +232,15 @@ def findings(adapters: tuple[Loaded, ...]) -> list[str]:
 
 def unreached(guider: Any, adapters: tuple[Loaded, ...]) -> list[str]:
     """What other nodes did to a guider's model or prompts that does not reach adapters."""
-    said, playing = [], [one for one in adapters if one.weight]
+    said, playing = [], with_weight(adapters)
     patches = guider.model_options.get("transformer_options", {}).get("patches", {})
     if patches.get("attn2_patch") and any(one.prompt is not None for one in playing):
         said.append(
             "Another node patches the prompts of cross-attention (attn2_patch), as a hypernetwork does. Prompts of "
             "adapters do not pass through it."
         )
+    if not as_in_training(guider.model_patcher.get_model_object("model_sampling")):
+        said.append("A node after Apply I2V Adapters changes the noise schedule with which adapters are trained.")
     prompts = [cond["cross_attn"] for cond in guider.conds.get("positive", ()) if cond.get("cross_attn") is not None]
     if any(len(prompt) > 1 for prompt in prompts) and any(one.prompt is None for one in playing):
         said.append("The positive prompt changes from frame to frame. Adapters without a prompt see that of the first.")
@@ -228,13 +250,17 @@ def unreached(guider: Any, adapters: tuple[Loaded, ...]) -> list[str]:
 def keep_schedule(model: Any) -> list[str]:
     """Give the model its own noise schedule back, with which adapters are trained, if it has another."""
     own, used = model.model.model_sampling, model.get_model_object("model_sampling")
-    trained = float(AnimateDiffI2v.schedule.sigmas(1.0).max())
-    if abs(float(used.sigma_max) / trained - 1) < TOLERANCE:
+    if as_in_training(used):
         return []
-    if abs(float(own.sigma_max) / trained - 1) > TOLERANCE:
-        raise ValueError(f"model: its noise ends at sigma {float(own.sigma_max):.2f}, expected {trained:.2f} of SD1.5")
+    if not as_in_training(own):
+        raise ValueError(f"model: its noise ends at sigma {float(own.sigma_max):.2f}, expected {LARGEST:.2f} of SD1.5")
     model.add_object_patch("model_sampling", own)
-    return ["Sampling uses the model's own noise schedule, as adapters' training does, not AnimateDiff's linear one."]
+    return ["Sampling uses the model's own noise schedule, as adapters' training does, not the one that was set."]
+
+
+def as_in_training(sampling: Any) -> bool:
+    """Whether a noise schedule ends where that of the adapters' training does."""
+    return abs(float(sampling.sigma_max) / LARGEST - 1) < TOLERANCE
 
 
 NODES: list[type[io.ComfyNode]] = [ApplyI2vAdapters]
