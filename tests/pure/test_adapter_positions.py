@@ -1,6 +1,7 @@
 """Positions in an adapter's cross-attention against the formulas, one number at a time."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kinoloom.trainers.conditions.adapter_positions import (
     rotated_queries,
     with_positions,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plain_positions import before_queries, of_queries, of_tokens
 from ..rows import random
@@ -68,3 +70,35 @@ def test_half_precision_keeps_its_type() -> None:
         half = X.half()
         assert with_positions(mode, half).dtype == rotated_queries(mode, half).dtype == torch.float16
         torch.testing.assert_close(with_positions(mode, half).float(), with_positions(mode, half.float()), rtol=2e-3, atol=4e-3)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Collects the operations whose result is on another device than "meta"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type != "meta":
+            self.found.append(str(function))
+        return made
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_copied_to_the_device_at_each_step(mode: str) -> None:
+    x, k = X.to("meta"), K.to("meta")
+    for seen in (Elsewhere(), Elsewhere()):
+        with seen:
+            with_positions(mode, x), rotated_queries(mode, x), of_frames(mode, k, k, 3)
+    assert not seen.found, "also the tables of the first step"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_works_after_a_sampler(mode: str) -> None:
+    x = random(1, 2, 2, 2, 24, name="other size").requires_grad_()
+    with torch.inference_mode():
+        with_positions(mode, x.detach()), rotated_queries(mode, x.detach())
+    rotated_queries(mode, with_positions(mode, x)).sum().backward()
+    assert x.grad.abs().min() > 0

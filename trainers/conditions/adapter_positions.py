@@ -6,6 +6,7 @@ frequencies, 10000^(2i/C), and so do these.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ def with_positions(mode: str, x: Tensor) -> Tensor:
     """x [B, F, h, w, C] plus its positions, in a mode that acts before the query projection. Others return x."""
     frames, height, width, channels = x.shape[1:]
     if mode == "naive":
-        table = sinusoid(torch.arange(frames * height * width), channels)
+        table = sinusoid(torch.arange(frames * height * width, device=x.device), channels)
         return x + table.view(frames, height, width, channels).to(x)
     if mode in ("temporal", "temporal_sine"):
-        table = sinusoid(torch.arange(frames), channels, cosines=mode == "temporal")
+        table = sinusoid(torch.arange(frames, device=x.device), channels, cosines=mode == "temporal")
         table[0] = 0
         return x + table.view(frames, 1, 1, channels).to(x)
     if mode == "rope_1d":
@@ -53,9 +54,7 @@ def of_frames(mode: str, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Ten
 
 def sinusoid(positions: Tensor, channels: int, *, cosines: bool = True) -> Tensor:
     """sin(p w_i) in even channels and cos(p w_i) in odd ones, [N, C], or sin in all; w rises from 1 to 10000."""
-    step = 2 if cosines else 1
-    frequencies = torch.exp(torch.arange(0, channels, step) * (math.log(10000.0) / channels))
-    angles = positions.unsqueeze(1) * frequencies
+    angles = positions.unsqueeze(1) * _frequencies(channels, 2 if cosines else 1, True, positions.device)
     if not cosines:
         return angles.sin()
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
@@ -63,31 +62,33 @@ def sinusoid(positions: Tensor, channels: int, *, cosines: bool = True) -> Tenso
 
 def rotated_by_frame(x: Tensor) -> Tensor:
     """Rotary embedding of x [B, F, ..., C] over all channels by the number of the frame."""
-    shape = (x.shape[1], *[1] * (x.ndim - 3), x.shape[-1])
-    return _rotate(x, _angles(x.shape[1], x.shape[-1]).view(shape))
+    return _rotate(x, 1)
 
 
 def rotated_by_place(x: Tensor) -> Tensor:
     """Rotary embedding of x [B, F, h, w, C]: a quarter of the channels each by frame, row, column; the last is kept."""
-    quarter, axes = x.shape[-1] // 4, x.shape[1:4]
-    shapes = [[axes[axis] if axis == place else 1 for axis in range(3)] for place in range(3)]
-    angles = [
-        _angles(size, quarter).view(*shape, quarter).expand(*axes, quarter)
-        for size, shape in zip(axes, shapes, strict=True)
-    ]
-    turned = _rotate(x[..., : 3 * quarter], torch.cat(angles, dim=-1))
-    return torch.cat([turned, x[..., 3 * quarter :]], dim=-1)
+    quarter = x.shape[-1] // 4
+    *parts, kept = x.split([quarter] * 3 + [x.shape[-1] - 3 * quarter], dim=-1)
+    return torch.cat([*(_rotate(part, axis) for axis, part in enumerate(parts, 1)), kept], dim=-1)
 
 
-def _angles(count: int, channels: int) -> Tensor:
-    """p 10000^(-2i/C), [count, C], the same for the two channels of a pair."""
-    frequencies = 10000.0 ** (-torch.arange(0, channels, 2).float() / channels)
-    return (torch.arange(count).unsqueeze(1) * frequencies).repeat_interleave(2, dim=-1)
-
-
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring channels by these angles, in fp32 as the angles are."""
-    angles = angles.to(x.device)
+def _rotate(x: Tensor, axis: int) -> Tensor:
+    """Rotate pairs of neighbouring channels by p 10000^(-2i/C), where p is the place along an axis, in fp32."""
+    places = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - 1 - axis))
+    angles = places * _frequencies(x.shape[-1], 2, False, x.device).repeat_interleave(2)
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x * angles.cos() + across * angles.sin()).to(x)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(channels: int, step: int, rising: bool, device: torch.device) -> Tensor:
+    """10000^(+-i/C) for every step-th channel i. From the CPU, so that they are the same on every device; kept there.
+
+    Samplers and training share them, so they must not be tensors of inference mode.
+    """
+    with torch.inference_mode(False):
+        place = torch.arange(0, channels, step)
+        if rising:
+            return torch.exp(place * (math.log(10000.0) / channels)).to(device)
+        return (10000.0 ** (-place.float() / channels)).to(device)
