@@ -55,6 +55,11 @@ class AdapterFiles:
     metadata: dict[str, str]
     alpha: float | None
 
+    @property
+    def has_loras(self) -> bool:
+        """Whether alpha matters: an I2V-Adapter alone may have no LoRA."""
+        return any("_lora." in key for key in self.tensors)
+
 
 def read_adapter(*paths: Path) -> AdapterFiles:
     """One adapter from one or more files, each with some of its parts. Pickled code is never run.
@@ -105,21 +110,6 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Ten
         kind = _kind(key)
         parts.setdefault(kind.part, {}).setdefault(kind.place, {})[kind.rest] = tensor
     return parts
-
-
-def describe_parts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each part that an adapter has, what it consists of, such as "16 layers, rank 32: to_k, to_out, to_v"."""
-    described = {}
-    for part, places in parts_of(tensors).items():
-        own = next(iter(places.values()))
-        if part == "word":
-            described[part] = f"{own['word'].shape[1]} numbers"
-            continue
-        ranks = dict.fromkeys(f", rank {len(tensor)}" for rest, tensor in own.items() if ".down." in rest)
-        layers = sorted({rest.removeprefix("processor.").partition(".")[0].removesuffix("_lora") for rest in own})
-        frames = f" of {len(own['motion_embed.weight'])} frames" if "motion_embed.weight" in own else ""
-        described[part] = f"{len(places)} layers{''.join(ranks)}: {', '.join(layers)}{frames}"
-    return described
 
 
 def motion_lora(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

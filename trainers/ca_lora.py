@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_io.adapter_files import read_adapter
+from ..lora_io.adapter_files import motion_lora, read_adapter
 from .backbones.animatediff.image_to_video import AnimateDiffI2v
 from .conditions.adapter import (
     LORAS,
@@ -29,7 +29,7 @@ from .conditions.adapter import (
     split,
     temporal_attentions,
 )  # fmt: skip
-from .conditions.adapter_bases import basis, columns_of, read_basis
+from .conditions.adapter_bases import basis, columns_of, read_basis, require_bin
 from .conditions.adapter_positions import MODES, NONE
 from .conditions.adapters_at_work import Adapted, Playing
 from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PREVIEW_START, PROMPT
@@ -153,7 +153,8 @@ class CaLora(Recipe):
             super().__post_init__()
             if not (self.train_image or self.train_temporal or self.train_cross):
                 raise ValueError("train_image, train_temporal and train_cross are all off: expected one of them on")
-            for option, needed in {"image_query": "train_image", "motion_embed": "train_temporal"}.items():
+            needs = {"image_query": "train_image", "motion_embed": "train_temporal", "cross_query": "train_cross"}
+            for option, needed in needs.items():
                 if getattr(self, option) and not getattr(self, needed):
                     raise ValueError(f"{option}=True: expected {needed} on")
             if self.stride_max < self.stride_min:
@@ -162,6 +163,15 @@ class CaLora(Recipe):
                 raise ValueError("frames=1: expected 0, or 2 and more")
             if self.oa_bases and self.oa_bin < 0:
                 raise ValueError(f"oa_bases={self.oa_bases!r}: expected oa_bin of 0 or more")
+
+        def check_model(self, model: Any) -> None:
+            """`model` is a MODEL."""
+            if self.oa_bin < 0:
+                return
+            width = min(len(block.norm1.weight) for block in spatial_blocks(model.model.diffusion_model).values())
+            require_bin(self.oa_bin, self.rank, width)
+            if self.oa_bases and not Path(self.oa_bases).is_dir():
+                raise ValueError(f"oa_bases={self.oa_bases!r}: not a folder on this machine")
 
         @property
         def query(self) -> Query:
@@ -289,20 +299,13 @@ class CaLora(Recipe):
             return tensors
         if name == WORD:
             return {self.config.word_to_learn: tensors[KEY]}
-        scale = self.adapter.alpha / self.config.rank
-        tensors.pop(KEY, None)
-        motion = {key: value for key, value in tensors.items() if split(key)[0] == "temporal" and "_lora." in key}
-        return {key: value * scale if key.endswith("up.weight") else value for key, value in motion.items()}
+        return motion_lora(tensors, self.adapter.alpha)
 
     def metadata(self, name: str) -> dict[str, str]:
         c = self.config
         kind = {MOTION: "motion-lora", WORD: "textual-inversion", ADAPTER: "i2v-adapter"}[name]
         word = self.word.metadata(c.trigger_words) if self.word and name != MOTION else {}
-        return {
-            **word,
-            "modelspec.architecture": f"stable-diffusion-v1/{kind}",
-            "ss_base_model_version": "sd_v1",
-            "kinoloom.motion_module": self.backbone.layout.version,
+        own = {
             "kinoloom.alpha": str(self.adapter.alpha),
             "kinoloom.rank": str(c.rank),
             "kinoloom.positions": c.positions,
@@ -310,6 +313,13 @@ class CaLora(Recipe):
             "kinoloom.pooled_norms": str(c.pooled_norms),
             "kinoloom.oa_bin": str(c.oa_bin),
             "kinoloom.frames": str(c.frames),
+        }
+        return {
+            **word,
+            **(own if name == ADAPTER else {}),  # the motion LoRA has its scale in `up`
+            "modelspec.architecture": f"stable-diffusion-v1/{kind}",
+            "ss_base_model_version": "sd_v1",
+            "kinoloom.motion_module": self.backbone.layout.version,
             "kinoloom.schedule": "scaled_linear",
         }
 

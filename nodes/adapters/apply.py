@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -221,12 +222,14 @@ def findings(adapters: tuple[Loaded, ...]) -> list[str]:
     if abs(total - 1) > TOLERANCE:
         more = "the rest comes from the model without them" if total < 1 else "motions become stronger than trained"
         said.append(f"The weights of the adapters sum to {total:g}, not 1: {more}.")
-    bins: dict[str, list[str]] = {}
-    for one in with_weight(adapters):
-        bins.setdefault(one.metadata.get("kinoloom.oa_bin", "-1"), []).append(one.name)
-    for number in bins.keys() - {"-1"}:
-        if len(names := bins[number]) > 1:
-            said.append(f"{', '.join(names)}: trained with the same oa_bin {number}, so they are not orthogonal.")
+    orthogonal = [one for one in with_weight(adapters) if one.metadata.get("kinoloom.oa_bin", "-1") != "-1"]
+    bins = [(one.name, int(one.metadata["kinoloom.oa_bin"]), int(one.metadata["kinoloom.rank"])) for one in orthogonal]
+    for (name, bin, rank), (other, other_bin, other_rank) in combinations(bins, 2):
+        if bin * rank < (other_bin + 1) * other_rank and other_bin * other_rank < (bin + 1) * rank:
+            said.append(
+                f"{name} (oa_bin {bin}, rank {rank}) and {other} (oa_bin {other_bin}, rank {other_rank}) share "
+                "directions, so they are not orthogonal."
+            )
     return said
 
 

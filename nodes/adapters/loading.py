@@ -148,12 +148,12 @@ class LoadI2vAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         found = Path(trained_file(path)) if path else require_file(file)
         files = read_adapter(found)
-        if files.alpha is None:
+        if files.alpha is None and files.has_loras:
             raise ValueError(
                 f"file={found.name!r}: it does not say its alpha, as files of other programs do not. Use Load I2V "
                 "Adapter Files, which asks for it"
             )
-        patcher = load(files, files.alpha, stored_query(files.metadata) or Query())
+        patcher = load(files, files.alpha or UNSAID, stored_query(files.metadata) or Query())
         return io.NodeOutput((*adapters, with_prompt(files, patcher, found.name, weight, clip, prompt)))
 
 
@@ -215,7 +215,7 @@ class LoadI2vAdapterFiles(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         paths = require_files(dict(zip(PARTS, (i2v_file, motion_file, cross_file), strict=True)))
         files = read_adapter(*paths)
-        if alpha == UNSAID and files.alpha is None:
+        if alpha == UNSAID and files.alpha is None and files.has_loras:
             raise ValueError("alpha=0: no file says the alpha, expected the one that it was trained with, often 1")
         if alpha != UNSAID and files.alpha not in (None, alpha):
             raise ValueError(f"alpha={alpha:g}: the files say {files.alpha:g}, expected that or 0")

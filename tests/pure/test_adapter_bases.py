@@ -77,11 +77,16 @@ def test_a_folder_of_bases_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     [
         (None, f"has no {NAME}.pt"),
         (torch.eye(4), r"holds \(4, 4\), expected a matrix of \(8, 8\)"),
+        (b"damaged", "not a readable torch file"),
         ({"a": torch.eye(8)}, r"holds dict, expected a matrix of \(8, 8\)"),
     ],
 )
-def test_another_file_in_a_folder_of_bases_is_named(tmp_path: Path, held: Tensor | dict | None, message: str) -> None:
-    if held is not None:
+def test_another_file_in_a_folder_of_bases_is_named(
+    tmp_path: Path, held: Tensor | dict | bytes | None, message: str
+) -> None:
+    if isinstance(held, bytes):
+        (tmp_path / f"{NAME}.pt").write_bytes(held)
+    elif held is not None:
         torch.save(held, tmp_path / f"{NAME}.pt")
     with pytest.raises(ValueError, match=rf"^oa_bases=.*: .*{message}"):
         read_basis(tmp_path, NAME, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from kinoloom.nodes.adapters.apply import AS_TRAINED, norms_pooled
+from kinoloom.nodes.adapters.apply import AS_TRAINED, findings, norms_pooled
 from kinoloom.nodes.adapters.loading import Loaded
 from kinoloom.nodes.animatediff import modules as motion
 from kinoloom.trainers.conditions.adapter import Query
@@ -102,3 +102,16 @@ def test_group_norms_are_those_of_adapters_with_a_weight() -> None:
     assert norms_pooled((one(1.0, "True"), one(0.0, "False")), AS_TRAINED)
     with pytest.raises(ValueError, match="trained in both ways"):
         norms_pooled((one(1.0, "True"), one(0.5, "False")), AS_TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [((1, 32), (1, 32), True), ((1, 32), (2, 32), False), ((1, 32), (2, 16), True), ((1, 32), (4, 16), False), ((0, 64), (3, 16), True), ((-1, 32), (-1, 32), False)],
+)
+def test_orthogonal_adapters_whose_directions_overlap_are_named(first: tuple, second: tuple, shared: bool) -> None:
+    def one(name: str, number: int, rank: int, weight: float = 0.5) -> Loaded:
+        return Loaded(name, None, weight, None, (), {"kinoloom.oa_bin": str(number), "kinoloom.rank": str(rank)})
+
+    said = findings((one("a", *first), one("b", *second), one("none", *first, 0.0)))
+    expected = f"a (oa_bin {first[0]}, rank {first[1]}) and b (oa_bin {second[0]}, rank {second[1]}) share directions, so they are not orthogonal."
+    assert said == [expected] * shared

@@ -219,6 +219,17 @@ def test_a_bin_that_a_layer_lacks_ends_the_run_at_its_start(tiny_models: Path) -
         make_recipe(tiny_models, oa_bin=8)
 
 
+def test_orthogonal_adapters_are_checked_before_a_run_starts(tiny_models: Path) -> None:
+    model = load_animatediff(tiny_models)
+    make_config(CaLora.name, oa_bin=7).check_model(model)
+    with pytest.raises(ValueError, match=r"^oa_bin=8: expected 0\.\.7 for rank 4 and a layer of 32 channels$"):
+        make_config(CaLora.name, oa_bin=8).check_model(model)
+    with pytest.raises(ValueError, match=r"^oa_bin=0: there is none for rank 64 and a layer of 32 channels$"):
+        make_config(CaLora.name, oa_bin=0, rank=64).check_model(model)
+    with pytest.raises(ValueError, match=r"^oa_bases='nowhere/bases': not a folder on this machine$"):
+        make_config(CaLora.name, oa_bin=0, oa_bases="nowhere/bases").check_model(model)
+
+
 def test_a_folder_of_bases_takes_the_place_of_those_of_the_pack(tiny_models: Path, inputs: Any, tmp_path: Path) -> None:
     bases = tmp_path / "bases"
     bases.mkdir()

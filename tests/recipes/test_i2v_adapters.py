@@ -221,12 +221,28 @@ def test_settings_that_a_file_says_are_not_replaced_by_others(trained: Any, fold
         load_adapter("later.safetensors")
 
 
+def test_an_i2v_adapter_alone_needs_no_alpha(trained: Any, applied: Any, folder: Path) -> None:
+    """It scales LoRAs, of which there are none. A file with LoRAs must say it."""
+    tensors, metadata = load(folder / "trained.safetensors")
+    metadata.pop("kinoloom.alpha")
+    save(folder / "unsaid.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match="does not say its alpha"):
+        load_adapter("unsaid.safetensors")
+    save(folder / "alone.safetensors", {key: value for key, value in tensors.items() if ".i2v_adapter." in key})
+    made = sample(apply(applied, load_adapter("alone.safetensors")))
+    options = {"weight": 1.0, "prompt": "", "alpha": 0.0, "positions": "none", "query_stride": 1}
+    again = LoadI2vAdapterFiles.execute("alone.safetensors", "none", "none", **options).args[0]
+    assert torch.equal(made, sample(apply(applied, again)))
+    assert (made - sample(apply(applied, load_adapter("trained.safetensors", weight=0.0)))).abs().max() > 1e-3
+
+
 def test_the_motion_lora_alone_is_an_ordinary_one(trained: Any, applied: Any) -> None:
     """Load Motion LoRA with the run's other file is the adapter's motion part."""
     tensors, metadata = load(Path(trained.files["motion"]))
     part = with_motion_lora(applied, tensors, 1.0, "lora").get_additional_models_with_key("kinoloom.motion_module")[0]
     assert len(part.patches) == 160
     assert metadata["kinoloom.export"] == "motion"
+    assert "kinoloom.alpha" not in metadata, "its scale is in the up factors"
 
 
 def test_data_may_be_longer_than_the_motion_module_takes() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...lora_io.pickled import unpickled
+
 
 def basis(name: str, width: int) -> Tensor:
     """An orthogonal matrix [width, width] in fp64 for the layer `name`, equal to the bit on every machine.
@@ -39,7 +41,10 @@ def read_basis(folder: Path, name: str, width: int) -> Tensor:
     path = folder / f"{name}.pt"
     if not path.is_file():
         raise ValueError(f"oa_bases={str(folder)!r}: has no {path.name}")
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found = unpickled(path)
+    except ValueError as error:
+        raise ValueError(f"oa_bases={str(folder)!r}: {error}") from error
     if not isinstance(found, Tensor) or found.shape != (width, width):
         shape = (*found.shape,) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"oa_bases={str(folder)!r}: {path.name} holds {shape}, expected a matrix of {(width, width)}")
@@ -48,7 +53,12 @@ def read_basis(folder: Path, name: str, width: int) -> Tensor:
 
 def columns_of(matrix: Tensor, bin: int, rank: int) -> Tensor:
     """The columns of a bin, [width, rank] in fp32. ValueError if the matrix has fewer bins."""
-    bins = matrix.shape[1] // rank
-    if not 0 <= bin < bins:
-        raise ValueError(f"oa_bin={bin}: expected 0..{bins - 1} for rank {rank} and a layer of {len(matrix)} channels")
+    require_bin(bin, rank, len(matrix))
     return matrix[:, bin * rank : (bin + 1) * rank].float().contiguous()
+
+
+def require_bin(bin: int, rank: int, width: int) -> None:
+    """ValueError unless the basis of a layer of this width has the bin."""
+    if not 0 <= bin < (bins := width // rank):
+        found = f"expected 0..{bins - 1}" if bins else "there is none"
+        raise ValueError(f"oa_bin={bin}: {found} for rank {rank} and a layer of {width} channels")
