@@ -298,3 +298,9 @@ def test_stride_1_without_positions_is_ordinary(backbone: Any, run: Any) -> None
     for value in adapter.tensors().values():
         value.zero_()
     torch.testing.assert_close(run(Playing(adapter)), run(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("option", "part"), [("image_query", "train_image"), ("motion_embed", "train_temporal"), ("cross_query", "train_cross")])
+def test_an_option_of_a_part_that_is_not_trained_is_refused(option: str, part: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option}=True: expected {part} on$"):
+        make_config(CaLora.name, **{option: True, part: False})

@@ -59,6 +59,7 @@ def columns_of(matrix: Tensor, bin: int, rank: int) -> Tensor:
 
 def require_bin(bin: int, rank: int, width: int) -> None:
     """ValueError unless the basis of a layer of this width has the bin."""
-    if not 0 <= bin < (bins := width // rank):
+    bins = width // rank
+    if not 0 <= bin < bins:
         found = f"expected 0..{bins - 1}" if bins else "there is none"
         raise ValueError(f"oa_bin={bin}: {found} for rank {rank} and a layer of {width} channels")
