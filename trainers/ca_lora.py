@@ -221,7 +221,7 @@ class CaLora(Recipe):
             fill(self._trained(), found.tensors, "its parts are not those of this run")
             for key, own in bases.items():
                 if (own - before[key]).abs().max() > SAVED_PRECISION:
-                    raise ValueError(f"it was not trained with oa_bin={self.config.oa_bin}: {key} is another")
+                    raise ValueError(f"it was not trained with oa_bin={self.config.oa_bin}: {key} differs")
                 own.copy_(before[key])
             if found.alpha not in (None, self.adapter.alpha):
                 raise ValueError(f"its alpha is {found.alpha:g}, expected {self.adapter.alpha:g} as in this run")
