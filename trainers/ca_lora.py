@@ -40,7 +40,7 @@ from .core.cutting import cut_clips
 from .core.data import Batch, TrainingData
 from .core.lora import copied, fill
 from .core.losses import concept_and_prior, masked_mse
-from .core.recipe import Export, ModelInput, Phase, Recipe
+from .core.recipe import Export, Generation, ModelInput, Phase, Recipe
 from .core.rng import Rng
 from .core.transfer import to_device
 from .host.layers import OPERATIONS, make_private
@@ -247,6 +247,10 @@ class CaLora(Recipe):
         word = Export("the learned word, for prompts: embedding:<name>", PHASE, "module", "whole", WORD_FOLDER)
         made = {MOTION: config.train_temporal, WORD: config.word_to_learn, ADAPTER: True}
         return {name: export for name, export in {MOTION: motion, WORD: word, ADAPTER: adapter}.items() if made[name]}
+
+    @classmethod
+    def generations(cls, config: Any, data: TrainingData) -> list[Generation]:
+        return [Generation("ca_lora_generate", {"KinoloomLoadI2vAdapter": ADAPTER})]
 
     def start(self, phase: Phase) -> None:
         self.adapter.requires_grad_(True)

@@ -51,6 +51,11 @@ TRAINING = {
         "KinoloomEncodeClips": {"frames_per_clip": 4, "size": 64},
         "KinoloomTrainMotionDirector": {"run_name": "template md", "preset": "low", "steps": 2},
     },
+    "ca_lora": {
+        "KinoloomClipsFromFolder": {"folder": "clips", "frames_per_clip": 5, "size": 64},
+        "KinoloomSampleI2v": {"prompts": "a square moves", "size": 64, "frames": 4, "steps": 1},
+        "KinoloomTrainCaLora": {"run_name": "template ca", "steps": 2, "frames": 4},
+    },
     "svd_lora": {
         "LoadVideo": {"file": "square.mp4"},
         "KinoloomEncodeSvdClips": SMALL_SVD,
@@ -62,7 +67,9 @@ TRAINING = {
     },
 }
 TOY_LOADER = ("svd_lora_train", "svd_lora_generate", "svd_tracklets_train", "svd_tracklets_generate")
-LOADED_BY = {"KinoloomLoadTrackletControl": "file"}  # the widget that takes a method's file, else lora_name
+ADAPTERS = ("KinoloomLoadI2vAdapter", "First adapter", "Second adapter")
+LOADED_BY = dict.fromkeys(("KinoloomLoadTrackletControl", *ADAPTERS), "file")  # the widget that takes a method's file
+ADAPTER = "template ca/template ca-adapter-000002.safetensors"
 TEMPORAL = {"KinoloomLoadMotionLora": "template md/template md-temporal-000002.safetensors"}
 MADE = {  # method -> generation workflow -> the node of each of the method's files
     "wan_lora": {"wan_lora_generate": {"LoraLoaderModelOnly": "template wan/template wan-lora-000003.safetensors"}},
@@ -79,6 +86,10 @@ MADE = {  # method -> generation workflow -> the node of each of the method's fi
             "Load LoRA: spatial": "template md/template md-spatial-000002.safetensors",
         },
     },
+    "ca_lora": {
+        "ca_lora_generate": {"KinoloomLoadI2vAdapter": ADAPTER},
+        "ca_lora_two_generate": {"First adapter": ADAPTER, "Second adapter": ADAPTER},
+    },
     "svd_lora": {"svd_lora_generate": {"LoraLoaderModelOnly": "template svd/template svd-lora-000002.safetensors"}},
     "svd_tracklets": {
         "svd_tracklets_generate": {
@@ -91,6 +102,8 @@ SAMPLED = {
     "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
     "KinoloomTracklets": {"width": 64, "height": 64, "frames": 2},
     "SVD_img2vid_Conditioning": {"width": 64, "height": 64, "video_frames": 2},
+    "KinoloomI2vStart": {"width": 64, "height": 64, "frames": 4},
+    "KinoloomI2vSigmas": {"steps": 2},
     "LoadImage": {"image": "square.png"},
     "KSampler": {"steps": 2},
 }

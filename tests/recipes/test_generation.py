@@ -13,7 +13,7 @@ from kinoloom.trainers.run.job import Job
 from ..runs import NO_DATA, make_config, make_job
 
 WAN, SNS, MD = "KinoloomTrainWanLora", "KinoloomTrainSetAndSequence", "KinoloomTrainMotionDirector"
-FINETUNE, BOXES = "KinoloomTrainSvdFinetune", "KinoloomTrainSvdTracklets"
+FINETUNE, BOXES, ADAPTER = "KinoloomTrainSvdFinetune", "KinoloomTrainSvdTracklets", "KinoloomTrainCaLora"
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 LOOK, MOVES = "Load LoRA: spatial", "KinoloomLoadMotionLora"
 IDENTITY, MOTION = "Load LoRA: identity", "Load LoRA: motion"
@@ -26,7 +26,7 @@ EXPORTS = {
     WAN: {"lora": ("lora", "comfy", LORAS)},
     SNS: dict.fromkeys(("identity", "motion", "combined"), ("lora", "comfy", LORAS)),
     MD: {"spatial": ("lora", "kohya", LORAS), "temporal": ("lora", "motion_lora", MOTIONS)},
-    "KinoloomTrainCaLora": {
+    ADAPTER: {
         "motion": ("lora", "whole", MOTIONS), "adapter": ("module", "whole", "i2v_adapters"),
     },
     "KinoloomTrainSvdLora": {"lora": ("lora", "comfy", LORAS)},
@@ -82,6 +82,9 @@ def file(label: str) -> str:
         (SNS, {}, ["identity-best"], STAGES, {IDENTITY: "identity-best", MOTION: None}),
         (SNS, {"set_steps": 0, "identity_file": "face.safetensors"}, ["motion", "combined"], STAGES,
          {IDENTITY: None, MOTION: "combined"}),
+        (ADAPTER, {}, ["motion", "adapter"], "ca_lora_generate", {"KinoloomLoadI2vAdapter": "adapter"}),
+        (ADAPTER, {"train_temporal": False}, ["adapter-best"], "ca_lora_generate",
+         {"KinoloomLoadI2vAdapter": "adapter-best"}),
         (BOXES, {}, ["painting"], "svd_tracklets_generate", {CONTROL: "painting"}),
         (BOXES, {}, ["painting", "tracklets-best"], "svd_tracklets_generate", {CONTROL: "tracklets-best"}),
     ],
