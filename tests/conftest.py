@@ -154,3 +154,13 @@ def client(server: Server) -> Iterator[Client]:
     """A front-end session of its own on the running server."""
     with server.client() as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def motions(server: Server) -> list[str]:
+    """The names of two adapters for image to video that the server has trained."""
+    from .server_prompts import train_motion, write_clips
+
+    write_clips(server.base)
+    with server.client() as connected:
+        return [train_motion(connected, f"motion {seed}", seed) for seed in (1, 2)]

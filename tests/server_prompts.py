@@ -49,6 +49,67 @@ def train(client, recipe: str, run_name: str, wait: bool = True, unet: str = "ti
     return prompt
 
 
+def train_motion(client, run_name: str, seed: int) -> str:
+    """The name in models/i2v_adapters of an adapter that input/clips made of a narrow model in large steps."""
+    data = widgets(
+        client, "KinoloomClipsFromFolder", folder="clips", frames_per_clip=4, size=64, single_frames=0, token_variants=0
+    )
+    options = {**FAST, "learning_rate": 2e-2, "alpha": 4.0, "steps": 2, "frames": 4, "seed": seed}
+    chosen = widgets(client, "KinoloomTrainCaLora", run_name=run_name, **options)
+    client.run({
+        **animatediff(client),
+        "data": node("KinoloomClipsFromFolder", vae=["base", 2], clip=["base", 1], **data),
+        "train": node("KinoloomTrainCaLora", model=["model", 0], data=["data", 0], **chosen),
+        "result": node("KinoloomTrainingResult", job=["train", 0]),
+        "show": node("PreviewAny", source=["result", 1]),
+    })  # fmt: skip
+    return f"kinoloom/{run_name}/{run_name}-adapter-000002.safetensors"
+
+
+def animatediff(client) -> dict:
+    """A narrow Stable Diffusion 1.5 with motion module, with its own noise schedule."""
+    options = widgets(client, "KinoloomApplyMotionModule", beta_schedule="the model's own")
+    return {
+        "base": node("CheckpointLoaderSimple", ckpt_name="narrow_sd15.safetensors"),
+        "motion": node("KinoloomLoadMotionModule", motion_module="narrow_motion.safetensors"),
+        "model": node("KinoloomApplyMotionModule", model=["base", 0], motion_module=["motion", 0], **options),
+    }
+
+
+def animate(client, image: str, motions: dict[str, str], sampler: str = "KSampler", cfg: float = 1.0) -> dict:
+    """A photo of the input folder as a video of 4 frames, 96 x 64, saved as latents as I2V Start and the sampler give
+    them. motions: the prompt of each adapter, which is used with its share of the weight.
+    """
+    prompt = {
+        **animatediff(client),
+        "image": node("LoadImage", image=image),
+        "apply": node("KinoloomApplyI2vAdapters", model=["model", 0], mode="residual", group_norms="as trained"),
+        "text": node("CLIPTextEncode", text="a photo", clip=["base", 1]),
+        "empty": node("CLIPTextEncode", text="", clip=["base", 1]),
+        "sigmas": node("KinoloomI2vSigmas", model=["apply", 0], steps=2, cil_ratio=1.0),
+        "start": node("KinoloomI2vStart", image=["image", 0], vae=["base", 2], sigmas=["sigmas", 0],
+                      **widgets(client, "KinoloomI2vStart", width=96, height=64, frames=4)),
+        "first": node("SaveLatent", samples=["start", 0], filename_prefix="first"),
+        "video": node("SaveLatent", samples=["sample", 0], filename_prefix="video"),
+    }  # fmt: skip
+    before = {}
+    for file, text in motions.items():
+        share = {"weight": 1 / len(motions), "prompt": text, "clip": ["base", 1]}
+        prompt[file] = node("KinoloomLoadI2vAdapter", file=file, **share, **before)
+        before = {"adapters": [file, 0]}
+    prompt["apply"]["inputs"] |= before
+    given = {"model": ["apply", 0], "positive": ["text", 0], "negative": ["empty", 0], "cfg": cfg}
+    if sampler == "KSampler":
+        options = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        return prompt | {"sample": node("KSampler", latent_image=["start", 0], **given, **options)}
+    return prompt | {
+        "guider": node("CFGGuider", **given),
+        "select": node("KSamplerSelect", sampler_name="euler"),
+        "sample": node("SamplerCustomAdvanced", noise=["start", 1], guider=["guider", 0], sampler=["select", 0],
+                       sigmas=["sigmas", 0], latent_image=["start", 0]),
+    }  # fmt: skip
+
+
 def sample(lora: str | None = None, seed: int = 1, steps: int = 2, prefix: str = "sample") -> dict:
     """Text to latent with core's sampler, saved as a latent file, which keeps every bit."""
     model = ["lora", 0] if lora else ["unet", 0]

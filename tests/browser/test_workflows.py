@@ -89,6 +89,7 @@ MADE = {  # method -> generation workflow -> the node of each of the method's fi
     "ca_lora": {
         "ca_lora_generate": {"KinoloomLoadI2vAdapter": ADAPTER},
         "ca_lora_two_generate": {"First adapter": ADAPTER, "Second adapter": ADAPTER},
+        "ca_lora_maps_generate": {"First adapter": ADAPTER, "Second adapter": ADAPTER},
     },
     "svd_lora": {"svd_lora_generate": {"LoraLoaderModelOnly": "template svd/template svd-lora-000002.safetensors"}},
     "svd_tracklets": {
