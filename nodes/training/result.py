@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -54,11 +55,11 @@ class TrainingResult(io.ComfyNode):
             logging.warning("Kinoloom: run %s was stopped after %d of %d steps", name, found.done, found.total)
         if not found.result_files:
             raise RuntimeError(f"Training run {name!r} ended before it saved anything")
-        if any(export.kind != "lora" for export in found.exports.values()):
-            lora = ExecutionBlocker(f"run {name!r} made no LoRA: connect path instead, to the loader of its file")
-            loras = [lora]
-        else:
-            loras = [load(Path(path))[0] for path in map(trained_file, found.result_files)]
+        made = [found.files.get(label) for label, export in found.exports.items() if export.kind == "lora"]
+        loras: list[Any] = [load(Path(trained_file(path)))[0] for path in made if path]
+        if not loras:
+            blocked = f"run {name!r} made no LoRA: connect path instead, to the loader of its file"
+            loras = [ExecutionBlocker(blocked)]
         outputs = loras[-1], found.result_files[-1], {"loss": found.losses()}, found.done, loras, found.result_files
         return io.NodeOutput(*outputs, ui={"text": ("\n".join(found.result_files),), "kinoloom_job": (job,)})
 
