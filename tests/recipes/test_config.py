@@ -226,6 +226,11 @@ ELSEWHERE = {
     "keep_state": "test_continuing: it says which state is kept",
     "wan_version": "test_wan_kinds: it says what a file's name does not",
     "self_conditioning_prob": "above: only 0 is accepted",
+    "stride_min": "test_cut_clips: the cuts of a step",
+    "stride_max": "test_cut_clips: the same",
+    "word_to_learn": "test_word_in_adapters: the text encoder learns it",
+    "initializer_token": "test_learned_word: the row that it starts from",
+    "word_prompt": "test_word_in_adapters: clips and samples have it",
     "pause_when_busy": "read where the queue is known: see the test below",
 }
 
