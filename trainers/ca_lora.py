@@ -18,21 +18,11 @@ from torch import Tensor, nn
 
 from ..lora_io.adapter_files import motion_lora, read_adapter
 from .backbones.animatediff.image_to_video import AnimateDiffI2v
-from .conditions.adapter import (
-    LORAS,
-    Adapter,
-    Query,
-    Shapes,
-    initialise,
-    lora_shapes,
-    spatial_blocks,
-    split,
-    temporal_attentions,
-)  # fmt: skip
-from .conditions.adapter_bases import basis, columns_of, read_basis, require_bin
+from .conditions.adapter import Adapter, Query
 from .conditions.adapter_positions import MODES, NONE
 from .conditions.adapters_at_work import Adapted, Playing
 from .conditions.columns import LATENTS, MASK, PREVIEW_PROMPT, PREVIEW_START, PROMPT
+from .conditions.new_adapter import check_bases, fixed_factors, freeze_bases, initialise, shapes_of
 from .conditions.word import KEY, LearnedWord, WordConfig
 from .core.backbone import Grid
 from .core.config import knob, naming
@@ -90,10 +80,8 @@ class CaLora(Recipe):
             1,
             "Largest stride. Each step draws one, as far as the clip is long enough: 16 frames at stride 4 need 61. "
             "Raise it to learn faster motion.",
-            min=1,
-            max=64,
-            advanced=True,
-        )
+            min=1, max=64, advanced=True,
+        )  # fmt: skip
         alpha: float = knob(
             1.0, "LoRA scale is alpha / rank. 0 means alpha = rank, a scale of 1.", min=0.0, max=1024.0, step=0.5,
             advanced=True,
@@ -119,12 +107,9 @@ class CaLora(Recipe):
             advanced=True,
         )
         query_stride: int = knob(
-            1,
-            "2 or 4 computes cross-attention once for a block of 2 x 2 or 4 x 4 places: coarser.",
-            min=1,
-            max=8,
+            1, "2 or 4 computes cross-attention once for a block of 2 x 2 or 4 x 4 places: coarser.", min=1, max=8,
             advanced=True,
-        )
+        )  # fmt: skip
         pooled_norms: bool = knob(
             True,
             "Compute the image model's group norms over all frames of a clip, as the original does. Off computes them "
@@ -135,10 +120,8 @@ class CaLora(Recipe):
             -1,
             "Orthogonal adapters: give each motion a number of its own, from 0 on, so that their LoRAs write in "
             "orthogonal directions. Rank 32 has 10 numbers. -1 turns it off.",
-            min=-1,
-            max=4095,
-            advanced=True,
-        )
+            min=-1, max=4095, advanced=True,
+        )  # fmt: skip
         oa_bases: str = knob(
             "",
             "For oa_bin: the path of a folder of the original's bases, if other adapters were trained with them. Empty "
@@ -166,12 +149,8 @@ class CaLora(Recipe):
 
         def check_model(self, model: Any) -> None:
             """`model` is a MODEL."""
-            if self.oa_bin < 0:
-                return
-            width = min(len(block.norm1.weight) for block in spatial_blocks(model.model.diffusion_model).values())
-            require_bin(self.oa_bin, self.rank, width)
-            if self.oa_bases and not Path(self.oa_bases).is_dir():
-                raise ValueError(f"oa_bases={self.oa_bases!r}: not a folder on this machine")
+            if self.oa_bin >= 0:
+                check_bases(self, model.model.diffusion_model)
 
         @property
         def query(self) -> Query:
@@ -192,26 +171,13 @@ class CaLora(Recipe):
         adapter = Adapter(shapes, config.alpha or config.rank, config.query, operations=OPERATIONS)
         make_private(initialise(adapter, unet, config.seed))
         if config.oa_bin >= 0:
-            self._freeze_bases(adapter)
+            freeze_bases(adapter, config)
         self.adapter = adapter.to(backbone.device)
         self.word = LearnedWord(backbone.text_encoder, config) if config.word_to_learn else None
         if config.start_from:
             self._start_from(Path(config.start_from))
         self.adapted = Adapted(unet, motion, [Playing(self.adapter)]).__enter__()  # never left: the model is private
         backbone.module.add_module(ADAPTER, self.adapter)
-
-    @torch.no_grad()
-    def _freeze_bases(self, adapter: Adapter) -> None:
-        """Fix `up` of each LoRA to the bin's columns of its layer's basis, and let `down` start at zero.
-
-        Keys and values of cross-attention stay ordinary LoRAs, as in the original.
-        """
-        for place, lora in orthogonal_loras(adapter).items():
-            width = len(lora.up.weight)
-            folder = self.config.oa_bases
-            matrix = read_basis(Path(folder), place, width) if folder else basis(place, width)
-            lora.up.weight.copy_(columns_of(matrix, self.config.oa_bin, self.config.rank))
-            lora.down.weight.zero_()
 
     @torch.no_grad()
     def _start_from(self, file: Path) -> None:
@@ -228,9 +194,7 @@ class CaLora(Recipe):
             require_finite(extremes(self.adapter), "the adapter")
 
     def _fixed(self) -> dict[str, Tensor]:
-        """The tensors that orthogonal adapters do not train."""
-        loras = orthogonal_loras(self.adapter) if self.config.oa_bin >= 0 else {}
-        return {f"{place}.up.weight": lora.up.weight for place, lora in loras.items()}
+        return fixed_factors(self.adapter) if self.config.oa_bin >= 0 else {}
 
     @classmethod
     def data_grid(cls, config: Any, grid: Grid) -> Grid:
@@ -336,40 +300,6 @@ class CaLora(Recipe):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {**self.adapter.tensors(), **({KEY: self.word.row} if self.word else {})}
-
-
-def shapes_of(config: Any, unet: nn.Module, motion: nn.Module) -> Shapes:
-    """The tensors of a new adapter with the parts that the options turn on."""
-    shapes: Shapes = {}
-    for place, block in spatial_blocks(unet).items():
-        width = len(block.norm1.weight)
-        if config.train_image:
-            own = {"to_out.0.weight": (width, width), "to_out.0.bias": (width,)}
-            own |= {"to_q.weight": (width, width)} if config.image_query else {}
-            shapes |= {f"{place}.i2v_adapter.{name}": shape for name, shape in own.items()}
-        layers = {"to_k_lora": block.attn2.to_k, "to_v_lora": block.attn2.to_v}
-        layers |= {"to_out_lora": block.attn2.to_out[0]} if config.cross_out else {}
-        layers |= {"to_q_lora": block.attn2.to_q} if config.cross_query else {}
-        for name, layer in layers.items() if config.train_cross else ():
-            shapes |= lora_shapes(f"{place}.attn2.processor.", name, layer, config.rank)
-    for place, attention in temporal_attentions(motion).items() if config.train_temporal else ():
-        layers = dict(zip(LORAS, (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]), strict=True))
-        for name, layer in layers.items():
-            shapes |= lora_shapes(f"{place}.processor.", name, layer, config.rank)
-        if config.motion_embed:
-            shapes[f"{place}.processor.motion_embed.weight"] = tuple(attention.pos_encoder.pe.shape[1:])
-    return shapes
-
-
-def orthogonal_loras(adapter: Adapter) -> dict[str, Any]:
-    """The LoRAs that take a bin of a basis, by their names in the original's folder of bases."""
-    found = {}
-    for key in adapter.tensors():
-        kind, place, rest = split(key)
-        name = rest.partition(".")[0]
-        if name in LORAS and not (kind == "cross" and name in ("to_k_lora", "to_v_lora")):
-            found[key.removesuffix(f".{rest}") + f".{name}"] = getattr(adapter.part(kind, place), name)
-    return found
 
 
 RECIPE = CaLora

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
-from ...trainers.backbones.animatediff.model import check_model
+from ...trainers.backbones.animatediff.model import check_model, text_width
 from ...trainers.backbones.animatediff.motion_module import PART, norms_over_frames
 from ...trainers.conditions.adapter_cross import MODES, RESIDUAL
 from ...trainers.conditions.adapters_at_work import Adapted, Playing
@@ -73,6 +73,8 @@ class ApplyI2vAdapters(io.ComfyNode):
         for one in adapters:
             try:
                 one.patcher.model.require_motion_fit(motion)
+                one.patcher.model.require_fit(model.model.diffusion_model)
+                require_width(one.prompt, text_width(model.model))
             except ValueError as error:
                 raise ValueError(f"adapters: {one.name}: {error}") from error
         pooled = norms_pooled(adapters, group_norms) and not motion.layout.norm_over_frames
@@ -135,6 +137,15 @@ class Run:
         finally:
             for handle in pools:
                 handle.remove()
+
+
+def require_width(prompt: Tensor | None, width: int) -> None:
+    """ValueError if a prompt was encoded by the text encoder of another kind of model."""
+    if prompt is not None and prompt.shape[-1] != width:
+        raise ValueError(
+            f"its prompt has {prompt.shape[-1]} numbers for each token, expected {width}: connect the text encoder of "
+            "this model to its loader"
+        )
 
 
 def first_frame_kept(model: Any, run: Run) -> Any:

@@ -14,7 +14,8 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from kinoloom.nodes.adapters.apply import AS_TRAINED, findings, norms_pooled
 from kinoloom.nodes.adapters.loading import Loaded
 from kinoloom.nodes.animatediff import modules as motion
-from kinoloom.trainers.conditions.adapter import Query
+from kinoloom.nodes.hooked import patcher_of
+from kinoloom.trainers.conditions.adapter import Adapter, Query
 from torch import Tensor
 
 from ..rows import TEXT_WIDTH, random
@@ -92,6 +93,16 @@ def test_what_takes_the_adapters_conditions_away_is_said(
         assert "noise schedule" not in caplog.text
         sample(other)
     assert caplog.text.count("A node after Apply I2V Adapters changes the noise schedule") == 1
+
+
+def test_what_does_not_fit_is_named_with_its_adapter(applied: Any, adapter: Loaded, backbone: Any) -> None:  # noqa: F811
+    wide = Loaded("of SDXL", adapter.patcher, 1.0, random(1, 7, 2048, name="wide"))
+    with pytest.raises(ValueError, match=f"^adapters: of SDXL: its prompt has 2048 numbers for each token, expected {TEXT_WIDTH}: connect"):
+        apply(applied, adapter, wide)
+    place = "down_blocks.0.attentions.0.transformer_blocks.0"
+    other = Loaded("other", patcher_of(Adapter({f"{place}.i2v_adapter.to_out.0.weight": (7, 7), f"{place}.i2v_adapter.to_out.0.bias": (7,)}, 1.0)), 0.0, None)
+    with pytest.raises(ValueError, match=f"^adapters: other: made for another model: {place}"):
+        apply(applied, adapter, other)
 
 
 def test_group_norms_are_those_of_adapters_with_a_weight() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from kinoloom.trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
-from kinoloom.trainers.ca_lora import CaLora, shapes_of
-from kinoloom.trainers.conditions.adapter import Adapter, Query, initialise, spatial_blocks, temporal_attentions
+from kinoloom.trainers.ca_lora import CaLora
+from kinoloom.trainers.conditions.adapter import Adapter, Query, spatial_blocks, temporal_attentions
 from kinoloom.trainers.conditions.adapter_cross import MODES
 from kinoloom.trainers.conditions.adapters_at_work import Adapted, Playing
+from kinoloom.trainers.conditions.new_adapter import initialise, shapes_of
 from kinoloom.trainers.host.attention import TRANSFORMER_OPTIONS
 from kinoloom.trainers.host.private import Private, load_private
 from kinoloom.trainers.host.source import carried_files

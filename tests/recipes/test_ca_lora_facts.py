@@ -40,10 +40,11 @@ import pytest
 import torch
 from kinoloom.lora_io.file import load, save
 from kinoloom.nodes.animatediff import modules as motion
-from kinoloom.trainers.ca_lora import CaLora, orthogonal_loras, shapes_of
+from kinoloom.trainers.ca_lora import CaLora
 from kinoloom.trainers.conditions.adapter import Adapter, Query, spatial_blocks, split
 from kinoloom.trainers.conditions.adapter_positions import MODES, with_positions
 from kinoloom.trainers.conditions.adapters_at_work import Playing
+from kinoloom.trainers.conditions.new_adapter import orthogonal_loras, shapes_of
 from kinoloom.trainers.core.data import TrainingData
 from kinoloom.trainers.core.rng import Rng
 from torch import Tensor, nn

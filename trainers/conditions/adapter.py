@@ -10,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...lora_io.keys import diffusers_path
-from ..core.rng import derived_generator
 from .adapter_positions import NONE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -187,29 +185,3 @@ def spatial_blocks(unet: Any) -> dict[str, Any]:
 def temporal_attentions(motion: Any) -> dict[str, Any]:
     """The attention layers of motion modules, by path."""
     return {path: module for path, module in motion.named_modules() if type(module).__name__ == "TemporalAttention"}
-
-
-def lora_shapes(place: str, name: str, layer: Any, rank: int) -> Shapes:
-    """The shapes of a new LoRA's factors on a frozen layer; `place` ends with the part's infix."""
-    outputs, inputs = layer.weight.shape
-    return {f"{place}{name}.{DOWN}": (rank, inputs), f"{place}{name}.{UP}": (outputs, rank)}
-
-
-@torch.no_grad()
-def initialise(adapter: Adapter, unet: Any, seed: int) -> Adapter:
-    """Fill a new adapter so that it changes nothing: `up`, `to_out` and motion embeddings are zero, `down` N(0, 1/r^2).
-
-    Queries of the I2V-Adapter start as the base's. The original draws motion embeddings from N(0, 1), which changes the
-    model before the first step.
-    """
-    blocks = spatial_blocks(unet)
-    for key, value in adapter.tensors().items():
-        kind, place, rest = split(key)
-        if rest.endswith(DOWN):
-            drawn = torch.empty(value.shape)
-            value.copy_(drawn.normal_(std=1 / len(value), generator=derived_generator(seed, "adapter", key)))
-        elif kind == "image" and not rest.startswith("to_out"):
-            value.copy_(blocks[place].attn1.get_submodule(rest.removesuffix(".weight")).weight)
-        else:
-            value.zero_()
-    return adapter
