@@ -49,7 +49,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Sheet:
-    """`measure(run, variant, folder)` trains and scores one LoRA: its scores, and a video for each of the columns `shown`."""
+    """`measure(run, variant, folder)` trains and scores one LoRA: its scores, and a video for each of the columns `shown`.
+
+    `clips(concept)`: rows on top of the contact sheet, of the clips that are trained on.
+    """
 
     name: str
     variants: Mapping[str, Variant]
@@ -57,6 +60,8 @@ class Sheet:
     shown: Sequence[str]
     code: Sequence[str]  # modules of the toy world that decide the scores
     digits: Mapping[str, int] = field(default_factory=dict)
+    concepts: Sequence[str] = ("star", "heart", "moon")
+    clips: Callable[[str], dict[str, Sequence[Any]]] = field(default=lambda concept: {"the clip": [concept_clip(concept)]})
 
     def scores(self, run: Run, output: Path) -> dict[str, float] | None:
         """What an earlier run measured, if it was made of the same options, models and code."""
@@ -68,6 +73,12 @@ class Sheet:
         variant = self.variants[run.variant]
         parts = (variant.recipe, variant.options, EVALUATION_SEEDS, toyworld(tuple(self.code)))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def concept_clip(concept: str) -> Any:
+    from toyworld import world
+
+    return world.concept_clip(concept).video
 
 
 @cache
@@ -101,7 +112,7 @@ def main(sheet: Sheet, description: str) -> None:
 def parse_arguments(sheet: Sheet, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--concepts", nargs="+", default=["star", "heart", "moon"])
+    parser.add_argument("--concepts", nargs="+", default=list(sheet.concepts))
     parser.add_argument("--variants", nargs="+", choices=sheet.variants, default=list(sheet.variants))
     parser.add_argument("--processes", type=int, default=2, help="LoRAs trained at the same time, on one thread each")
     parser.add_argument("--output", type=Path, default=PACK / ".runtime" / sheet.name)
@@ -153,9 +164,8 @@ def contact_sheet(sheet: Sheet, concept: str, variants: Iterable[str], output: P
     """First seed: a row for each variant, a column for each kind of prompt; the clip itself on top."""
     import numpy as np
     from toyworld import sheet as pictures
-    from toyworld import world
 
-    rows = {"the clip": [world.concept_clip(concept).video]}
+    rows = sheet.clips(concept)
     for key in variants:
         path = Run(key, concept, 0).kept(output, ".npz")
         if path.is_file():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toyworld import animate, deltas, pair_oracle, pairs, world
 from toyworld.install import MODELS, MOTION, PAIRS_MOTION, PAIRS_UNET, UNET, unpacked
+from toyworld.lessons import CONCEPTS
 from toyworld.studio import PairStudio
 
 
@@ -102,7 +103,7 @@ def test_model_of_pairs_draws_the_sprites_of_a_caption(studio: PairStudio) -> No
 
 
 def test_model_of_pairs_goes_on_from_a_picture_of_two_sprites(studio: PairStudio) -> None:
-    lessons = animate.CONCEPTS["square and disc"]
+    lessons = CONCEPTS["square and disc"]
     model, looks = studio.with_adapters([], "residual"), []
     for picture in animate.pictures(lessons, 0, 3):
         video, kept = studio.animate(model, picture.image, picture.look, 0, 1.0)
@@ -112,7 +113,7 @@ def test_model_of_pairs_goes_on_from_a_picture_of_two_sprites(studio: PairStudio
 
 
 def test_a_clip_of_a_lesson_scores_as_its_motion_and_a_still_picture_as_none() -> None:
-    lessons = animate.CONCEPTS["square and disc"]
+    lessons = CONCEPTS["square and disc"]
     (picture,) = animate.pictures(lessons, 0, 1)
     actors = tuple(replace(a, motion=b.motion) for a, b in zip(picture.stage.actors, lessons, strict=True))
     moving = pairs.draw(replace(picture.stage, actors=actors), np.random.default_rng(0)).video

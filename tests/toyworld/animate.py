@@ -1,4 +1,4 @@
-"""Clips of one sprite with a new motion, pictures of two sprites, and how each of them moves in a video of the picture."""
+"""Training data of a lesson, pictures of two sprites, and how each of them moves in a video of the picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,42 +11,18 @@ from numpy.typing import NDArray
 
 from . import oracle, pair_oracle, pairs, world
 from .install import STRIDE
+from .lessons import Lesson, clips
 from .studio import PairStudio
 
-CLIPS = 10
 MOST_ALIKE = 2  # pixels by which two sprites may be shifted against each other to be compared
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """One adapter's motion: of which kind of sprite its clips are, how they move, and its word."""
-
-    shape: str
-    motion: str
-    word: str
-
-    def sentence(self, subject: str) -> str:
-        return f"{subject} is {self.word} moving."
-
-
-CONCEPTS: dict[str, tuple[Lesson, Lesson]] = {  # settings are chosen on the first, results reported on the others
-    "triangle and ring": (Lesson("triangle", "swing", "[u]"), Lesson("ring", "bounce", "[v]")),
-    "square and disc": (Lesson("square", "zigzag", "[u]"), Lesson("disc", "swing", "[v]")),
-    "cross and square": (Lesson("cross", "eight", "[u]"), Lesson("square", "zigzag", "[v]")),
-    "disc and bar": (Lesson("disc", "bounce", "[u]"), Lesson("bar", "eight", "[v]")),
-}
 
 
 @torch.inference_mode()
 def training_data(studio: PairStudio, lesson: Lesson) -> TrainingData:
-    """Ten clips of single sprites of one kind, in any colour and place, all with the lesson's motion."""
-    rng = np.random.default_rng(3)
+    """The lesson's clips, each with its look and the lesson's sentence."""
     parts = []
-    for _ in range(CLIPS):
-        stage = pairs.choose(rng, 1)
-        actor = replace(stage.actors[0], shape=lesson.shape, motion=lesson.motion)
-        images = torch.from_numpy(pairs.draw(replace(stage, actors=(actor,)), rng).video[::STRIDE]).float() / 255
-        look = f"a {actor.colour} {actor.shape} {world.BACKGROUNDS[stage.background][0]}."
+    for video, look in clips(lesson):
+        images = torch.from_numpy(video[::STRIDE]).float() / 255
         (part,) = EncodeClips.execute(
             studio.vae, studio.clip, look, float(world.FPS // STRIDE), images=images,
             motion_caption=f"{look} {lesson.sentence('it')}", frames_per_clip=len(images), fps=world.FPS // STRIDE,
