@@ -193,7 +193,7 @@ class CaLora(Recipe):
                 raise ValueError(f"its alpha is {found.alpha:g}, expected {self.adapter.alpha:g} as in this run")
             require_finite(extremes(self.adapter), "the adapter")
 
-    def _fixed(self) -> dict[str, Tensor]:
+    def _fixed(self) -> dict[str, nn.Parameter]:
         return fixed_factors(self.adapter) if self.config.oa_bin >= 0 else {}
 
     @classmethod

@@ -84,7 +84,7 @@ def freeze_bases(adapter: Adapter, config: Any) -> None:
         lora.down.weight.zero_()
 
 
-def fixed_factors(adapter: Adapter) -> dict[str, Tensor]:
+def fixed_factors(adapter: Adapter) -> dict[str, nn.Parameter]:
     """The tensors of an orthogonal adapter that are not trained, by their names in its file."""
     return {f"{place}.up.weight": lora.up.weight for place, lora in orthogonal_loras(adapter).items()}
 
