@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.rng import derived_generator
 from .adapter import DOWN, LORAS, UP, Adapter, Shapes, spatial_blocks, split, temporal_attentions
