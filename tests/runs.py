@@ -50,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "clean_learning_rate": 3e-3,
     },
 }
-LAYERS = {"spatial": 192, "temporal": 200, "motion": 160, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
+LAYERS = {"spatial": 192, "temporal": 200, "KinoloomTrainSvdLora": 48}  # of a file's export or method; else 20, Wan's
 
 
 def load_model(path: Path, **options: Any) -> Any:
