@@ -50,7 +50,7 @@ def put(model: ModelPatcher, name: str, number: float, seen: list[Forward]) -> M
         yield {name: forward.frames}
         forward.unet.hooks = forward.unet.hooks[:-1]
 
-    return hooked(model, name, added, "field", at_work)
+    return hooked(model, name, [added], "field", at_work)
 
 
 def forward(model: ModelPatcher, frames: int, prompts: list[int], by_name: bool) -> tuple[Tensor, dict]:
