@@ -201,23 +201,23 @@ def our_loss(shape: Shape, folder: Path) -> tuple[float, int, list[Tensor]]:
     [(_, loss)] = recipe.losses(batch, rng)
     t = recipe.backbone.schedule.timesteps(rng.uniform(1, recipe.config.stratified_timesteps))
     trained = sum(p.numel() for p in recipe.adapter.parameters())
-    return loss.item(), trained, [rng.noise_like(batch["latents"]).cpu(), t]
+    latents = batch["latents"]
+    return loss.item(), trained, [latents.cpu(), shape.prompt_embeds()[None], rng.noise_like(latents).cpu(), t]
 
 
-def their_loss(shape: Shape, folder: Path, draws: Iterable[Tensor]) -> tuple[float, int]:
+def their_loss(shape: Shape, folder: Path, inputs: Iterable[Tensor]) -> tuple[float, int]:
     model = diffusers_peft(shape, folder, checkpointing=False, precision="fp32")
     for name, module in model.named_modules():
         if isinstance(module, nn.GroupNorm) and ".motion_modules." in name:
             module.forward = partial(_each_frame, module.forward)
-    inputs = (shape.latents()[None], shape.prompt_embeds()[None], *draws)
     loss = loss_of(model, *(x.to(DEVICE) for x in inputs), "fp32")
     return loss.item(), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def require_equal(shape: Shape, folder: Path) -> None:
     shape = replace(shape, frames=4, size=128)
-    mine, trained, draws = apart(our_loss, shape, folder)
-    theirs, also = apart(their_loss, shape, folder, draws)
+    mine, trained, inputs = apart(our_loss, shape, folder)
+    theirs, also = apart(their_loss, shape, folder, inputs)
     assert trained == also and abs(mine / theirs - 1) < 1e-3, (mine, theirs, trained, also)
     print(f"diffusers + PEFT: the loss like ours to {abs(mine / theirs - 1):.0e}, {trained} trained numbers", flush=True)
 

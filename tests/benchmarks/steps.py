@@ -112,7 +112,7 @@ def train(recipe: Any, rows: Any, tick: Tick) -> None:
 
     scaler = torch.amp.GradScaler(recipe.backbone.device.type, enabled=False)
     session = loop.Session(emit, lambda: False, nothing, nothing)
-    loop.train(recipe, lambda phase: rows, recipe.config, State(), session, scaler)
+    loop.train(recipe, phases(recipe), lambda phase: rows, recipe.config, State(), session, scaler)
 
 
 # -- do they compute the same? ---------------------------------------------------------------------------------------
