@@ -43,6 +43,23 @@ def model_file(field: str, folder: str, name: str) -> Path:
     return Path(path)
 
 
+def listed_file(folder: str, name: str, what: str) -> Path:
+    """The path of the file that is chosen where `path_input` is not connected. ValueError if none is."""
+    if name == NO_FILE:
+        raise ValueError(f"file={name!r}: expected {what} of the list, or path of Training Result connected")
+    return model_file("file", folder, name)
+
+
+def path_input() -> io.Input:
+    """The input that takes the place of `file` in a loader of what runs make."""
+    return io.String.Input(
+        "path",
+        optional=True,
+        force_input=True,
+        tooltip="path of Training Result, to sample in the same workflow. Replaces file.",
+    )
+
+
 def files_state(folder: str, *names: str | None) -> str:
     """A fingerprint of these model files. None means a connected input, and covers all files of the folder."""
     wanted = folder_paths.get_filename_list(folder) if None in names else sorted({*names} - {NO_FILE, ""})

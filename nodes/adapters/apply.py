@@ -12,7 +12,6 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...trainers.backbones.animatediff.image_to_video import AnimateDiffI2v
 from ...trainers.backbones.animatediff.model import check_model, text_width
 from ...trainers.backbones.animatediff.motion_module import PART, norms_over_frames
 from ...trainers.conditions.adapter_cross import MODES, RESIDUAL
@@ -21,12 +20,12 @@ from ..folders import I2V_ADAPTERS
 from ..hooked import Forward, hooked
 from ..wires import I2vAdaptersType
 from .loading import Loaded
-from .start import keep_frames
+from .start import LEVELS, keep_frames
 
 AS_TRAINED, ALL_FRAMES, EACH_FRAME = "as trained", "over all frames", "of each frame"
 FRAMES = "kinoloom.first_frame"
 TOLERANCE = 1e-3  # of the sum of weights and of noise levels
-LARGEST = float(AnimateDiffI2v.schedule.sigmas(1.0).max())
+LARGEST = float(LEVELS[-1])
 
 
 class ApplyI2vAdapters(io.ComfyNode):

@@ -15,7 +15,7 @@ from ...trainers.conditions.word import KEY, WORD
 from ..folders import I2V_ADAPTERS
 from ..hooked import as_loaded, patcher_of
 from ..training.registry import trained_file
-from ..widgets import NO_FILE, files_state, model_file
+from ..widgets import NO_FILE, files_state, listed_file, model_file, path_input
 from ..wires import I2vAdaptersType
 from .words import encode, word_places
 
@@ -123,10 +123,7 @@ class LoadI2vAdapter(io.ComfyNode):
                 files_input("file", "A file in models/i2v_adapters, such as kinoloom/<run name>/...-adapter-...."),
                 *adapter_inputs(),
                 *shared_inputs(),
-                io.String.Input(
-                    "path", optional=True, force_input=True,
-                    tooltip="path of Training Result, to sample in the same workflow. Replaces file.",
-                ),
+                path_input(),
             ],
             outputs=OUTPUTS,
         )  # fmt: skip
@@ -158,9 +155,7 @@ class LoadI2vAdapter(io.ComfyNode):
 
 
 def require_file(name: str) -> Path:
-    if (path := chosen("file", name)) is None:
-        raise ValueError(f"file={name!r}: expected an adapter of the list, or path of Training Result connected")
-    return path
+    return listed_file(I2V_ADAPTERS, name, "an adapter")
 
 
 class LoadI2vAdapterFiles(io.ComfyNode):

@@ -20,7 +20,7 @@ from ...trainers.host.weights import load_tensors
 from ..folders import TRACKLET_CONTROL
 from ..hooked import Forward, as_loaded, hooked, patcher_of
 from ..training.registry import trained_file
-from ..widgets import NO_FILE, files_state, model_file
+from ..widgets import NO_FILE, files_state, listed_file, path_input
 from ..wires import TrackletControlType, TrackletsType
 
 
@@ -36,9 +36,7 @@ def load_control(path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def control_file(name: str) -> Path:
-    if name == NO_FILE:
-        raise ValueError(f"file={name!r}: expected a control of the list, or path of Training Result connected")
-    return model_file("file", TRACKLET_CONTROL, name)
+    return listed_file(TRACKLET_CONTROL, name, "a control")
 
 
 class LoadTrackletControl(io.ComfyNode):
@@ -56,12 +54,7 @@ class LoadTrackletControl(io.ComfyNode):
                     options=[NO_FILE, *folder_paths.get_filename_list(TRACKLET_CONTROL)],
                     tooltip="A file in models/tracklet_control, such as kinoloom/<run name>/...-tracklets-....",
                 ),
-                io.String.Input(
-                    "path",
-                    optional=True,
-                    force_input=True,
-                    tooltip="path of Training Result, to sample in the same workflow. Replaces file.",
-                ),
+                path_input(),
             ],
             outputs=[TrackletControlType.Output(display_name="control", tooltip="For Apply Tracklets.")],
         )

@@ -5,19 +5,18 @@ CA-LoRA on cross-attention, and a motion LoRA with a motion embedding on tempora
 original's files, by diffusers' paths of the UNet.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...lora_io.adapter_names import kind_of
 from ...lora_io.keys import diffusers_path
 from .adapter_positions import NONE
 
 Shapes = dict[str, tuple[int, ...]]
 PARTS = {"image": ".i2v_adapter.", "cross": ".attn2.processor.", "temporal": ".processor."}  # and what follows a place
-KEY = re.compile(r"(?P<place>.+?)(?P<infix>\.i2v_adapter\.|\.attn2\.processor\.|\.processor\.)(?P<rest>.+)")
 LORAS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
 DOWN, UP, EMBED = "down.weight", "up.weight", "motion_embed.weight"
 
@@ -151,11 +150,10 @@ def expected_shape(attention: Any, rest: str, value: Tensor) -> tuple[int, ...]:
 
 def split(key: str) -> tuple[str, str, str]:
     """A tensor's kind of part, its place and the rest of its name. ValueError for a key of another file."""
-    match = KEY.fullmatch(key)
-    if match is None:
+    kind = kind_of(key)
+    if kind is None or kind.part not in PARTS:
         raise ValueError(f"{key}: expected a tensor of an adapter, such as ...attn2.processor.to_k_lora.down.weight")
-    kind = next(kind for kind, infix in PARTS.items() if infix == match["infix"])
-    return kind, match["place"], match["rest"]
+    return kind.part, kind.place, kind.rest
 
 
 def _file_key(key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attention import attend
 from ..core.transfer import to_device
 from .adapter import Loras
 from .adapter_positions import of_frames, rotated_queries, with_positions
@@ -171,12 +172,6 @@ class Cross:
 
 def added(part: Loras | None, name: str, x: Tensor) -> Tensor | float:
     return 0.0 if part is None else part.added(name, x)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention for q [N, L, C] and k, v [N, M, C]: [N, L, C]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 def _to_size(y: Tensor, size: tuple[int, int]) -> Tensor:

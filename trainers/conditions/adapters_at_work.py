@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attention import attend
 from .adapter import Adapter, Loras, spatial_transformers, temporal_attentions
-from .adapter_cross import BESIDE, RESIDUAL, WEIGHTS, Cross, added, attend
+from .adapter_cross import BESIDE, RESIDUAL, WEIGHTS, Cross, added
 
 SMALLEST_SHARE = 1e-6  # of the base beside adapters whose weights sum to 1
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attention import attend
 from ..core.feed_forward import FeedForward
 from ..core.transfer import to_device
 from .tracklets import MAX_OBJECTS
@@ -58,11 +59,7 @@ class Attention(nn.Module):
         self.heads = width // 64
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        q, k, v = (
-            layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, part in ((self.to_q, x), (self.to_k, seen), (self.to_v, seen))
-        )
-        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.to_out(attend(self.to_q(x), self.to_k(seen), self.to_v(seen), self.heads))
 
 
 class Fuser(nn.Module):

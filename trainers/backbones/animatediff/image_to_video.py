@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.schedules import Ddpm
+from ...core.first_frame import SCHEDULE
 from ...core.transfer import to_device
 from ...host.private import Private
 from ...host.text import TextEncoder
@@ -20,7 +20,7 @@ class AnimateDiffI2v(AnimateDiff):
     Diffusion's own, not AnimateDiff's.
     """
 
-    schedule = Ddpm(root=True)
+    schedule = SCHEDULE
 
     def __init__(self, models: dict[str, Private], *others: Any) -> None:
         super().__init__(models, *others)
